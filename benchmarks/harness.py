@@ -1,0 +1,143 @@
+"""What all benchmarks share: check, then time side by side, then append rows to a CSV.
+
+Every benchmark script builds one setup per shape that yields named implementations with the same
+signature; the first is the baseline that ratios are quoted against. Implementations are timed in
+turns (a, b, c, a, b, c, ...), so that a change of the machine's load meets all of them, and the
+ratio is the median over rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS = [
+    "op", "case", "dtype", "implementation", "milliseconds", "ratio_to_baseline", "rate",
+    "rate_unit", "device", "isa", "threads", "torch", "commit",
+]  # fmt: skip
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the flags that every benchmark takes."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--rounds", type=int, default=9, help="timed rounds over all implementations")
+    p.add_argument("--seconds", type=float, default=0.15, help="least time per measurement")
+    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    p.add_argument("--quick", action="store_true", help="small shapes, to try the script")
+    return p
+
+
+def device_name(device: str) -> str:
+    """Return the GPU's or the processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Return the short hash of the checked-out commit, with `+` where the tree is changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def _seconds_per_call(fn: Callable[[], object], device: str, least: float) -> float:
+    calls = 1
+    while True:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        if elapsed >= least:
+            return elapsed / calls
+        calls = max(calls + 1, int(calls * 1.2 * least / max(elapsed, 1e-9)))
+
+
+def compare(
+    op: str,
+    case: str,
+    dtype: str,
+    implementations: dict[str, Callable[[], object]],
+    args: argparse.Namespace,
+    work: float = 0.0,
+    unit: str = "",
+) -> list[dict]:
+    """Time the implementations in turns, print a table and return (and, if asked, save) rows.
+
+    `work` is what one call does in units of `unit` (bytes moved / 1e9 for GB/s, operations / 1e9
+    for GFLOP/s). Ratios above 1 mean faster than the baseline, the first implementation.
+    """
+    from longrope import _C
+
+    names = list(implementations)
+    for fn in implementations.values():
+        fn()  # warm up: caches, compilation
+    rounds = [
+        {n: _seconds_per_call(implementations[n], args.device, args.seconds) for n in names}
+        for _ in range(args.rounds)
+    ]
+    rows = []
+    print(f"\n{op} {case} {dtype}")
+    for name in names:
+        seconds = statistics.median(r[name] for r in rounds)
+        ratio = statistics.median(r[names[0]] / r[name] for r in rounds)
+        rate = work / seconds if work else ""
+        shown = f"{rate:10.1f} {unit}" if work else ""
+        print(f"  {name:36s} {seconds * 1e3:10.3f} ms  {ratio:7.2f}x  {shown}")
+        rows.append(
+            {
+                "op": op,
+                "case": case,
+                "dtype": dtype,
+                "implementation": name,
+                "milliseconds": f"{seconds * 1e3:.4f}",
+                "ratio_to_baseline": f"{ratio:.3f}",
+                "rate": f"{rate:.2f}" if work else "",
+                "rate_unit": unit,
+                "device": device_name(args.device),
+                "isa": _C.isa() if args.device == "cpu" else "",
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "commit": commit(),
+            }
+        )
+    if args.save:
+        save(rows, args.device)
+    return rows
+
+
+def save(rows: list[dict], device: str) -> Path:
+    """Append rows to `results/<device name>.csv`."""
+    RESULTS.mkdir(exist_ok=True)
+    name = device_name(device).lower().replace(" ", "-").replace("/", "-")
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path

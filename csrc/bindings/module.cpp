@@ -1,0 +1,57 @@
+// longrope._C: loads the ops and tells what was built. The ops themselves are torch.ops.longrope.*.
+#include <torch/extension.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "common/cpu/isa.h"
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = LONGROPE_VERSION;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef LONGROPE_CUDA
+  info["cuda"] = LONGROPE_CUDA;
+#else
+  info["cuda"] = pybind11::none();
+#endif
+  info["isa"] = longrope::isa_name(longrope::isa());
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &build_info,
+        "What this extension was built from and for: version, torch, compiler, openmp, cuda "
+        "(toolkit version or None), and isa, the CPU instruction set in use.");
+  m.def(
+      "isa", [] { return std::string(longrope::isa_name(longrope::isa())); },
+      "The CPU instruction set in use: scalar, avx2 or avx512.");
+  m.def(
+      "set_isa", [](const std::string& name) { longrope::set_isa(name.c_str()); },
+      pybind11::arg("name"),
+      "Use another CPU instruction set from now on; ValueError where the processor lacks it.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i <= static_cast<int>(longrope::best_isa()); ++i) {
+          names.emplace_back(longrope::isa_name(static_cast<longrope::Isa>(i)));
+        }
+        return names;
+      },
+      "The CPU instruction sets that this processor has.");
+}

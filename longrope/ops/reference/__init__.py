@@ -1,0 +1,1 @@
+"""Plain PyTorch, same signatures: the executable specification of `longrope.ops`."""

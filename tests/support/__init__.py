@@ -1,0 +1,1 @@
+"""Helpers that the tests share (on `sys.path` through pytest's `pythonpath` setting)."""
