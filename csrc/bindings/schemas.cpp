@@ -2,4 +2,32 @@
 // file beside this one; fake (meta) kernels and autograd formulas are in longrope/ops/<op>.py.
 #include <torch/library.h>
 
-TORCH_LIBRARY(longrope, m) {}
+TORCH_LIBRARY(longrope, m) {
+  // rope. `inverse` turns back by the same angles (the gradient); the factor multiplies either way.
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, Tensor? base_inv_freq, "
+      "SymInt start_tokens, Tensor? start_tokens_rows, float attention_factor, "
+      "Tensor? attention_factor_rows, bool interleaved, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "rope_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor inv_freq, Tensor? base_inv_freq, "
+      "SymInt start_tokens, Tensor? start_tokens_rows, float attention_factor, "
+      "Tensor? attention_factor_rows, bool interleaved) -> ()");
+  // Gradients for inv_freq, base_inv_freq [batch, pairs] and the factor [batch] of each row.
+  m.def(
+      "rope_grad(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, "
+      "Tensor inv_freq, Tensor? base_inv_freq, SymInt start_tokens, Tensor? start_tokens_rows, "
+      "float attention_factor, Tensor? attention_factor_rows, bool interleaved, bool inverse) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rerotate(Tensor k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
+      "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
+      "SymInt to_start_tokens, float attention_factor, bool interleaved) -> Tensor");
+  m.def(
+      "rerotate_out(Tensor k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
+      "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
+      "SymInt to_start_tokens, float attention_factor, bool interleaved, Tensor(a!) out) -> ()");
+  m.def(
+      "rerotate_(Tensor(a!) k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
+      "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
+      "SymInt to_start_tokens, float attention_factor, bool interleaved) -> ()");
+}

@@ -1,1 +1,6 @@
 """Kernels: torch tensors in, torch tensors out (see the module of each op)."""
+
+from longrope.ops import reference
+from longrope.ops.rope import Rotation, rerotate, rope, rope_
+
+__all__ = ["Rotation", "reference", "rerotate", "rope", "rope_"]

@@ -1,0 +1,8 @@
+// All that is compiled once per instruction set.
+#include "rope/cpu/elements_body.h"
+//
+#include "rope/cpu/table_body.h"
+//
+#include "rope/cpu/rope_body.h"
+//
+#include "rope/cpu/rope_grad_body.h"

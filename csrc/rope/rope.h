@@ -1,0 +1,69 @@
+// Rotary position embedding with rescaled frequencies: LongRoPE (arXiv 2402.13753), equation 1.
+//
+//   phase(b, n, i) = position(b, n) * frequency(b, i)                    exact, see common/phase.h
+//   (y1, y2) = factor(b) * (x1 cos - x2 sin, x2 cos + x1 sin)            of the phase
+//
+// of pair i = (x[i], x[i + pairs]), or (x[2i], x[2i + 1]) interleaved. Elements from 2 pairs on are
+// copied. Rotation is by `turn` minus `undo`: rope uses the first, its gradient the second, and
+// rerotate both.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace longrope {
+
+// [batch, heads, tokens, head_dim] with stride 1 in head_dim; strides count elements.
+struct RopeTensor {
+  void* data;
+  int64_t heads;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Frequencies of one factor set. Rows with start_tokens > 0 turn the positions below it by
+// base_inv_freq.
+struct RopeFrequencies {
+  const double* inv_freq;            // [batch or 1, pairs], radians per token; nullptr: no rotation
+  const double* base_inv_freq;       // [batch or 1, pairs]; nullptr where no row has start tokens
+  int64_t inv_freq_stride;           // elements to the next row of the batch; 0: shared
+  int64_t base_inv_freq_stride;      // the same
+  const int64_t* start_tokens_rows;  // [batch] or nullptr: then
+  int64_t start_tokens;              // for every row
+};
+
+struct RopeParams {
+  RopeTensor q, k;          // read
+  RopeTensor q_out, k_out;  // written; may be the memory of q and k, else without overlap
+  DType dtype;
+  int64_t batch, tokens, head_dim;
+  int64_t pairs;  // rotary_dim / 2
+  bool interleaved;
+  const int64_t* positions;  // [batch or 1, tokens], may be negative
+  int64_t positions_batch_stride, positions_token_stride;
+  RopeFrequencies turn, undo;
+  const double* attention_factor_rows;  // [batch] or nullptr: then
+  double attention_factor;              // for every row
+};
+
+// Gradients of the angles and of the factor, with x the inputs q and k of the forward params:
+//   A = sum over heads of x1 g2 - x2 g1,   B = sum over heads of x1 g1 + x2 g2
+//   d/d phase = factor (A cos - B sin),    d/d factor = sum of B cos + A sin
+// summed over the tokens of one block, in float64: d/d phase times the position goes to inv_freq,
+// or to base_inv_freq below start_tokens. The caller adds up blocks (and rows that share
+// frequencies).
+struct RopeGradParams {
+  RopeParams forward;         // q_out and k_out unused; only one of turn and undo
+  RopeTensor grad_q, grad_k;  // gradients of the outputs
+  double* partial;            // [batch, blocks, 2 * pairs + 1]: inv_freq, base_inv_freq, factor
+};
+
+// Work is cut into rope_blocks(tokens) blocks of tokens per row: items [0, blocks * batch), in any
+// split over threads. The table of cosines and sines of a block is made once and used by all heads.
+int64_t rope_blocks(const RopeParams& params);
+
+void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
+void rope_grad_cpu(const RopeGradParams& params, int64_t begin, int64_t end);
+
+}  // namespace longrope

@@ -1,0 +1,111 @@
+"""Checks of arguments that several ops and their references share, and errors in one sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """Return `float32 [2, 64]` for a tensor, its repr for anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return repr(value)
+
+
+def expect(condition: bool, name: str, expected: str, value: object) -> None:
+    """Raise ValueError `name: expected ..., got ...` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def check_frequencies(
+    inv_freq: Tensor,
+    start_tokens: int | Tensor,
+    base_inv_freq: Tensor | None,
+    attention_factor: float | Tensor,
+    batch: int | None = None,
+) -> None:
+    """Check what turns: dtypes, shapes among each other and, where given, the batch size."""
+    rows = "B" if batch is None else str(batch)
+
+    def fits_batch(t: Tensor, dim: int) -> bool:
+        return t.dim() < dim or batch is None or t.shape[0] == batch
+
+    def is_float64(t: object) -> bool:
+        return isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() in (1, 2)
+
+    expect(
+        is_float64(inv_freq) and inv_freq.shape[-1] > 0 and fits_batch(inv_freq, 2),
+        "inv_freq", f"float64 [R/2] or [{rows}, R/2]", inv_freq,
+    )  # fmt: skip
+    if isinstance(start_tokens, Tensor):
+        expect(
+            start_tokens.dtype == torch.int64 and start_tokens.dim() == 1
+            and fits_batch(start_tokens, 1),
+            "start_tokens", f"an int or int64 [{rows}]", start_tokens,
+        )  # fmt: skip
+    else:
+        expect(
+            isinstance(start_tokens, (int, torch.SymInt)), "start_tokens", "an int", start_tokens
+        )
+        expect(start_tokens >= 0, "start_tokens", "0 or more", start_tokens)
+    if base_inv_freq is not None:
+        pairs = inv_freq.shape[-1]
+        expect(
+            is_float64(base_inv_freq) and base_inv_freq.shape[-1] == pairs
+            and fits_batch(base_inv_freq, 2),
+            "base_inv_freq", f"float64 [{pairs}] or [{rows}, {pairs}]", base_inv_freq,
+        )  # fmt: skip
+    elif isinstance(start_tokens, Tensor) or start_tokens > 0:
+        raise ValueError("base_inv_freq: required with start_tokens")
+    if isinstance(attention_factor, Tensor):
+        expect(
+            attention_factor.is_floating_point() and attention_factor.dim() <= 1
+            and fits_batch(attention_factor, 1),
+            "attention_factor", f"a number, or a float tensor [] or [{rows}]", attention_factor,
+        )  # fmt: skip
+    else:
+        finite = isinstance(attention_factor, (int, float)) and math.isfinite(attention_factor)
+        expect(finite, "attention_factor", "a finite number", attention_factor)
+
+
+def check_positions(
+    name: str, positions: Tensor, batch: int | None = None, tokens: int | None = None
+) -> None:
+    """Check that positions are int64 `[N]` or `[B, N]`."""
+    expect(
+        isinstance(positions, Tensor) and positions.dtype == torch.int64
+        and positions.dim() in (1, 2)
+        and (tokens is None or positions.shape[-1] == tokens)
+        and (batch is None or positions.dim() == 1 or positions.shape[0] == batch),
+        name,
+        f"int64 [{'N' if tokens is None else tokens}] or "
+        f"[{'B' if batch is None else batch}, {'N' if tokens is None else tokens}]",
+        positions,
+    )  # fmt: skip
+
+
+def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tuple:
+    """Return what turns one set of rescale factors into another, as the ops take it.
+
+    `(inv_freq, base_inv_freq, start_tokens)` of each set and the ratio of the attention factors. The
+    base frequencies are `theta^(-2i/R)`.
+    """
+    expect(
+        from_factors.rotary_dim == to_factors.rotary_dim,
+        "to_factors", f"rotary_dim {from_factors.rotary_dim} as in from_factors",
+        to_factors.rotary_dim,
+    )  # fmt: skip
+    sets: list = []
+    for factors in (from_factors, to_factors):
+        inv_freq = torch.as_tensor(factors.inv_freq(), dtype=torch.float64, device=device)
+        base = None
+        if factors.start_tokens > 0:
+            exponent = torch.arange(0, factors.rotary_dim, 2, dtype=torch.float64, device=device)
+            base = float(factors.rope_theta) ** (-exponent / factors.rotary_dim)
+        sets += [inv_freq, base, factors.start_tokens]
+    return *sets, to_factors.attention_factor / from_factors.attention_factor

@@ -1,0 +1,152 @@
+"""The specification of `ops.rope`, `ops.rope_` and `ops.rerotate`: exact phases, float64, autograd."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrope.ops._arguments import check_frequencies, check_positions, expect, factor_sets
+
+__all__ = ["phase_turns", "rerotate", "rope", "rope_", "turns_per_token"]
+
+_FRACTION_BITS = (
+    1280  # of 1 / (2 pi): a double has up to 1024 bits before its point, 64 stay behind
+)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See `longrope.ops.rope`. Computed in float64 and rounded once, gradients by autograd."""
+    batch, _, tokens, head_dim = q.shape
+    check_frequencies(inv_freq, start_tokens, base_inv_freq, attention_factor, batch)
+    check_positions("positions", positions, batch, tokens)
+    expect(
+        2 * inv_freq.shape[-1] <= head_dim, "inv_freq", f"at most {head_dim // 2} frequencies",
+        inv_freq,
+    )  # fmt: skip
+    angle = _angle(positions, inv_freq, start_tokens, base_inv_freq)
+    factor = torch.as_tensor(attention_factor, dtype=torch.float64, device=q.device)
+    factor = factor.reshape(-1, 1, 1, 1)
+    return _turn(q, angle, factor, interleaved), _turn(k, angle, factor, interleaved)
+
+
+def rope_(q: Tensor, k: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """See `longrope.ops.rope_`."""
+    with torch.no_grad():
+        q_turned, k_turned = rope(q, k, *arguments, **keywords)
+        return q.copy_(q_turned), k.copy_(k_turned)
+
+
+def rerotate(
+    k: Tensor,
+    positions: Tensor,
+    from_factors: Any,
+    to_factors: Any,
+    interleaved: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `longrope.ops.rerotate`."""
+    check_positions("positions", positions, k.shape[0], k.shape[2])
+    sets = factor_sets(from_factors, to_factors, k.device)
+    undo, undo_base, undo_start, turn, turn_base, turn_start, ratio = sets
+    angle = _angle(positions, turn, turn_start, turn_base, undo, undo_start, undo_base)
+    turned = _turn(k, angle, torch.tensor(ratio, dtype=torch.float64), interleaved)
+    return turned if out is None else out.copy_(turned)
+
+
+@lru_cache(maxsize=1)
+def _inverse_two_pi() -> int:
+    """Return 2^_FRACTION_BITS / (2 pi), by Machin's formula for pi in integers."""
+    one = 1 << (2 * _FRACTION_BITS)
+
+    def arctan_of_inverse(x: int) -> int:
+        term, total, n = one // x, 0, 0
+        while term:
+            total += (-1) ** n * (term // (2 * n + 1))
+            term //= x * x
+            n += 1
+        return total
+
+    pi = 16 * arctan_of_inverse(5) - 4 * arctan_of_inverse(239)
+    return (one << _FRACTION_BITS) // (2 * pi)
+
+
+@lru_cache(maxsize=65536)
+def turns_per_token(inv_freq: float) -> int:
+    """Return `round(inv_freq / (2 pi) * 2^64)` modulo one turn, as a signed 64-bit integer."""
+    numerator, denominator = inv_freq.as_integer_ratio()  # exact; the denominator is a power of 2
+    scaled = (numerator * _inverse_two_pi() << 64) // denominator
+    turns = (scaled + (1 << (_FRACTION_BITS - 1))) >> _FRACTION_BITS  # to nearest
+    return (turns + 2**63) % 2**64 - 2**63
+
+
+def phase_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Return `positions[..., None] * inv_freq` in turns times 2^64, int64, modulo one turn: exact."""
+    frequencies = [turns_per_token(f) for f in inv_freq.detach().flatten().tolist()]
+    fixed = torch.tensor(frequencies, dtype=torch.int64, device=inv_freq.device)
+    fixed = fixed.reshape(inv_freq.shape)
+    if fixed.dim() == 2:
+        fixed = fixed[:, None, :]
+    return positions[..., None] * fixed  # wraps modulo 2^64, which is one turn
+
+
+def _choose(positions: Tensor, start_tokens: int | Tensor, base: Any, rescaled: Any) -> Any:
+    """Take `base` at positions below the start tokens (`[B or 1, N, pairs]`), `rescaled` elsewhere."""
+    start = torch.as_tensor(start_tokens, device=positions.device).reshape(-1, 1)
+    below = (positions < start) & (start > 0)
+    return torch.where(below[..., None], base, rescaled)
+
+
+def _angle(
+    positions: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor,
+    base_inv_freq: Tensor | None,
+    undo: Tensor | None = None,
+    undo_start: int | Tensor = 0,
+    undo_base: Tensor | None = None,
+) -> Tensor:
+    """Return the angles, float64 radians `[B or 1, N, pairs]`: exact, and differentiable."""
+    base = inv_freq if base_inv_freq is None else base_inv_freq
+
+    def rows(t: Tensor) -> Tensor:
+        return t if t.dim() == 1 else t[:, None, :]
+
+    turns = _choose(
+        positions, start_tokens, phase_turns(positions, base), phase_turns(positions, inv_freq)
+    )
+    if undo is not None:
+        base_undo = undo if undo_base is None else undo_base
+        turns = turns - _choose(
+            positions, undo_start, phase_turns(positions, base_undo), phase_turns(positions, undo)
+        )
+    exact = turns.to(torch.float64) * (2 * torch.pi / 2**64)
+    # The value is the exact phase; the derivative is that of position * inv_freq.
+    linear = positions[..., None] * _choose(positions, start_tokens, rows(base), rows(inv_freq))
+    return exact + (linear - linear.detach())
+
+
+def _turn(x: Tensor, angle: Tensor, factor: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of `x` `[B, H, N, D]` by `angle` `[B or 1, N, pairs]` and multiply by `factor`."""
+    rotary_dim = 2 * angle.shape[-1]
+    cos, sin = angle.cos()[:, None] * factor, angle.sin()[:, None] * factor
+    wide = x.to(torch.float64)
+    turned, rest = wide[..., :rotary_dim], wide[..., rotary_dim:]
+    if interleaved:
+        x1, x2 = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+    else:
+        x1, x2 = turned.chunk(2, -1)
+        turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    return torch.cat((turned, rest), -1).to(x.dtype)

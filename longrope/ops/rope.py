@@ -1,0 +1,316 @@
+"""Rotary position embedding with rescaled frequencies, exact at any position.
+
+The angle of position `n` in pair `i` is `n * inv_freq[i]`, reduced to one turn in 64-bit fixed point
+(float32 products are off by 0.16 rad at position 2^21); see `csrc/rope/rope.h` for the kernels and
+`longrope.ops.reference.rope` for the specification in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
+from longrope.ops._arguments import check_frequencies, check_positions, factor_sets
+
+__all__ = ["Rotation", "rerotate", "rope", "rope_"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How `ops.attention` turns queries and keys that come un-rotated.
+
+    Parameters
+    ----------
+    inv_freq : float64 `[R/2]` or `[B, R/2]`
+        Radians per token; a row of the batch may have its own.
+    query_positions, key_positions : int64 `[N]` or `[B, N]`, `[M]` or `[B, M]`
+        Positions of the queries and of the keys; may be negative.
+    start_tokens : int or int64 `[B]`
+        Positions below it turn by `base_inv_freq` (n_hat of the paper); 0 for none.
+    base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
+        The original frequencies; required with `start_tokens`.
+    attention_factor : float or tensor `[]` or `[B]`
+        Multiplies the rotated dimensions of queries and of keys.
+    interleaved : bool
+        Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
+    """
+
+    inv_freq: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    start_tokens: int | Tensor = 0
+    base_inv_freq: Tensor | None = None
+    attention_factor: float | Tensor = 1.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        """Check dtypes and shapes; batch and token counts are checked against the tensors later."""
+        check_frequencies(
+            self.inv_freq, self.start_tokens, self.base_inv_freq, self.attention_factor
+        )
+        check_positions("query_positions", self.query_positions)
+        check_positions("key_positions", self.key_positions)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by their positions (LongRoPE, equation 1); the inputs stay unchanged.
+
+    In plain torch, with `phase = positions[:, None] * inv_freq` and the halves `x1, x2` of a row:
+    `cos, sin = attention_factor * phase.cos(), attention_factor * phase.sin()`, and
+    `torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)`.
+
+    Parameters
+    ----------
+    q : float32, bfloat16, float16 (CPU also float64) `[B, H, N, D]`
+        Queries, any strides with stride 1 in `D`.
+    k : the dtype of q, `[B, Hk, N, D]`
+        Keys, likewise.
+    positions : int64 `[N]` or `[B, N]`
+        May be negative.
+    inv_freq : float64 `[R/2]` or `[B, R/2]`
+        Radians per token, `R <= D`; dimensions from `R` on are copied.
+    start_tokens : int or int64 `[B]`
+        Positions below it turn by `base_inv_freq` (n_hat of the paper); 0: none do, not even
+        negative ones.
+    base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
+        The original frequencies; required with `start_tokens`.
+    attention_factor : float or tensor `[]` or `[B]`
+        Multiplies the rotated dimensions (sections 3 of YaRN and Phi-3's `su`).
+    interleaved : bool
+        Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
+
+    Returns
+    -------
+    q, k : fresh tensors
+        In the memory order of the inputs (`[B, N, H, D]` or `[B, H, N, D]`). Differentiable in q, k,
+        inv_freq, base_inv_freq and attention_factor, twice in q and k.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype, device or stride is not as above, a frequency or factor is not finite
+        (CPU), or `base_inv_freq` is missing.
+    """
+    return torch.ops.longrope.rope(
+        q, k, positions, inv_freq, base_inv_freq,
+        *_start_and_factor(q, start_tokens, attention_factor), interleaved, False,
+    )  # fmt: skip
+
+
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `rope`, in place: writes to q and k and returns them. For caches and inference.
+
+    Raises
+    ------
+    ValueError
+        As `rope`; also where q or k overlap each other or themselves (an expanded tensor), or where
+        a gradient is asked for.
+    """
+    _refuse_gradients("rope_", "rope", q, k, inv_freq, base_inv_freq, attention_factor)
+    torch.ops.longrope.rope_(
+        q, k, positions, inv_freq, base_inv_freq,
+        *_start_and_factor(q, start_tokens, attention_factor), interleaved,
+    )  # fmt: skip
+    return q, k
+
+
+def rerotate(
+    k: Tensor,
+    positions: Tensor,
+    from_factors: Any,
+    to_factors: Any,
+    interleaved: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Turn keys that were rotated under one factor set into keys rotated under another.
+
+    Each key turns once, by the difference of its two phases (exact in fixed point), and is scaled by
+    the ratio of the attention factors. Dimensions beyond `rotary_dim` are copied.
+
+    Parameters
+    ----------
+    k : float32, bfloat16, float16 (CPU also float64) `[B, Hk, N, D]`
+        Rotated keys, any strides with stride 1 in `D`.
+    positions : int64 `[N]` or `[B, N]`
+        The positions that they were rotated at.
+    from_factors, to_factors : longrope.RescaleFactors
+        The set that turned them, and the set wanted; of one `rotary_dim`. Positions below a set's
+        `start_tokens` have its original frequencies.
+    interleaved : bool
+        Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
+    out : tensor like k, optional
+        Written and returned; `out=k` turns them in place.
+
+    Returns
+    -------
+    Tensor
+        `out`, or a fresh tensor that is differentiable in k.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype, device or stride is not as above, the sets do not fit, or `out`
+        overlaps k without being k.
+    """
+    sets = factor_sets(from_factors, to_factors, k.device)
+    if out is None:
+        return torch.ops.longrope.rerotate(k, positions, *sets, interleaved)
+    _refuse_gradients("rerotate(out=...)", "rerotate without out", k, out)
+    if out is k:
+        torch.ops.longrope.rerotate_(k, positions, *sets, interleaved)
+    else:
+        torch.ops.longrope.rerotate_out(k, positions, *sets, interleaved, out)
+    return out
+
+
+def _start_and_factor(
+    q: Tensor, start_tokens: int | Tensor, attention_factor: float | Tensor
+) -> tuple[int, Tensor | None, float, Tensor | None]:
+    """Split each argument into the scalar and the tensor that the op takes."""
+    rows = factor = None
+    if isinstance(start_tokens, Tensor):
+        start_tokens, rows = 0, start_tokens
+    if isinstance(attention_factor, Tensor):
+        attention_factor, factor = 1.0, attention_factor.to(torch.float64)
+    return start_tokens, rows, attention_factor, factor
+
+
+def _refuse_gradients(name: str, instead: str, *arguments: object) -> None:
+    if torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in arguments
+    ):
+        raise ValueError(
+            f"{name}: writes in place and has no gradient, got an argument that requires one; "
+            f"use {instead}, or torch.no_grad()"
+        )
+
+
+def _fresh(like: Tensor) -> Tensor:
+    """Return what the kernels allocate: the memory order of `like`, without gaps."""
+    batch, heads, tokens, head_dim = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    return like.new_empty(batch, heads, tokens, head_dim)
+
+
+@torch.library.register_fake("longrope::rope")
+def _(q, k, *_arguments):
+    return _fresh(q), _fresh(k)
+
+
+@torch.library.register_fake("longrope::rope_")
+def _(q, k, *_arguments):
+    return None
+
+
+@torch.library.register_fake("longrope::rope_grad")
+def _(grad_q, grad_k, q, k, positions, inv_freq, *_arguments):
+    rows = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
+    return rows, torch.empty_like(rows), inv_freq.new_empty(q.shape[0])
+
+
+@torch.library.register_fake("longrope::rerotate")
+def _(k, *_arguments):
+    return _fresh(k)
+
+
+@torch.library.register_fake("longrope::rerotate_out")
+def _(k, *_arguments):
+    return None
+
+
+@torch.library.register_fake("longrope::rerotate_")
+def _(k, *_arguments):
+    return None
+
+
+# Positions of the arguments of longrope::rope that have a gradient.
+_INV_FREQ, _BASE_INV_FREQ, _FACTOR = 3, 4, 8
+
+
+def _rope_setup(ctx, inputs, output):
+    q, k, positions, inv_freq, base, start_tokens, rows, factor, factor_rows, *flags = inputs
+    ctx.scalars = start_tokens, factor, *flags
+    needs = ctx.needs_input_grad
+    ctx.needs_angles = needs[_INV_FREQ] or needs[_BASE_INV_FREQ] or needs[_FACTOR]
+    kept = (q, k) if ctx.needs_angles else (None, None)
+    ctx.save_for_backward(*kept, positions, inv_freq, base, rows, factor_rows)
+
+
+def _rope_backward(ctx, grad_q, grad_k):
+    q, k, positions, inv_freq, base, rows, factor_rows = ctx.saved_tensors
+    start_tokens, factor, interleaved, inverse = ctx.scalars
+    grad_q, grad_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+    turned_by = (
+        positions, inv_freq, base, start_tokens, rows, factor, factor_rows, interleaved
+    )  # fmt: skip
+    grads = [None] * 11
+    # The gradient of a rotation is the rotation back.
+    grads[0], grads[1] = torch.ops.longrope.rope(grad_q, grad_k, *turned_by, not inverse)
+    if ctx.needs_angles:
+        to_inv_freq, to_base, to_factor = torch.ops.longrope.rope_grad(
+            grad_q, grad_k, q, k, *turned_by, inverse
+        )
+        if ctx.needs_input_grad[_INV_FREQ]:
+            grads[_INV_FREQ] = to_inv_freq.sum_to_size(inv_freq.shape)
+        if ctx.needs_input_grad[_BASE_INV_FREQ]:
+            grads[_BASE_INV_FREQ] = to_base.sum_to_size(base.shape)
+        if ctx.needs_input_grad[_FACTOR]:
+            grads[_FACTOR] = to_factor.sum_to_size(factor_rows.shape)
+    return tuple(grads)
+
+
+torch.library.register_autograd("longrope::rope", _rope_backward, setup_context=_rope_setup)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("rope: no second derivative for inv_freq and attention_factor")
+
+
+torch.library.register_autograd("longrope::rope_grad", _no_second_derivative)
+
+
+def _rerotate_setup(ctx, inputs, output):
+    _, positions, *from_set_to_set = inputs
+    ctx.save_for_backward(positions, *(a for a in from_set_to_set if isinstance(a, Tensor)))
+    ctx.arguments = [None if isinstance(a, Tensor) else a for a in from_set_to_set]
+    ctx.is_tensor = [isinstance(a, Tensor) for a in from_set_to_set]
+
+
+def _rerotate_backward(ctx, grad):
+    positions, *tensors = ctx.saved_tensors
+    source = iter(tensors)
+    sets = [
+        next(source) if is_tensor else a
+        for a, is_tensor in zip(ctx.arguments, ctx.is_tensor, strict=True)
+    ]
+    turned_back = (*sets[3:6], *sets[:3], *sets[6:])
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return torch.ops.longrope.rerotate(grad, positions, *turned_back), *[None] * 9
+
+
+torch.library.register_autograd(
+    "longrope::rerotate", _rerotate_backward, setup_context=_rerotate_setup
+)
