@@ -92,8 +92,8 @@ def check_positions(
 def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tuple:
     """Return what turns one set of rescale factors into another, as the ops take it.
 
-    `(inv_freq, base_inv_freq, start_tokens)` of each set and the ratio of the attention factors. The
-    base frequencies are `theta^(-2i/R)`.
+    `(inv_freq, base_inv_freq, start_tokens)` of each set and the ratio of the attention factors.
+    The base frequencies are `theta^(-2i/R)`.
     """
     expect(
         from_factors.rotary_dim == to_factors.rotary_dim,

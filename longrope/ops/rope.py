@@ -1,8 +1,8 @@
 """Rotary position embedding with rescaled frequencies, exact at any position.
 
-The angle of position `n` in pair `i` is `n * inv_freq[i]`, reduced to one turn in 64-bit fixed point
-(float32 products are off by 0.16 rad at position 2^21); see `csrc/rope/rope.h` for the kernels and
-`longrope.ops.reference.rope` for the specification in plain PyTorch.
+The angle of position `n` in pair `i` is `n * inv_freq[i]`, reduced to one turn in 64-bit fixed
+point (float32 products are off by 0.16 rad at position 2^21); see `csrc/rope/rope.h` for the
+kernels and `longrope.ops.reference.rope` for the specification in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def rope(
     Returns
     -------
     q, k : fresh tensors
-        In the memory order of the inputs (`[B, N, H, D]` or `[B, H, N, D]`). Differentiable in q, k,
-        inv_freq, base_inv_freq and attention_factor, twice in q and k.
+        In the memory order of the inputs (`[B, N, H, D]` or `[B, H, N, D]`). Differentiable in q,
+        k, inv_freq, base_inv_freq and attention_factor, twice in q and k.
 
     Raises
     ------
@@ -146,8 +146,8 @@ def rerotate(
 ) -> Tensor:
     """Turn keys that were rotated under one factor set into keys rotated under another.
 
-    Each key turns once, by the difference of its two phases (exact in fixed point), and is scaled by
-    the ratio of the attention factors. Dimensions beyond `rotary_dim` are copied.
+    Each key turns once, by the difference of its two phases (exact in fixed point), and is scaled
+    by the ratio of the attention factors. Dimensions beyond `rotary_dim` are copied.
 
     Parameters
     ----------
