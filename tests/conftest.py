@@ -21,3 +21,12 @@ def isa(request):
 def seeded():
     """Start every test from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """Run tiny models on one thread: two that wait for each other on a busy machine take 100x."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,169 @@
+"""The journal of a search: one JSON line per evaluation, durable before the search goes on.
+
+A search is a deterministic function of its header (model, data, settings, seed) and of the
+values it measured. So a run resumes by running again from the start and taking values from the
+journal, in order, for as long as they last: no random state is stored, and the continued run is
+the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FORMAT = "longrope search journal 1"
+
+
+class JournalError(ValueError):
+    """A journal that cannot be resumed: damaged, or of another search."""
+
+
+class Journal:
+    """An append-only file of JSON lines: a header, then one line per evaluation.
+
+    Lines are written, flushed and fsynced together per call of `append`, the unit of work that a
+    resumed search may have to redo. A last line without its newline was cut off by a crash and is
+    dropped. The file is locked while it is open: two searches cannot write the same one.
+
+    Parameters
+    ----------
+    path
+        The journal file; its folder must exist.
+    header
+        JSON values that identify the search. A journal with another header is refused with the
+        first difference named.
+    notes
+        JSON values of the first run that a resumed one need not share (`journal.notes` has them):
+        how evaluations were batched, which a resumed run must take over because the bits of a
+        value can depend on it, and versions.
+    resume
+        False: an existing journal is moved aside (`.previous`) and a new one begins.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        notes: dict[str, Any] | None = None,
+        resume: bool = True,
+    ):
+        self.path = Path(path)
+        # Through JSON, so that it compares equal to what was read back (tuples become lists).
+        header = json.loads(json.dumps({"format": FORMAT, **header, "notes": notes or {}}))
+        if not resume and self.path.exists():
+            os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
+        try:
+            _lock(self._file)
+        except OSError:
+            self._file.close()
+            raise JournalError(f"out: another search is writing to {self.path}") from None
+        try:
+            lines = self._complete_lines()
+            if lines:
+                old = self._parse(lines[0], 1)
+                self.notes = old.get("notes", {})
+                difference = first_difference({**old, "notes": None}, {**header, "notes": None})
+                if difference:
+                    raise JournalError(
+                        f"out: {self.path} is the journal of another search ({difference}); "
+                        "choose another folder, or resume=False to start again"
+                    )
+            else:
+                self.notes = header["notes"]
+                self._write([header])
+                _fsync_folder(self.path.parent)
+            self._pending = [self._parse(line, n) for n, line in enumerate(lines[1:], 2)]
+            self._sizes = [len(line) + 1 for line in lines]
+        except BaseException:
+            self.close()
+            raise
+        self._read = 0  # how many of the pending entries were replayed
+
+    def peek(self, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` of the next entries of an earlier run."""
+        return self._pending[self._read : self._read + count]
+
+    def skip(self, count: int) -> None:
+        """Step over `count` entries of an earlier run: they stay."""
+        self._read += count
+
+    def append(self, entries: list[dict[str, Any]]) -> None:
+        """Write entries durably after those stepped over; earlier ones not stepped over go."""
+        if self._read < len(self._pending):
+            self._file.truncate(sum(self._sizes[: 1 + self._read]))
+        self._pending, self._read = [], 0
+        self._write(entries)
+
+    def close(self) -> None:
+        """Close the file and release its lock."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _complete_lines(self) -> list[bytes]:
+        self._file.seek(0)
+        content = self._file.read()
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
+            self._file.truncate(len(complete))
+        return complete.split(b"\n")[:-1]
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError
+        except ValueError:
+            raise JournalError(
+                f"out: line {number} of {self.path} is damaged; "
+                "remove it and the lines after it, or choose another folder"
+            ) from None
+        return entry
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> str | None:
+    """Name the first place where two JSON values differ, `"seed: 1 there, 2 here"`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            below = f"{name}.{key}" if name else str(key)
+            found = first_difference(old.get(key), new.get(key), below)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{name}: {_short(old)} there, {_short(new)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file for this process; the lock ends with the process, also when it is killed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no advisory locks of this kind
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the new file's name durable too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

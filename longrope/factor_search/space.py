@@ -1,0 +1,102 @@
+"""The search space of LongRoPE (section 3.3 and Table 4 of the paper) and moves inside it.
+
+A candidate keeps its rescale factors as integers of hundredths, the paper's step of 0.01: equal
+candidates are equal tuples, and no tolerance decides what was seen before. Every move gives a
+non-decreasing candidate within the bounds by construction; nothing is drawn and rejected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Steps of the grid in 1.0 (the paper's step size is 0.01).
+STEPS = 100
+#: The paper's candidates for n_hat, the number of start tokens that keep the original angles.
+START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+#: The upper bound of lambda over the extension ratio (Table 4: lambda in [1.0, 1.25 s]).
+BOUND_OVER_RATIO = 1.25
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """One point of the search space: lambda of each pair in hundredths, and n_hat."""
+
+    hundredths: tuple[int, ...]
+    start_tokens: int = 0
+
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """The rescale factors as numbers."""
+        return tuple(h / STEPS for h in self.hundredths)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Non-decreasing lambdas of `dims` pairs in `[lower, upper]` hundredths; choices of n_hat."""
+
+    dims: int
+    upper: int
+    start_tokens: tuple[int, ...] = START_TOKENS
+    lower: int = STEPS
+
+    @classmethod
+    def of(
+        cls, dims: int, max_lambda: float, start_tokens: Sequence[int] = START_TOKENS
+    ) -> SearchSpace:
+        """Build the space with lambda from 1 to `max_lambda`, rounded down to the grid."""
+        upper = math.floor(round(max_lambda * STEPS, 6))
+        return cls(dims, upper, tuple(start_tokens))
+
+    def __contains__(self, candidate: Candidate) -> bool:
+        bounded = (self.lower, *candidate.hundredths, self.upper)
+        return (
+            len(candidate.hundredths) == self.dims
+            and all(a <= b for a, b in itertools.pairwise(bounded))
+            and candidate.start_tokens in self.start_tokens
+        )
+
+    def snap(self, lambdas: Sequence[float], start_tokens: int | None = None) -> Candidate:
+        """Round factors to the grid, clip them to the bounds and lift any that fall back."""
+        grid = np.rint(np.asarray(lambdas, np.float64) * STEPS)
+        grid = np.maximum.accumulate(np.clip(grid, self.lower, self.upper))
+        chosen = self.start_tokens[0] if start_tokens is None else start_tokens
+        return Candidate(tuple(int(v) for v in grid), chosen)
+
+    def mutate(
+        self, parent: Candidate, probability: float, random: np.random.Generator
+    ) -> Candidate:
+        """Redraw each factor with `probability`, uniformly between its neighbours; n_hat too.
+
+        The pairs are taken in order, so a factor's left neighbour may already be new and its
+        right one is still the parent's: the result never decreases, at a cost of O(dims). Drawing
+        all chosen factors over the whole range and keeping only non-decreasing children, which is
+        how the paper states it, gives the same kind of step (a factor that lands between its
+        neighbours) after a number of retries that grows exponentially with the dimensions.
+        """
+        values = list(parent.hundredths)
+        chosen = random.random(self.dims) < probability
+        for i in np.flatnonzero(chosen):
+            left = values[i - 1] if i > 0 else self.lower
+            right = values[i + 1] if i + 1 < self.dims else self.upper
+            values[i] = int(random.integers(left, right, endpoint=True))
+        start_tokens = parent.start_tokens
+        if random.random() < probability:
+            start_tokens = self.start_tokens[random.integers(len(self.start_tokens))]
+        return Candidate(tuple(values), start_tokens)
+
+    def crossover(self, a: Candidate, b: Candidate, random: np.random.Generator) -> Candidate:
+        """Take each factor and n_hat from either parent, then sort the factors.
+
+        Sorting repairs the order without a bias up or down (a running maximum only lifts) and
+        stays between the parents: where `low_i <= c_i <= high_i` with non-decreasing `low` (the
+        smaller parent per dimension) and `high` (the larger one), the sorted `c` obeys them too.
+        """
+        from_a = random.random(self.dims) < 0.5
+        values = np.sort(np.where(from_a, a.hundredths, b.hundredths))
+        start_tokens = a.start_tokens if random.random() < 0.5 else b.start_tokens
+        return Candidate(tuple(int(v) for v in values), start_tokens)

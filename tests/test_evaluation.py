@@ -1,0 +1,205 @@
+"""`longrope.perplexity` against a loop that does what its docstring says, one window at a time."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import longrope
+from longrope.evaluation import NextTokenNLL, evaluating, sliding_windows
+
+VOCABULARY = 50
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # far from uniform predictions
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def documents_of(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths]
+
+
+def brute_force(model, documents, length, stride):
+    """Score every token in every window that may, and keep the score with the most context."""
+    total, count = 0.0, 0
+    for document in documents:
+        best = {}
+        start = 0
+        while True:
+            window = document[start : start + length]
+            with torch.no_grad():
+                log_probabilities = model(window[None]).logits[0].double().log_softmax(-1)
+            for context in range(1, len(window)):
+                nll = -log_probabilities[context - 1, window[context]].item()
+                token = start + context
+                if token not in best or context > best[token][0]:
+                    best[token] = (context, nll)
+            if start + length >= len(document):
+                break
+            start += stride
+        total += sum(nll for _, nll in best.values())
+        count += len(best)
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "lengths"),
+    [
+        (16, 4, (50, 16, 33)),
+        (16, 16, (50, 32, 17)),  # no overlap: the first token of each window stays unscored
+        (16, 1, (20, 18)),
+        (7, 5, (31, 7, 8)),
+        (2, 1, (9,)),
+        (2, 2, (9, 2)),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_equals_the_brute_force_loop(model, length, stride, lengths, batch_size):
+    documents = documents_of(*lengths)
+    actual = longrope.perplexity(
+        model, documents, length=length, stride=stride, batch_size=batch_size
+    )
+    assert actual == pytest.approx(brute_force(model, documents, length, stride), rel=1e-5)
+
+
+def test_weighs_tokens_and_not_documents(model):
+    one, two = documents_of(64, 16)
+    nlls = [math.log(longrope.perplexity(model, [d], length=16, stride=8)) for d in (one, two)]
+    both = math.log(longrope.perplexity(model, [one, two], length=16, stride=8))
+    assert both == pytest.approx((63 * nlls[0] + 15 * nlls[1]) / 78, rel=1e-5)
+    assert abs(both - sum(nlls) / 2) > 1e-3
+
+
+@pytest.mark.parametrize("length", [2, 5, 16])
+@pytest.mark.parametrize("stride", [1, 2, 5, 16])
+def test_windows_score_each_token_once_with_the_most_context(length, stride):
+    if stride > length:
+        pytest.skip("a stride longer than the window leaves gaps")
+    for size in range(length, 40):
+        scored = {}
+        for start, end, count in sliding_windows(size, length, stride):
+            assert start % stride == 0
+            assert end == min(start + length, size)
+            for token in range(end - count, end):
+                assert token not in scored
+                assert token > start
+                scored[token] = token - start
+        for token in range(1, size):
+            starts = [s for s in range(0, token, stride) if s > token - length]
+            # The only tokens never scored are those that begin every window they lie in.
+            assert scored.get(token) == (token - starts[0] if starts else None)
+
+
+def test_a_sample_is_seeded_random_documents(model):
+    documents = documents_of(*[16] * 12)
+    kwargs = {"length": 16, "stride": 16}
+    each = [longrope.perplexity(model, [d], **kwargs) for d in documents]
+    drawn = [
+        longrope.perplexity(model, documents, samples=1, seed=seed, **kwargs) for seed in range(8)
+    ]
+    again = [
+        longrope.perplexity(model, documents, samples=1, seed=seed, **kwargs) for seed in range(8)
+    ]
+    assert drawn == again
+    nearest = [min(range(12), key=lambda i, d=d: abs(each[i] - d)) for d in drawn]
+    assert len(set(nearest)) > 3  # not the first ones
+    every = longrope.perplexity(model, documents, samples=12, seed=5, **kwargs)
+    assert every == pytest.approx(longrope.perplexity(model, documents, **kwargs), rel=1e-6)
+
+
+def test_restores_training_flags_and_needs_no_gradient(model):
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    longrope.perplexity(model, documents_of(16), length=16, stride=8)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == before
+    model.eval()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_with_more_than_a_linear_output_layer_is_scored_by_its_own_logits(model):
+    class SoftCapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = model.model
+            self.inner = model
+
+        def get_output_embeddings(self):
+            return self.inner.lm_head
+
+        def forward(self, input_ids, use_cache=False):
+            out = self.inner(input_ids=input_ids, use_cache=use_cache)
+            out.logits = torch.tanh(out.logits)
+            return out
+
+    capped = SoftCapped().eval()
+    documents = documents_of(24)
+    actual = longrope.perplexity(capped, documents, length=16, stride=8)
+    assert actual == pytest.approx(brute_force(capped, documents, 16, 8), rel=1e-5)
+    plain = longrope.perplexity(model, documents, length=16, stride=8)
+    assert abs(actual - plain) > 0.1
+
+
+def test_only_scored_tokens_reach_the_output_layer(model):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[0]))
+    try:
+        with evaluating(model):
+            score = NextTokenNLL(model)
+            seen.clear()
+            nll = score(torch.stack(documents_of(16, 16)), 4)
+    finally:
+        hook.remove()
+    assert nll.shape == (2, 4)
+    assert sum(seen) <= 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"documents": []}, "documents: expected at least one document"),
+        ({"documents": [[1, 2, 3]]}, r"documents\[0\]: expected at least 16 tokens, got 3"),
+        ({"documents": [[VOCABULARY] * 16]}, r"documents\[0\]: token id 50 is outside"),
+        ({"length": 1}, "length: expected an integer of at least 2, got 1"),
+        ({"length": 16.0}, "length: expected an integer of at least 2, got 16.0"),
+        ({"length": 15, "stride": 16}, r"stride: expected 1 to length \(15\), got 16"),
+        ({"stride": 0}, r"stride: expected 1 to length \(16\), got 0"),
+        ({"stride": 17}, r"stride: expected 1 to length \(16\), got 17"),
+        ({"samples": 3}, "samples: expected 1 to 2 documents, got 3"),
+        ({"samples": 0}, "samples: expected 1 to 2 documents, got 0"),
+        ({"batch_size": 0}, "batch_size: expected a positive integer or None, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(model, changes, sentence):
+    arguments = {"documents": documents_of(20, 30), "length": 16, "stride": 8} | changes
+    with pytest.raises(ValueError, match=sentence):
+        longrope.perplexity(model, **arguments)
+
+
+def test_nan_names_the_window(model):
+    weight = model.lm_head.weight.data
+    kept = weight.clone()
+    weight[7] = math.nan
+    try:
+        with pytest.raises(ValueError, match=r"NLL of tokens 0 to 16 of documents\[0\] is nan"):
+            longrope.perplexity(model, documents_of(20), length=16, stride=8)
+    finally:
+        weight.copy_(kept)
