@@ -1,0 +1,103 @@
+// What every kernel uses: 16-byte memory accesses, conversions, reductions, shared arrays, launch.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/types.cuh"
+
+// States the most registers that `kernel` may use; ci/nvcc_check.py reads it from the source and
+// holds ptxas to it. Spills fail too, unless a third argument allows so many bytes of them.
+#define LONGROPE_MAX_REGISTERS(...)
+
+// A shared array of the block, `type name[count]`, 16-byte aligned, unwritten.
+#ifdef __CUDACC__
+#define LONGROPE_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#else
+#define LONGROPE_SHARED(type, name, count)   \
+  static char name##_tag;                    \
+  auto& name = *static_cast<type(*)[count]>( \
+      ::emulation::static_shared(static_cast<const void*>(&name##_tag), sizeof(type) * (count)))
+#endif
+
+namespace longrope::cuda {
+
+// The shared memory that the launch asked for, 128-byte aligned, unwritten.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(128) unsigned char longrope_dynamic_shared[];
+  return longrope_dynamic_shared;
+#else
+  return static_cast<unsigned char*>(emulation::dynamic_shared());
+#endif
+}
+
+template <typename Integer>
+constexpr __host__ __device__ Integer ceil_div(Integer a, Integer b) {
+  return (a + b - 1) / b;
+}
+
+// kCount neighbours with one instruction; the address is aligned to all of them.
+template <int kCount, typename T>
+__device__ __forceinline__ Pack<T, kCount> load(const T* address, Site site = Site::here()) {
+#ifndef __CUDACC__
+  emulation::check_aligned(address, sizeof(Pack<T, kCount>), "load", site);
+#endif
+  return *reinterpret_cast<const Pack<T, kCount>*>(address);
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store(T* address, const Pack<T, kCount>& pack,
+                                      Site site = Site::here()) {
+#ifndef __CUDACC__
+  emulation::check_aligned(address, sizeof(Pack<T, kCount>), "store", site);
+#endif
+  *reinterpret_cast<Pack<T, kCount>*>(address) = pack;
+}
+
+// Over groups of `width` lanes of a full warp; every lane receives the result. Butterflies: the
+// order of the additions is the same in every lane and in every run.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value, int width = 32, Site site = Site::here()) {
+  for (int distance = width / 2; distance > 0; distance /= 2) {
+    value += shfl_xor(kAllLanes, value, distance, 32, site);
+  }
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max(T value, int width = 32, Site site = Site::here()) {
+  for (int distance = width / 2; distance > 0; distance /= 2) {
+    const T other = shfl_xor(kAllLanes, value, distance, 32, site);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Throws std::runtime_error with the
+// kernel's name when the launch is refused.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+#ifdef __CUDACC__
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > (48 << 10)) {  // beyond what a kernel gets unasked
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+  }
+#else
+  (void)stream;
+  emulation::run_grid({name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+                      [&] { kernel(arguments...); });
+#endif
+}
+
+}  // namespace longrope::cuda
