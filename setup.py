@@ -1,26 +1,198 @@
-"""Builds longrope._C with torch.utils.cpp_extension. Folders decide what is compiled."""
+"""Builds longrope._C with torch.utils.cpp_extension. Folders decide what is compiled.
 
+LONGROPE_CUDA=auto (default) compiles the CUDA kernels where torch was built for CUDA and nvcc is
+found, whether this machine has a GPU or not; 1 insists on them, 0 leaves them out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
-import torch
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-VERSION = "0.1.0"
-sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import longrope_build as backend  # noqa: E402
+
+#: Run-time requirements beside torch, whose minor is the one that the extension was built with.
+DEPENDENCIES = [
+    "transformers>=4.57,<6",
+    "numpy",
+    "safetensors",
+    "typer",
+    "rich",
+    "matplotlib",
+]
+
+torch_version = backend.find_torch()
+if torch_version:
+    torch_requirement = "torch=={}.{}.*".format(*backend.minor(torch_version))
+else:
+    torch_requirement = backend.TORCH  # a source distribution can be made without torch
+
+
+def sources(*patterns: str) -> list[str]:
+    """The files that match, relative to the root, sorted. CMakeLists.txt globs the same."""
+    found = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)}
+    return sorted(found)
+
+
+CPP_SOURCES = sources("csrc/**/cpu/*.cpp", "csrc/bindings/*.cpp")
+CUDA_SOURCES = sources("csrc/**/cuda/*.cu")
+
+
+def with_cuda() -> bool:
+    """Decide whether to compile the CUDA kernels; refuse where that is asked for and impossible."""
+    import torch
+    from torch.utils import cpp_extension
+
+    choice = os.environ.get("LONGROPE_CUDA", "auto").strip().lower() or "auto"
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"longrope: LONGROPE_CUDA: expected 0, 1 or auto, got {choice!r}")
+    home = cpp_extension.CUDA_HOME
+    nvcc = Path(home, "bin", "nvcc") if home else None
+    obstacle = None
+    if torch.version.cuda is None:
+        obstacle = f"torch {torch.__version__} was built without CUDA: install a CUDA build of it"
+    elif not (nvcc and nvcc.exists()):
+        obstacle = "nvcc was not found: set CUDA_HOME to the folder of the CUDA toolkit"
+    else:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = answer.partition("release ")[2].partition(",")[0]
+        if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+            obstacle = (
+                f"{nvcc} is of CUDA {release or 'unknown'} and torch {torch.__version__} of CUDA "
+                f"{torch.version.cuda}: point CUDA_HOME to a toolkit of the same major version"
+            )
+    if obstacle is None and not CUDA_SOURCES:
+        obstacle = "this version of longrope has no CUDA kernels"
+    if choice == "1" and obstacle:
+        raise SystemExit(f"longrope: LONGROPE_CUDA=1 was asked for and {obstacle}")
+    if choice == "auto" and obstacle and torch.version.cuda and CUDA_SOURCES:
+        print(f"longrope: building for the CPU only, as {obstacle}", file=sys.stderr)
+    return choice != "0" and obstacle is None
+
+
+def openmp_flags() -> list[str]:
+    """Return the flags that make `at::parallel_for` parallel, empty where that is impossible.
+
+    They go to the compiler and not to the linker: the OpenMP calls are then bound to the runtime
+    that torch has loaded, and never bring a second one with a thread pool of its own. A probe shows
+    whether this compiler's calls are found there (g++ and libgomp: yes; Apple's clang has no
+    OpenMP; clang on Linux calls another runtime than the libgomp in torch's own packages).
+    """
+    import torch
+
+    if not torch.backends.openmp.is_available():
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        source, object_file, library = (Path(folder, f"probe.{end}") for end in ("cpp", "o", "so"))
+        source.write_text(
+            "#include <omp.h>\n"
+            "int probe() { int n = 0;\n"
+            "#pragma omp parallel reduction(+ : n)\n"
+            "  n += omp_get_num_threads();\n"
+            "  return n; }\n"
+        )
+        compile_probe = ["-fopenmp", "-fPIC", "-O1", "-c", source, "-o", object_file]
+        link_probe = ["-shared", object_file, "-o", library]
+        try:
+            for arguments in (compile_probe, link_probe):
+                command = [*backend.compiler(), *arguments]
+                subprocess.run(command, check=True, capture_output=True)
+            ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError):
+            print(
+                "longrope: building without OpenMP, so CPU kernels run on one thread: this "
+                "compiler has none that torch's runtime serves (g++ has)",
+                file=sys.stderr,
+            )
+            return []
+    return ["-fopenmp"]
+
+
+def extension() -> Extension:
+    """Describe longrope._C; without torch, an empty shell, enough for metadata and sdist."""
+    if torch_version is None:
+        return Extension("longrope._C", [])
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    common = {"name": "longrope._C", "include_dirs": [str(ROOT / "csrc")]}
+    # -g0: Python's own flags contain -g, which makes the library ten times larger here.
+    cxx = ["-O3", "-g0", "-fvisibility=hidden"]
+    if not with_cuda():
+        return CppExtension(sources=CPP_SOURCES, extra_compile_args={"cxx": cxx}, **common)
+    # The headers that torch's own CUDA packages bring (nvidia/cu13/include), for what the toolkit
+    # of this machine lacks.
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    bundled = packages / f"cu{torch.version.cuda.split('.')[0]}" / "include"
+    if bundled.is_dir():
+        common["include_dirs"].append(str(bundled))
+    return CUDAExtension(
+        sources=CPP_SOURCES + CUDA_SOURCES,
+        define_macros=[("LONGROPE_CUDA", f'"{torch.version.cuda}"')],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]},
+        **common,
+    )
+
+
+class NoTorch(build_ext):
+    """Says what is missing when something must be compiled and there is no torch."""
+
+    def run(self):
+        raise SystemExit(
+            "longrope: building it needs torch, and there is none: run pip install "
+            f'"{backend.TORCH}" first, or let pip fetch it by leaving out --no-build-isolation'
+        )
+
+
+def torch_build_ext():
+    """Return torch's build_ext with our checks before it and one sentence behind it."""
+    from setuptools.errors import BaseError
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildWithTorch(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Objects compiled against another torch must not be taken for up to date.
+            self.build_temp = os.path.join(self.build_temp, f"torch-{torch_version}")
+
+        def run(self):
+            backend.check_torch(torch_version)
+            backend.check_compiler()
+            # Compiling (torch) and linking (setuptools) look for a compiler in different ways,
+            # and torch takes CXX for the name of a program.
+            os.environ["CXX"], *self.compiler_flags = backend.compiler()
+            super().run()
+
+        def build_extensions(self):
+            version = self.distribution.get_version()
+            for ext in self.extensions:
+                ext.define_macros.append(("LONGROPE_VERSION", f'"{version}"'))
+                ext.extra_compile_args["cxx"] += self.compiler_flags + openmp_flags()
+                ext.extra_link_args += self.compiler_flags
+            try:
+                super().build_extensions()
+            except (RuntimeError, BaseError, subprocess.CalledProcessError) as error:
+                # torch wraps a failed compilation in a long traceback that hides the first error.
+                raise SystemExit(
+                    "longrope: compiling failed; the compiler's first error above says where "
+                    f"({str(error).splitlines()[0]})"
+                ) from None
+
+    return BuildWithTorch
+
 
 setup(
-    version=VERSION,
-    ext_modules=[
-        CppExtension(
-            "longrope._C",
-            sources,
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("LONGROPE_VERSION", f'"{VERSION}"')],
-            extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden"],
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    install_requires=[torch_requirement, *DEPENDENCIES],
+    ext_modules=[extension()],
+    cmdclass={"build_ext": torch_build_ext() if torch_version else NoTorch},
 )
