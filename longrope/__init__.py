@@ -8,16 +8,36 @@ import importlib
 
 from longrope.documents import load_data
 from longrope.evaluation import perplexity
+from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
+from longrope.published import published, published_names
 
-#: Public names whose modules are imported on first use.
+#: Public names whose modules are imported on first use, so that `import longrope.ops` starts
+#: without transformers.
 _LAZY = {
     "_C": "longrope._native",
+    "apply": "longrope.patching",
+    "remove": "longrope.patching",
 }
 
-__all__ = ["__version__", "load_data", "perplexity"]
+__all__ = [
+    "RescaleFactors",
+    "__version__",
+    "apply",
+    "load_data",
+    "perplexity",
+    "published",
+    "published_names",
+    "remove",
+    "su_attention_factor",
+    "yarn_attention_factor",
+]
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'longrope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

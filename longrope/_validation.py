@@ -1,0 +1,55 @@
+"""Checks of settings, with errors in one sentence: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import numpy as np
+
+
+def integer(name: str, value, least: int) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def even(name: str, value) -> int:
+    if integer(name, value, 2) % 2:
+        raise ValueError(f"{name}: expected an even number, got {value}")
+    return int(value)
+
+
+def positive(name: str, value, above: float = 0) -> float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not above < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above {above}, got {value!r}")
+    return float(value)
+
+
+def lambda_array(values, rotary_dim: int) -> np.ndarray:
+    expected = f"lambdas: expected {rotary_dim // 2} finite positive values (rotary_dim / 2)"
+    try:
+        if hasattr(values, "detach"):  # a torch tensor of any dtype and device
+            values = values.detach().double().cpu().numpy()
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{expected}, got {type(values).__name__} that is no array") from None
+    if array.shape != (rotary_dim // 2,):
+        came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
+        raise ValueError(f"{expected}, got {came}")
+    wrong = ~(np.isfinite(array) & (array > 0))
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise ValueError(f"{expected}, got {array[index]} at index {index}")
+    array.flags.writeable = False
+    return array
+
+
+def longer(original_length: int, target_length: int) -> None:
+    original = integer("original_length", original_length, 1)
+    if integer("target_length", target_length, 1) < original:
+        raise ValueError(
+            f"target_length: expected at least original_length ({original}), got {target_length}"
+        )
