@@ -1,0 +1,94 @@
+"""Measures candidates on a model: many candidates and documents in one forward pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.factor_search.space import Candidate
+from longrope.factors import RescaleFactors
+from longrope.patching import rows as rows_with_factors
+
+#: Elements of each tensor that the fingerprint reads, evenly spread.
+_FINGERPRINT_SAMPLES = 4096
+
+
+class PopulationEvaluator:
+    """The mean NLL of candidates over fixed windows; the model is left as it was after each call.
+
+    Each row of a batch is one candidate on one window: the rows carry their own frequencies, start
+    tokens and temperature, so a population needs one forward pass where memory allows. The model
+    runs in eval mode; after a call (also one that an exception or an interrupt ends) its training
+    flags and its rotary embedding are what they were.
+
+    Parameters
+    ----------
+    model
+        A causal language model that `longrope.apply` supports.
+    to_factors
+        Turns a candidate into `RescaleFactors`.
+    rows
+        Rows of one forward pass, at least 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, to_factors: Callable[[Candidate], RescaleFactors], rows: int
+    ):
+        self.model = model
+        self.to_factors = to_factors
+        self.rows = rows
+        with evaluating(model):
+            self._score = NextTokenNLL(model)
+
+    def candidates_per_batch(self, windows: torch.Tensor) -> int:
+        """Return how many candidates are measured together, the unit that a journal commits."""
+        return max(1, self.rows // len(windows))
+
+    def __call__(self, candidates: Sequence[Candidate], windows: torch.Tensor) -> list[float]:
+        """Return the mean NLL over all tokens but each window's first, in nats, per candidate.
+
+        `windows` is int64 `[S, N]`. Not finite where the model's output is not.
+        """
+        factors = [self.to_factors(candidate) for candidate in candidates]
+        inv_freq = torch.from_numpy(np.stack([f.inv_freq() for f in factors]))
+        start_tokens = torch.tensor([f.start_tokens for f in factors])
+        attention_factor = torch.tensor([f.attention_factor for f in factors], dtype=torch.float64)
+        # Row r is candidate r // S on window r % S.
+        of_candidate = torch.arange(len(factors)).repeat_interleave(len(windows))
+        of_window = torch.arange(len(windows)).repeat(len(factors))
+        sums = []
+        with evaluating(self.model):
+            for which, window in zip(
+                of_candidate.split(self.rows), of_window.split(self.rows), strict=True
+            ):
+                with rows_with_factors(
+                    self.model, inv_freq[which], start_tokens[which], attention_factor[which]
+                ):
+                    nll = self._score(windows[window], windows.shape[1] - 1)
+                sums.append(nll.double().sum(1))
+        per_row = torch.cat(sums).cpu().view(len(factors), len(windows))
+        return (per_row.sum(1) / (len(windows) * (windows.shape[1] - 1))).tolist()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the model's config and of a spread sample of every parameter and buffer."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings.pop("_name_or_path", None)  # the same model may lie elsewhere today
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        spread = torch.linspace(
+            0, max(flat.numel() - 1, 0), min(flat.numel(), _FINGERPRINT_SAMPLES),
+            dtype=torch.float64,
+        )  # fmt: skip
+        sample = flat[spread.long().to(flat.device)].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,153 @@
+"""The ledger: every evaluation of a search in order, kept in a journal where there is one."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longrope.factor_search.evaluator import PopulationEvaluator
+from longrope.factor_search.evolution import Proposal
+from longrope.factor_search.journal import Journal, JournalError
+from longrope.factor_search.space import Candidate
+
+
+class OutOfBudgetError(Exception):
+    """Raised before an evaluation that the budget does not allow; the search ends there."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured candidate.
+
+    `role` says on which windows: `"search"` or `"validation"`; `origin` where the candidate came
+    from: `"pi"`, `"ntk"`, `"yarn"`, `"mutation"` or `"crossover"`; `nll` is the mean negative
+    log-likelihood in nats per token, infinite where the model's output was not finite.
+    """
+
+    role: str
+    iteration: int
+    origin: str
+    lambdas: tuple[float, ...]
+    start_tokens: int
+    nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(nll)`."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
+
+
+class Ledger:
+    """Measures proposals in batches, or takes them from the journal of an interrupted run.
+
+    Parameters
+    ----------
+    evaluator
+        Measures candidates on windows.
+    windows
+        int64 `[S, N]` by role.
+    journal
+        None: nothing is kept on disk.
+    max_evaluations
+        Limit of the role `"search"`; None for no limit.
+    on_batch
+        Called with the new evaluations after every batch.
+    """
+
+    def __init__(
+        self,
+        evaluator: PopulationEvaluator,
+        windows: dict[str, torch.Tensor],
+        journal: Journal | None = None,
+        *,
+        max_evaluations: int | None = None,
+        on_batch: Callable[[Sequence[Evaluation]], None] = lambda evaluations: None,
+    ):
+        self.evaluator = evaluator
+        self.windows = windows
+        self.journal = journal
+        self.max_evaluations = sys.maxsize if max_evaluations is None else max_evaluations
+        self.on_batch = on_batch
+        self.history: list[Evaluation] = []
+        self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in windows}
+
+    def losses(self, role: str) -> dict[Candidate, float]:
+        """Return the NLL of every candidate measured in this role, in the order of measuring."""
+        return dict(self._losses[role])
+
+    def measure(self, proposals: Sequence[Proposal], role: str = "search") -> list[float]:
+        """Return the NLL of each proposal; a batch is in the journal before the next one starts."""
+        size = self.evaluator.candidates_per_batch(self.windows[role])
+        losses = []
+        for start in range(0, len(proposals), size):
+            batch = proposals[start : start + size]
+            room = self.max_evaluations - len(self._losses[role]) if role == "search" else size
+            if room > 0:
+                losses += self._measure_batch(batch[:room], role)
+            if room < len(batch):
+                raise OutOfBudgetError
+        return losses
+
+    def _measure_batch(self, batch: Sequence[Proposal], role: str) -> list[float]:
+        losses = self._replay(batch, role)
+        if losses is None:
+            losses = self.evaluator([p.candidate for p in batch], self.windows[role])
+            for proposal, loss in zip(batch, losses, strict=True):
+                if not math.isfinite(loss) and proposal.origin not in ("mutation", "crossover"):
+                    raise ValueError(
+                        f"model: its mean NLL at {self.windows[role].shape[1]} tokens is {loss} "
+                        f"with the factors {proposal.origin!r}"
+                    )
+            losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+            if self.journal is not None:
+                self.journal.append(
+                    [_entry(p, role, loss) for p, loss in zip(batch, losses, strict=True)]
+                )
+        done = [
+            Evaluation(
+                role, p.iteration, p.origin, p.candidate.lambdas, p.candidate.start_tokens, loss
+            )
+            for p, loss in zip(batch, losses, strict=True)
+        ]
+        self.history += done
+        self._losses[role].update(zip((p.candidate for p in batch), losses, strict=True))
+        self.on_batch(done)
+        return losses
+
+    def _replay(self, batch: Sequence[Proposal], role: str) -> list[float] | None:
+        """Take a whole batch from the journal; None: measure it (an incomplete one is redone)."""
+        if self.journal is None:
+            return None
+        entries = self.journal.peek(len(batch))
+        if role == "validation" and entries and entries[0].get("role") == "search":
+            raise JournalError(
+                f"out: {self.journal.path} holds more evaluations than this budget allows; "
+                "give at least the earlier run's, or choose another folder"
+            )
+        # A finished run that goes on with a larger budget validates again at its new end.
+        entries = [entry for entry in entries if entry.get("role") == role]
+        if len(entries) < len(batch):
+            return None
+        for entry, proposal in zip(entries, batch, strict=True):
+            if {**entry, "nll": None} != _entry(proposal, role, math.inf):
+                raise JournalError(
+                    f"out: {self.journal.path} does not follow from its settings with this "
+                    "version of longrope; choose another folder, or resume=False to start again"
+                )
+        self.journal.skip(len(batch))
+        return [math.inf if entry["nll"] is None else entry["nll"] for entry in entries]
+
+
+def _entry(proposal: Proposal, role: str, loss: float) -> dict:
+    return {
+        "role": role,
+        "iteration": proposal.iteration,
+        "origin": proposal.origin,
+        "hundredths": list(proposal.candidate.hundredths),
+        "start_tokens": proposal.candidate.start_tokens,
+        "nll": loss if math.isfinite(loss) else None,
+    }
