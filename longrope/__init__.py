@@ -6,8 +6,6 @@ __version__ = "0.1.0"  # the one place: pyproject.toml and the extension read it
 
 import importlib
 
-from longrope.documents import load_data
-from longrope.evaluation import perplexity
 from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
 from longrope.published import published, published_names
 
@@ -15,12 +13,17 @@ from longrope.published import published, published_names
 #: without transformers.
 _LAZY = {
     "_C": "longrope._native",
+    "SearchResult": "longrope.factor_search",
     "apply": "longrope.patching",
+    "load_data": "longrope.documents",
+    "perplexity": "longrope.evaluation",
     "remove": "longrope.patching",
+    "search": "longrope.factor_search",
 }
 
 __all__ = [
     "RescaleFactors",
+    "SearchResult",
     "__version__",
     "apply",
     "load_data",
@@ -28,6 +31,7 @@ __all__ = [
     "published",
     "published_names",
     "remove",
+    "search",
     "su_attention_factor",
     "yarn_attention_factor",
 ]
