@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope import _validation
 from longrope.documents import as_documents
 
 #: Tokens of one forward pass on a CPU, where larger batches gain nothing (measured flat from
@@ -76,17 +77,18 @@ def perplexity(
         If an argument is out of range, a document is shorter than the window or holds ids outside
         the vocabulary, or the model's NLL of a window is not finite.
     """
-    if not isinstance(length, int) or length < 2:
-        raise ValueError(f"length: expected an integer of at least 2, got {length!r}")
-    if not isinstance(stride, int) or not 1 <= stride <= length:
-        raise ValueError(f"stride: expected 1 to length ({length}), got {stride!r}")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size: expected a positive integer or None, got {batch_size!r}")
+    length = _validation.integer("length", length, 2)
+    stride = _validation.integer("stride", stride, 1)
+    if stride > length:
+        raise ValueError(f"stride: expected at most the length {length}, got {stride}")
+    if batch_size is not None:
+        batch_size = _validation.integer("batch_size", batch_size, 1)
+    seed = _validation.integer("seed", seed, 0)
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
     chosen = range(len(tokens))
     if samples is not None:
-        if not isinstance(samples, int) or not 1 <= samples <= len(tokens):
-            raise ValueError(f"samples: expected 1 to {len(tokens)} documents, got {samples!r}")
+        if _validation.integer("samples", samples, 1) > len(tokens):
+            raise ValueError(f"samples: expected at most {len(tokens)} documents, got {samples}")
         random = np.random.default_rng(seed)
         chosen = sorted(int(i) for i in random.choice(len(tokens), samples, replace=False))
 

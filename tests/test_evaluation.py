@@ -180,12 +180,12 @@ def test_only_scored_tokens_reach_the_output_layer(model):
         ({"documents": [[VOCABULARY] * 16]}, r"documents\[0\]: token id 50 is outside"),
         ({"length": 1}, "length: expected an integer of at least 2, got 1"),
         ({"length": 16.0}, "length: expected an integer of at least 2, got 16.0"),
-        ({"length": 15, "stride": 16}, r"stride: expected 1 to length \(15\), got 16"),
-        ({"stride": 0}, r"stride: expected 1 to length \(16\), got 0"),
-        ({"stride": 17}, r"stride: expected 1 to length \(16\), got 17"),
-        ({"samples": 3}, "samples: expected 1 to 2 documents, got 3"),
-        ({"samples": 0}, "samples: expected 1 to 2 documents, got 0"),
-        ({"batch_size": 0}, "batch_size: expected a positive integer or None, got 0"),
+        ({"length": 15, "stride": 16}, "stride: expected at most the length 15, got 16"),
+        ({"stride": 0}, "stride: expected an integer of at least 1, got 0"),
+        ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
+        ({"samples": 3}, "samples: expected at most 2 documents, got 3"),
+        ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(model, changes, sentence):

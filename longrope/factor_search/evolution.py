@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longrope import _validation
 from longrope.factor_search.space import Candidate, SearchSpace
 
 
@@ -36,10 +37,8 @@ class EvolutionSettings:
 
     def __post_init__(self):
         for name in ("population", "mutations", "crossovers", "iterations", "parents"):
-            value = getattr(self, name)
             least = 0 if name in ("mutations", "crossovers") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            _validation.integer(name, getattr(self, name), least)
         if not 0 < self.mutation_probability <= 1:
             raise ValueError(
                 f"mutation_probability: expected 0 < p <= 1, got {self.mutation_probability!r}"

@@ -7,6 +7,7 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
+from longrope import _validation
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import (
     BOUND_OVER_RATIO,
@@ -71,12 +72,8 @@ class Problem:
         """
         if original_length is None:
             original_length = rope.original_length
-        for name, value in (
-            ("original_length", original_length),
-            ("target_length", target_length),
-        ):
-            if not isinstance(value, numbers.Integral) or value < 2:
-                raise ValueError(f"{name}: expected an integer of at least 2, got {value!r}")
+        original_length = _validation.integer("original_length", original_length, 2)
+        target_length = _validation.integer("target_length", target_length, 2)
         if target_length <= original_length:
             raise ValueError(
                 f"target_length: expected more than the original length {original_length}, "
@@ -86,11 +83,10 @@ class Problem:
         bound = preset.bound_over_ratio
         if max_lambda is None:
             max_lambda = 1 + ratio if bound is None else bound * ratio
-        if not isinstance(max_lambda, numbers.Real) or not 1 < max_lambda < math.inf:
-            raise ValueError(f"max_lambda: expected a number above 1, got {max_lambda!r}")
+        max_lambda = _validation.positive("max_lambda", max_lambda, above=1)
         return cls(
-            original_length=int(original_length),
-            target_length=int(target_length),
+            original_length=original_length,
+            target_length=target_length,
             rope_theta=rope.rope_theta,
             rotary_dim=rope.rotary_dim,
             attention_factor=_attention_factor(attention_factor, ratio, original_length),

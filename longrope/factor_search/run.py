@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope import _validation
 from longrope.documents import as_documents
 from longrope.evaluation import rows_per_batch, vocabulary
 from longrope.factor_search import run_directory
@@ -175,11 +175,11 @@ def search(
         PRESETS[preset].sizes, **{name: v for name, v in given.items() if v is not None}
     )
     samples = PRESETS[preset].samples if samples is None else samples
-    _at_least("samples", samples, 1)
-    _at_least("seed", seed, 0)
+    samples = _validation.integer("samples", samples, 1)
+    seed = _validation.integer("seed", seed, 0)
     for name, value in (("batch_size", batch_size), ("max_evaluations", max_evaluations)):
         if value is not None:
-            _at_least(name, value, 1)
+            _validation.integer(name, value, 1)
     problem = Problem.of(
         rope_settings(model),
         target_length=target_length,
@@ -190,7 +190,7 @@ def search(
         preset=PRESETS[preset],
     )
     random_windows, random_validation, random_search = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(int(seed)).spawn(3)
+        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)
     )
     windows = _windows(
         model, documents, validation, problem.target_length, samples, random_windows,
@@ -203,7 +203,7 @@ def search(
         "problem": dataclasses.asdict(problem),
         "sizes": {k: v for k, v in dataclasses.asdict(sizes).items() if k != "iterations"},
         "batch_size": batch_size,
-        "seed": int(seed),
+        "seed": seed,
         "model": fingerprint(model),
         "data": {role: digest(w) for role, w in windows.items()},
     }
@@ -289,8 +289,3 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
