@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import backends
 
 from longrope import _C
 
@@ -15,6 +16,13 @@ def isa(request):
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(params=backends.names())
+def backend(request):
+    """Run the test over the CPU kernels of each instruction set and the CUDA kernels."""
+    with backends.use(request.param) as used:
+        yield used
 
 
 @pytest.fixture(autouse=True)

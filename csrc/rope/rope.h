@@ -63,6 +63,12 @@ struct RopeGradParams {
 // split over threads. The table of cosines and sines of a block is made once and used by all heads.
 int64_t rope_blocks(const RopeParams& params);
 
+// On a CUDA device: every pointer is device memory, `stream` a cudaStream_t. float64 is refused.
+// Gradients come in rope_grad_cuda_blocks(params) blocks per row.
+void rope_cuda(const RopeParams& params, void* stream);
+void rope_grad_cuda(const RopeGradParams& params, void* stream);
+int64_t rope_grad_cuda_blocks(const RopeGradParams& params);
+
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
 void rope_grad_cpu(const RopeGradParams& params, int64_t begin, int64_t end);
 

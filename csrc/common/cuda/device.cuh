@@ -6,6 +6,7 @@
 
 #include "common/cuda/ptx.cuh"
 #include "common/cuda/types.cuh"
+#include "common/dtype.h"
 
 // States the most registers that `kernel` may use; ci/nvcc_check.py reads it from the source and
 // holds ptxas to it. Spills fail too, unless a third argument allows so many bytes of them.
@@ -56,6 +57,40 @@ __device__ __forceinline__ void store(T* address, const Pack<T, kCount>& pack,
   *reinterpret_cast<Pack<T, kCount>*>(address) = pack;
 }
 
+// The elements of a pack in float, and back with one rounding. 16-bit elements go by twos, as the
+// conversion instructions do.
+template <typename T, int kCount>
+__device__ __forceinline__ void unpack(const Pack<T, kCount>& pack, float (&values)[kCount]) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    uint32_t words[kCount / 2];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      unpack_pair<T>(words[i], values[2 * i], values[2 * i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = to_float(pack.values[i]);
+  }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> pack(const float (&values)[kCount]) {
+  Pack<T, kCount> result;
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    uint32_t words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      words[i] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+    }
+    memcpy(&result, words, sizeof(result));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) result.values[i] = from_float<T>(values[i]);
+  }
+  return result;
+}
+
 // Over groups of `width` lanes of a full warp; every lane receives the result. Butterflies: the
 // order of the additions is the same in every lane and in every run.
 template <typename T>
@@ -98,6 +133,21 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   emulation::run_grid({name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
                       [&] { kernel(arguments...); });
 #endif
+}
+
+// Calls f with a value of the element type that `dtype` says.
+template <typename F>
+auto for_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat16:
+      return f(f16{});
+    default:
+      throw std::invalid_argument("dtype: expected float32, bfloat16 or float16 on CUDA");
+  }
 }
 
 }  // namespace longrope::cuda

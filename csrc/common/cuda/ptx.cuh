@@ -314,6 +314,13 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 #endif
 }
 
+// The two T of a pair.
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t pair, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(pair & 0xFFFF)});
+  high = to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+
 // sin and cos of pi x.
 __device__ __forceinline__ void sincos_pi(float x, float& sin, float& cos) {
 #ifdef __CUDACC__

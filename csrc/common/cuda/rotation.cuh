@@ -1,0 +1,43 @@
+// Exact rotation angles on the device (common/phase.h says how phases are represented).
+#pragma once
+
+#include "common/cuda/device.cuh"
+#include "common/phase.h"
+
+namespace longrope::cuda {
+
+// cos and sin of a fixed point phase to float32 rounding, by the polynomials of the CPU kernels
+// (rope/cpu/table_body.h): the nearest quarter turn is taken off in integers, so that small rests
+// keep all their bits, and what remains is within an eighth of a turn.
+__device__ __forceinline__ void cos_sin(uint64_t phase, float& cos, float& sin) {
+  const uint64_t rounded = phase + (uint64_t{1} << 61);
+  const int quadrant = static_cast<int>(rounded >> 62);
+  const auto rest = static_cast<int64_t>(phase - (rounded & uint64_t{3} << 62));
+  const float t = static_cast<float>(rest) * 0x1p-64f;
+  const float z = t * t;
+  // sin(2 pi t) with 2 pi in two parts, and cos(2 pi t), minimax on [-1/8, 1/8].
+  const float s_low =
+      ((-75.4533964115f * z + 81.5939369558f) * z - 41.3416731616f) * z - 1.74845560e-7f;
+  const float s = t * 6.28318548f + t * s_low;
+  const float c =
+      (((59.2459642889f * z - 85.4437417324f) * z + 64.9393264717f) * z - 19.7392086937f) * z +
+      1.0f;
+  const float x = quadrant & 1 ? s : c;
+  const float y = quadrant & 1 ? c : s;
+  cos = (quadrant + 1) & 2 ? -x : x;
+  sin = quadrant & 2 ? -y : y;
+}
+
+// A frequency in fixed point. NaN and infinity, which it cannot say, are kept beside it: `valid` is
+// 1 or NaN and multiplies what the frequency gives.
+struct Frequency {
+  uint64_t turns;
+  float valid;
+};
+
+__device__ __forceinline__ Frequency frequency_of(double inv_freq) {
+  const double zero_or_nan = inv_freq - inv_freq;
+  return {turns_per_token(inv_freq), 1.0f + static_cast<float>(zero_or_nan)};
+}
+
+}  // namespace longrope::cuda

@@ -1,0 +1,120 @@
+// The frequencies of one row of the batch, net of `turn` and `undo`, in shared memory.
+#pragma once
+
+#include "common/cuda/rotation.cuh"
+#include "rope/rope.h"
+
+namespace longrope::cuda {
+
+// Sets of net frequencies: positions below the start tokens of `turn` add 1 to the index of their
+// set, those below the start tokens of `undo` add 2.
+inline int frequency_sets(const RopeParams& p) {
+  return p.undo.base_inv_freq ? 4 : p.turn.base_inv_freq ? 2 : 1;
+}
+
+inline size_t frequency_bytes(const RopeParams& p) {
+  return static_cast<size_t>(frequency_sets(p)) * p.pairs * (sizeof(uint64_t) + sizeof(float));
+}
+
+__device__ __forceinline__ bool below_start(const RopeFrequencies& f, int64_t row,
+                                            int64_t position) {
+  if (!f.base_inv_freq) return false;
+  const int64_t start = f.start_tokens_rows ? f.start_tokens_rows[row] : f.start_tokens;
+  return start > 0 && position < start;
+}
+
+struct RowFrequencies {
+  uint64_t* turns;  // [sets, pairs]
+  float* valid;     // [sets, pairs], see Frequency
+
+  // Takes frequency_bytes() at `memory` and fills them with all threads of the block.
+  __device__ __forceinline__ RowFrequencies(const RopeParams& p, int64_t row, int sets,
+                                            unsigned char* memory)
+      : turns(reinterpret_cast<uint64_t*>(memory)),
+        valid(reinterpret_cast<float*>(turns + sets * p.pairs)) {
+    const int pairs = static_cast<int>(p.pairs);
+    for (int i = threadIdx.x; i < sets * pairs; i += blockDim.x) {
+      const int set = i / pairs, pair = i % pairs;
+      uint64_t total = 0;
+      float both = 1.0f;
+      if (p.turn.inv_freq) {
+        const Frequency f = frequency(p.turn, row, set & 1, pair);
+        total += f.turns;
+        both *= f.valid;
+      }
+      if (p.undo.inv_freq) {
+        const Frequency f = frequency(p.undo, row, set & 2, pair);
+        total -= f.turns;
+        both *= f.valid;
+      }
+      turns[i] = total;
+      valid[i] = both;
+    }
+    sync_threads();
+  }
+
+  // cos and sin of kCount neighbouring pairs from `pair` on, times `factor`.
+  template <int kCount>
+  __device__ __forceinline__ void turn(const RopeParams& p, int64_t row, int64_t position, int pair,
+                                       float factor, float (&cos)[kCount],
+                                       float (&sin)[kCount]) const {
+    const int set =
+        (below_start(p.turn, row, position) ? 1 : 0) + (below_start(p.undo, row, position) ? 2 : 0);
+    const int at = set * static_cast<int>(p.pairs) + pair;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      cos_sin(static_cast<uint64_t>(position) * turns[at + j], cos[j], sin[j]);
+      cos[j] *= factor * valid[at + j];
+      sin[j] *= factor * valid[at + j];
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ Frequency frequency(const RopeFrequencies& f, int64_t row,
+                                                        bool below, int pair) {
+    return frequency_of(below && f.base_inv_freq
+                            ? f.base_inv_freq[row * f.base_inv_freq_stride + pair]
+                            : f.inv_freq[row * f.inv_freq_stride + pair]);
+  }
+};
+
+__device__ __forceinline__ double factor_of(const RopeParams& p, int64_t row) {
+  return p.attention_factor_rows ? p.attention_factor_rows[row] : p.attention_factor;
+}
+
+__device__ __forceinline__ int64_t position_of(const RopeParams& p, int64_t row, int64_t token) {
+  return p.positions[row * p.positions_batch_stride + token * p.positions_token_stride];
+}
+
+// A unit is kCount pairs: two packs of kCount elements, at these offsets from the row's start.
+template <int kCount>
+__device__ __forceinline__ int first_of(const RopeParams& p, int unit) {
+  return p.interleaved ? 2 * kCount * unit : kCount * unit;
+}
+
+template <int kCount>
+__device__ __forceinline__ int second_of(const RopeParams& p, int unit) {
+  return p.interleaved ? 2 * kCount * unit + kCount : static_cast<int>(p.pairs) + kCount * unit;
+}
+
+// The elements of pair j of a unit's two packs.
+template <bool kInterleaved, int kCount>
+__device__ __forceinline__ float& one_of(float (&x)[kCount], float (&y)[kCount], int j) {
+  if constexpr (kInterleaved) return 2 * j < kCount ? x[2 * j] : y[2 * j - kCount];
+  return x[j];
+}
+
+template <bool kInterleaved, int kCount>
+__device__ __forceinline__ float& two_of(float (&x)[kCount], float (&y)[kCount], int j) {
+  if constexpr (kInterleaved) return 2 * j + 1 < kCount ? x[2 * j + 1] : y[2 * j + 1 - kCount];
+  return y[j];
+}
+
+// True where rows of `t` can be read as packs of `count` elements.
+inline bool packs(const RopeTensor& t, int64_t count, int64_t element_bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(t.data);
+  return t.heads == 0 || (address % (count * element_bytes) == 0 && t.batch_stride % count == 0 &&
+                          t.head_stride % count == 0 && t.token_stride % count == 0);
+}
+
+}  // namespace longrope::cuda

@@ -1,0 +1,42 @@
+// The CUDA entry points of every op for Python (ctypes): each takes its params struct, returns null
+// or the error.
+#include <cstdint>
+#include <exception>
+#include <string>
+
+#include "rope/rope.h"
+
+namespace {
+
+template <typename F>
+const char* guarded(const F& f) {
+  static std::string error;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulated_rope(const longrope::RopeParams* params) {
+  return guarded([&] { longrope::rope_cuda(*params, nullptr); });
+}
+
+const char* emulated_rope_grad(const longrope::RopeGradParams* params) {
+  return guarded([&] { longrope::rope_grad_cuda(*params, nullptr); });
+}
+
+int64_t emulated_rope_grad_blocks(const longrope::RopeGradParams* params) {
+  return longrope::rope_grad_cuda_blocks(*params);
+}
+
+int64_t sizeof_RopeParams() { return sizeof(longrope::RopeParams); }
+int64_t sizeof_RopeGradParams() { return sizeof(longrope::RopeGradParams); }
+
+}  // extern "C"

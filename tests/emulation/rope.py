@@ -1,0 +1,159 @@
+"""torch.ops.longrope.rope and its relatives over the emulated kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
+
+import torch
+
+from emulation.library import DTYPES, Heads, call, fresh, poisoned, runtime
+
+
+class RopeFrequencies(ctypes.Structure):
+    """As csrc/rope/rope.h says."""
+
+    _fields_ = [
+        ("inv_freq", c_void_p),
+        ("base_inv_freq", c_void_p),
+        ("inv_freq_stride", c_int64),
+        ("base_inv_freq_stride", c_int64),
+        ("start_tokens_rows", c_void_p),
+        ("start_tokens", c_int64),
+    ]
+
+
+class RopeParams(ctypes.Structure):
+    """As csrc/rope/rope.h says."""
+
+    _fields_ = [
+        *((name, Heads) for name in ("q", "k", "q_out", "k_out")),
+        ("dtype", c_int),
+        *((name, c_int64) for name in ("batch", "tokens", "head_dim", "pairs")),
+        ("interleaved", c_bool),
+        ("positions", c_void_p),
+        ("positions_batch_stride", c_int64),
+        ("positions_token_stride", c_int64),
+        ("turn", RopeFrequencies),
+        ("undo", RopeFrequencies),
+        ("attention_factor_rows", c_void_p),
+        ("attention_factor", c_double),
+    ]
+
+
+class RopeGradParams(ctypes.Structure):
+    """As csrc/rope/rope.h says."""
+
+    _fields_ = [
+        ("forward", RopeParams),
+        ("grad_q", Heads),
+        ("grad_k", Heads),
+        ("partial", c_void_p),
+    ]
+
+
+def frequencies(held, inv_freq, base_inv_freq, start_tokens, start_tokens_rows=None):
+    """Describe a factor set; tensors made on the way are appended to `held`."""
+
+    def rows(t):
+        held.append(t.contiguous())
+        return held[-1].data_ptr(), t.shape[-1] if t.dim() == 2 else 0
+
+    f = RopeFrequencies(start_tokens=start_tokens)
+    f.inv_freq, f.inv_freq_stride = rows(inv_freq)
+    if base_inv_freq is not None:
+        f.base_inv_freq, f.base_inv_freq_stride = rows(base_inv_freq)
+    if start_tokens_rows is not None:
+        f.start_tokens_rows, _ = rows(start_tokens_rows)
+    return f
+
+
+def params_of(held, q, k, positions, interleaved, factor, factor_rows, pairs):
+    """Fill in everything but the outputs and the frequencies."""
+    p = RopeParams(
+        q=Heads.of(q), k=Heads.of(k), dtype=DTYPES[q.dtype], batch=q.shape[0], tokens=q.shape[2],
+        head_dim=q.shape[3], pairs=pairs, interleaved=interleaved, positions=positions.data_ptr(),
+        positions_token_stride=positions.stride(-1), attention_factor=factor,
+        positions_batch_stride=positions.stride(0) if positions.dim() == 2 else 0,
+    )  # fmt: skip
+    if factor_rows is not None:
+        held.append(factor_rows.expand(q.shape[0]).contiguous())
+        p.attention_factor_rows = held[-1].data_ptr()
+    held += [q, k, positions]
+    return p
+
+
+def _forward(
+    held, q, k, positions, inv_freq, base, start, start_rows, factor, factor_rows, interleaved,
+    inverse=False,
+):  # fmt: skip
+    pairs = inv_freq.shape[-1]
+    p = params_of(held, q, k, positions, interleaved, factor, factor_rows, pairs)
+    used = frequencies(held, inv_freq, base, start, start_rows)
+    setattr(p, "undo" if inverse else "turn", used)
+    return p
+
+
+def rope(q, k, *arguments):
+    """longrope::rope."""
+    held = []
+    p = _forward(held, q, k, *arguments)
+    outputs = fresh(q), fresh(k)
+    p.q_out, p.k_out = map(Heads.of, outputs)
+    call("emulated_rope", p, outputs)
+    return outputs
+
+
+def rope_(q, k, *arguments):
+    """longrope::rope_."""
+    held = []
+    p = _forward(held, q, k, *arguments)
+    p.q_out, p.k_out = p.q, p.k
+    call("emulated_rope", p, (q, k))
+
+
+def rope_grad(grad_q, grad_k, q, k, *arguments):
+    """longrope::rope_grad."""
+    held = []
+    forward = _forward(held, q, k, *arguments)
+    params = RopeGradParams(forward, Heads.of(grad_q), Heads.of(grad_k))
+    blocks = runtime().library.emulated_rope_grad_blocks
+    blocks.restype = c_int64
+    pairs = forward.pairs
+    shape = (q.shape[0], blocks(ctypes.byref(params)), 2 * pairs + 1)
+    partial = poisoned(shape, torch.float64)
+    params.partial = partial.data_ptr()
+    call("emulated_rope_grad", params, (partial,))
+    rows = partial.sum(1)
+    return rows[:, :pairs].clone(), rows[:, pairs:-1].clone(), rows[:, -1].clone()
+
+
+def rerotate_out(
+    k, positions, from_inv_freq, from_base, from_start, to_inv_freq, to_base, to_start, factor,
+    interleaved, out,
+):  # fmt: skip
+    """longrope::rerotate_out."""
+    held = []
+    p = params_of(held, k, out, positions, interleaved, factor, None, from_inv_freq.shape[-1])
+    p.undo = frequencies(held, from_inv_freq, from_base, from_start)
+    p.turn = frequencies(held, to_inv_freq, to_base, to_start)
+    p.q_out = p.k
+    p.k.heads = p.k_out.heads = 0
+    call("emulated_rope", p, (out,))
+
+
+def rerotate(k, *arguments):
+    """longrope::rerotate."""
+    out = fresh(k)
+    rerotate_out(k, *arguments, out)
+    return out
+
+
+def rerotate_(k, *arguments):
+    """longrope::rerotate_."""
+    rerotate_out(k, *arguments, k)
+
+
+IMPLEMENTATIONS = {
+    f.__name__: f for f in (rope, rope_, rope_grad, rerotate, rerotate_out, rerotate_)
+}

@@ -1,0 +1,99 @@
+"""What an op's test bodies run over: each CPU instruction set, the emulated CUDA kernels, a GPU.
+
+The emulated kernels run in three thread orders that must agree in every bit. They stand in for the
+CPU kernels in torch's dispatcher for as long as a test runs, so that the same calls (autograd
+included) reach them. What the bindings check before a kernel is called (dtypes, shapes, overlap) is
+left to the CPU backends.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+import pytest
+import torch
+
+from longrope._native import _C
+
+#: Stems of the ops whose CUDA kernels exist: tests/emulation/<stem>.py calls them.
+EMULATED = ("rope",)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test body runs.
+
+    Parameters
+    ----------
+    name
+        `"cpu-<isa>"`, `"emulated"` or `"cuda"`.
+    device
+        Where its tensors live.
+    """
+
+    name: str
+    device: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the CUDA kernels answer, emulated or not."""
+        return not self.name.startswith("cpu")
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether the CUDA kernels answer on the CPU (slow: keep shapes small)."""
+        return self.name == "emulated"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that the ops take here."""
+        every = (torch.float32, torch.bfloat16, torch.float16)
+        return every if self.is_cuda else (*every, torch.float64)
+
+
+def names() -> list[str]:
+    """Every backend of this machine."""
+    cpu = [f"cpu-{isa}" for isa in _C.isas()]
+    gpu = ["cuda"] if torch.cuda.is_available() and _C.build_info()["cuda"] else []
+    return [*cpu, "emulated", *gpu]
+
+
+@contextmanager
+def use(name: str) -> Iterator[Backend]:
+    """Make the ops run on the backend `name`."""
+    kind, _, detail = name.partition("-")
+    if kind == "cuda":
+        yield Backend(name, "cuda")
+    elif kind == "cpu":
+        before = _C.isa()
+        _C.set_isa(detail)
+        try:
+            yield Backend(name, "cpu")
+        finally:
+            _C.set_isa(before)
+    else:
+        with _emulation():
+            yield Backend(name, "cpu")
+
+
+@contextmanager
+def _emulation() -> Iterator[None]:
+    from emulation.build import compiler
+
+    if compiler() is None:
+        pytest.skip("no C++ compiler for the emulated kernels")
+    override = torch.library.Library("longrope", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels are overridden
+            for op in EMULATED:
+                implementations = import_module(f"emulation.{op}").IMPLEMENTATIONS
+                for name, function in implementations.items():
+                    override.impl(name, function, "CPU", allow_override=True)
+        yield
+    finally:
+        override._destroy()
