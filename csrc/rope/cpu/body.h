@@ -1,5 +1,5 @@
 // All that is compiled once per instruction set.
-#include "rope/cpu/elements_body.h"
+#include "common/cpu/elements_body.h"
 //
 #include "rope/cpu/table_body.h"
 //

@@ -1,0 +1,121 @@
+// Attention of a chunk of queries over a key/value cache, without the [queries, keys] matrix.
+//
+//   score(i, j) = softcap tanh(scale q_i . k_j / softcap)        softcap 0: scale q_i . k_j
+//   out_i       = sum over visible j of exp(score(i, j) - lse_i) v_j
+//   lse_i       = log of the sum over visible j of exp(score(i, j))
+//
+// Query i of row b sees key j when all of these hold (positions count from the first key):
+//   key_start(b) <= j < key_length(b)
+//   causal:   j <= query_start(b) + i
+//   window w: j >  query_start(b) + i - w
+// A query that sees no key gives out 0 and lse -inf. Keys and values that no query of the row sees
+// are never used, nor are queries that see no key: they may hold NaN.
+//
+// Head h of the queries attends head h / (heads / kv_heads) of the keys and values.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace longrope {
+
+// [batch, heads, tokens, head_dim] with stride 1 in head_dim; strides count elements.
+struct AttentionTensor {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+// Of every row of the batch: `rows` [batch] where given, else `all`.
+struct AttentionBound {
+  const int64_t* rows;
+  int64_t all;
+
+  int64_t operator[](int64_t b) const { return rows ? rows[b] : all; }
+};
+
+// Rotation of the queries or keys as they are read: the pair (x1, x2) of rope.h becomes
+// (x1 cos - x2 sin, x2 cos + x1 sin). The attention factor is part of the tables.
+struct AttentionRotation {
+  const float* cos;  // [batch or 1, tokens, pairs] or nullptr: no rotation
+  const float* sin;  // the same
+  int64_t batch_stride, token_stride;
+  int64_t pairs;  // rotary_dim / 2
+  bool interleaved;
+};
+
+struct AttentionParams {
+  AttentionTensor q;     // [batch, heads, queries, head_dim]
+  AttentionTensor k, v;  // [batch, kv_heads, keys, head_dim]
+  AttentionTensor out;   // as q
+  void* lse;             // [batch, heads, queries] contiguous, natural logarithm; float32, or
+                         // float64 where dtype is float64
+  DType dtype;           // of q, k, v and out; accumulation in float32 (float64 for float64)
+  int64_t batch, heads, kv_heads, queries, keys, head_dim;
+  AttentionBound query_start;            // position of the first query, any value
+  AttentionBound key_start, key_length;  // 0 ... keys
+  bool causal;
+  int64_t window;  // 0: none
+  double scale;
+  double softcap;  // 0: none
+  AttentionRotation rotate_q, rotate_k;
+};
+
+// Gradients of q, k and v from those of out and lse. With P = exp(score - lse):
+//   dV = P^T dOut,  dP = dOut V^T,  dScore = P (dP - delta),  delta_i = dOut_i . out_i - dLse_i
+//   dQ = scale dScore' K,  dK = scale dScore'^T Q,  dScore' = dScore (1 - (score / softcap)^2)
+// Rotations must be none: the caller rotates (and differentiates the rotation) outside.
+struct AttentionGradParams {
+  AttentionParams forward;                 // with out and lse as computed
+  AttentionTensor grad_out;                // as out
+  const void* grad_lse;                    // as lse, contiguous; nullptr: zero
+  AttentionTensor grad_q, grad_k, grad_v;  // written, all of them
+};
+
+// CPU. Work is cut into tasks that may run in any order on any thread; the result depends neither
+// on the order nor on the number of threads. A task covers some rows of one key/value head, and
+// where those are few, a part of the keys: then the parts are merged afterwards.
+struct AttentionPlan {
+  int64_t tasks;
+  int64_t row_blocks;  // of the rows (queries times heads that share keys) of one key/value head
+  int64_t splits;      // of the keys, `split_keys` each
+  int64_t split_keys;
+  size_t scratch;    // bytes for every thread, aligned to 64
+  size_t workspace;  // bytes for the call, aligned to 64; may be 0
+};
+
+AttentionPlan attention_plan(const AttentionParams& params);
+void attention_cpu(const AttentionParams& params, const AttentionPlan& plan, int64_t task,
+                   void* workspace, void* scratch);
+
+// After all tasks, where plan.splits > 1: rows [begin, end) of the batch * heads * queries.
+void attention_merge_splits_cpu(const AttentionParams& params, const AttentionPlan& plan,
+                                const void* workspace, int64_t begin, int64_t end);
+
+// Gradients: tasks as above, each of one key/value head and a part of its keys.
+AttentionPlan attention_grad_plan(const AttentionParams& params);
+void attention_grad_cpu(const AttentionGradParams& params, const AttentionPlan& plan, int64_t task,
+                        void* workspace, void* scratch);
+
+// After all tasks: grad_q of rows [begin, end) of the batch * heads * queries (in an order of its
+// own).
+void attention_grad_finish_cpu(const AttentionGradParams& params, const AttentionPlan& plan,
+                               const void* workspace, int64_t begin, int64_t end);
+
+// The union of two disjoint key sets, from the attention of each:
+//   lse = log(exp(lse_a) + exp(lse_b)),  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+// A side with lse -inf has no part in out; both: 0 and -inf.
+struct AttentionMergeParams {
+  AttentionTensor out_a, out_b, out;
+  const void *lse_a,
+      *lse_b;  // [batch, heads, queries] contiguous; float32, or float64 where dtype is
+  void* lse;
+  DType dtype;  // of the outs
+  int64_t batch, heads, queries, head_dim;
+};
+
+// Rows [begin, end) of the batch * heads * queries.
+void attention_merge_cpu(const AttentionMergeParams& params, int64_t begin, int64_t end);
+
+}  // namespace longrope

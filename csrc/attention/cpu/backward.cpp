@@ -1,0 +1,44 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <initializer_list>
+
+#include "attention/attention.h"
+#include "attention/cpu/shuffle.h"
+
+#define LONGROPE_BODY "attention/cpu/backward_entry_body.h"
+#include "common/cpu/foreach_isa.h"
+
+namespace longrope {
+
+AttentionPlan attention_grad_plan(const AttentionParams& p) {
+  // Threads find work in the splits of the keys. Each split has a dQ of its own in the workspace,
+  // so there are few; by shape alone, so that results do not depend on the number of threads.
+  constexpr int64_t kEnoughTasks = 32, kLeastKeys = 1024, kMostSplits = 8;
+  constexpr int64_t kBlockKeys = scalar::attention::kBlockKeys;
+  const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  AttentionPlan plan{};
+  const int64_t whole = p.batch * p.kv_heads;
+  int64_t splits = ceil_divide(kEnoughTasks, whole > 0 ? whole : 1);
+  if (splits > kMostSplits) splits = kMostSplits;
+  if (splits > p.keys / kLeastKeys) splits = p.keys / kLeastKeys;
+  if (splits < 1) splits = 1;
+  plan.split_keys = ceil_divide(ceil_divide(p.keys, splits), kBlockKeys) * kBlockKeys;
+  plan.splits = p.keys > 0 ? ceil_divide(p.keys, plan.split_keys) : 1;
+  plan.tasks = whole * plan.splits;
+  LONGROPE_DISPATCH(attention::backward_sizes)(p, &plan);
+  return plan;
+}
+
+void attention_grad_cpu(const AttentionGradParams& params, const AttentionPlan& plan, int64_t task,
+                        void* workspace, void* scratch) {
+  LONGROPE_DISPATCH(attention::backward)(params, plan, task, workspace, scratch);
+}
+
+void attention_grad_finish_cpu(const AttentionGradParams& params, const AttentionPlan& plan,
+                               const void* workspace, int64_t begin, int64_t end) {
+  LONGROPE_DISPATCH(attention::finish)(params, plan, workspace, begin, end);
+}
+
+}  // namespace longrope

@@ -1,0 +1,47 @@
+// What backward.cpp calls, for one instruction set (no include guard: the body of foreach_isa.h).
+namespace attention {
+
+#include "attention/cpu/common_body.h"
+// common_body.h first
+#include "attention/cpu/backward_body.h"
+
+template <typename Real>
+inline void size_backward(const AttentionParams& p, AttentionPlan* plan) {
+  BackwardScratch<Real>(nullptr, p.head_dim, &plan->scratch);
+  plan->workspace = plan->tasks * GradWorkspace<Real>::elements(p) * sizeof(Real);
+}
+
+inline void backward_sizes(const AttentionParams& p, AttentionPlan* plan) {
+  return p.dtype == DType::kFloat64 ? size_backward<double>(p, plan)
+                                    : size_backward<float>(p, plan);
+}
+
+inline void backward(const AttentionGradParams& g, const AttentionPlan& plan, int64_t task,
+                     void* workspace, void* scratch) {
+  switch (g.forward.dtype) {
+    case DType::kFloat32:
+      return backward_task<float>(g, plan, task, workspace, scratch);
+    case DType::kBFloat16:
+      return backward_task<BFloat16>(g, plan, task, workspace, scratch);
+    case DType::kFloat16:
+      return backward_task<Float16>(g, plan, task, workspace, scratch);
+    case DType::kFloat64:
+      return backward_task<double>(g, plan, task, workspace, scratch);
+  }
+}
+
+inline void finish(const AttentionGradParams& g, const AttentionPlan& plan, const void* workspace,
+                   int64_t begin, int64_t end) {
+  switch (g.forward.dtype) {
+    case DType::kFloat32:
+      return finish_queries<float>(g, plan, workspace, begin, end);
+    case DType::kBFloat16:
+      return finish_queries<BFloat16>(g, plan, workspace, begin, end);
+    case DType::kFloat16:
+      return finish_queries<Float16>(g, plan, workspace, begin, end);
+    case DType::kFloat64:
+      return finish_queries<double>(g, plan, workspace, begin, end);
+  }
+}
+
+}  // namespace attention

@@ -1,0 +1,57 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attention/attention.h"
+#include "attention/cpu/shuffle.h"
+
+#define LONGROPE_BODY "attention/cpu/forward_entry_body.h"
+#include "common/cpu/foreach_isa.h"
+
+namespace longrope {
+namespace {
+
+constexpr int64_t kBlockRows = scalar::attention::kBlockRows;
+constexpr int64_t kBlockKeys = scalar::attention::kBlockKeys;
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+AttentionPlan attention_plan(const AttentionParams& p) {
+  AttentionPlan plan{};
+  plan.row_blocks = ceil_divide(p.queries * (p.heads / p.kv_heads), kBlockRows);
+  const int64_t whole = p.batch * p.kv_heads * plan.row_blocks;
+  // Few rows against many keys: part the keys until there is work for many threads, in parts that
+  // are long against the work of merging them. By shape alone, so that results do not depend on the
+  // number of threads.
+  constexpr int64_t kEnoughTasks = 32, kLeastKeys = 4 * kBlockKeys;
+  int64_t splits = ceil_divide(kEnoughTasks, whole > 0 ? whole : 1);
+  if (splits > p.keys / kLeastKeys) splits = p.keys / kLeastKeys;
+  if (splits < 1) splits = 1;
+  plan.split_keys = ceil_divide(ceil_divide(p.keys, splits), kBlockKeys) * kBlockKeys;
+  plan.splits = p.keys > 0 ? ceil_divide(p.keys, plan.split_keys) : 1;
+  plan.tasks = whole * plan.splits;
+  plan.scratch = LONGROPE_DISPATCH(attention::forward_scratch_bytes)(p);
+  if (plan.splits > 1) {
+    const size_t real = p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+    plan.workspace = plan.splits * p.batch * p.heads * p.queries * (p.head_dim + 1) * real;
+  }
+  return plan;
+}
+
+void attention_cpu(const AttentionParams& params, const AttentionPlan& plan, int64_t task,
+                   void* workspace, void* scratch) {
+  LONGROPE_DISPATCH(attention::forward)(params, plan, task, workspace, scratch);
+}
+
+void attention_merge_splits_cpu(const AttentionParams& params, const AttentionPlan& plan,
+                                const void* workspace, int64_t begin, int64_t end) {
+  LONGROPE_DISPATCH(attention::merge_splits)(params, plan, workspace, begin, end);
+}
+
+void attention_merge_cpu(const AttentionMergeParams& params, int64_t begin, int64_t end) {
+  LONGROPE_DISPATCH(attention::merge)(params, begin, end);
+}
+
+}  // namespace longrope

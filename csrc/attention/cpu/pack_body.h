@@ -1,0 +1,145 @@
+// From tensors of any element type and stride to the packed operands of the products (no include
+// guard: part of a body). Whatever is out of bounds is packed as zero, never read.
+
+template <typename T>
+using RealOf = typename ValueOf<T>::type;
+
+inline void load_row(const float* x, float* y, int64_t count) {
+  __builtin_memcpy(y, x, count * sizeof(float));
+}
+inline void load_row(const double* x, double* y, int64_t count) {
+  __builtin_memcpy(y, x, count * sizeof(double));
+}
+inline void load_row(const BFloat16* x, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = load(x[i]);
+}
+
+template <typename Real>
+inline void rotate_row(Real* x, const float* cos, const float* sin, int64_t pairs,
+                       bool interleaved) {
+  if (interleaved) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Real x1 = x[2 * i], x2 = x[2 * i + 1];
+      x[2 * i] = x1 * cos[i] - x2 * sin[i];
+      x[2 * i + 1] = x2 * cos[i] + x1 * sin[i];
+    }
+  } else {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const Real x1 = x[i], x2 = x[i + pairs];
+      x[i] = x1 * cos[i] - x2 * sin[i];
+      x[i + pairs] = x2 * cos[i] + x1 * sin[i];
+    }
+  }
+}
+
+// The tokens of one head of one row of the batch, [tokens, head_dim].
+template <typename T>
+struct Tokens {
+  const T* data;
+  int64_t token_stride, head_dim;
+  const float* cos;  // [tokens, pairs] or nullptr
+  const float* sin;
+  int64_t rotation_stride, pairs;
+  bool interleaved;
+
+  Tokens(const AttentionTensor& x, const AttentionRotation& rotation, int64_t head_dim, int64_t b,
+         int64_t head)
+      : data(static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride),
+        token_stride(x.token_stride),
+        head_dim(head_dim),
+        cos(rotation.cos ? rotation.cos + b * rotation.batch_stride : nullptr),
+        sin(rotation.cos ? rotation.sin + b * rotation.batch_stride : nullptr),
+        rotation_stride(rotation.token_stride),
+        pairs(rotation.pairs),
+        interleaved(rotation.interleaved) {}
+
+  void read(int64_t token, RealOf<T>* row) const {
+    load_row(data + token * token_stride, row, head_dim);
+    if (cos) {
+      rotate_row(row, cos + token * rotation_stride, sin + token * rotation_stride, pairs,
+                 interleaved);
+    }
+  }
+};
+
+// y[column * y_stride + row] = x[row * x_stride + column] for `rows` a multiple of 4.
+inline void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y,
+                      int64_t y_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef float FourUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* const x0 = x + r * x_stride;
+    float* const y0 = y + r;
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const Four a = *reinterpret_cast<const FourUnaligned*>(x0 + c);
+      const Four b = *reinterpret_cast<const FourUnaligned*>(x0 + x_stride + c);
+      const Four d = *reinterpret_cast<const FourUnaligned*>(x0 + 2 * x_stride + c);
+      const Four e = *reinterpret_cast<const FourUnaligned*>(x0 + 3 * x_stride + c);
+      const Four ab_low = LONGROPE_SHUFFLE(a, b, 0, 4, 1, 5);
+      const Four ab_high = LONGROPE_SHUFFLE(a, b, 2, 6, 3, 7);
+      const Four de_low = LONGROPE_SHUFFLE(d, e, 0, 4, 1, 5);
+      const Four de_high = LONGROPE_SHUFFLE(d, e, 2, 6, 3, 7);
+      float* const z = y0 + c * y_stride;
+      *reinterpret_cast<FourUnaligned*>(z) = LONGROPE_SHUFFLE(ab_low, de_low, 0, 1, 4, 5);
+      *reinterpret_cast<FourUnaligned*>(z + y_stride) =
+          LONGROPE_SHUFFLE(ab_low, de_low, 2, 3, 6, 7);
+      *reinterpret_cast<FourUnaligned*>(z + 2 * y_stride) =
+          LONGROPE_SHUFFLE(ab_high, de_high, 0, 1, 4, 5);
+      *reinterpret_cast<FourUnaligned*>(z + 3 * y_stride) =
+          LONGROPE_SHUFFLE(ab_high, de_high, 2, 3, 6, 7);
+    }
+    for (; c < columns; ++c) {
+      for (int64_t i = 0; i < 4; ++i) y0[c * y_stride + i] = x0[i * x_stride + c];
+    }
+  }
+}
+
+inline void transpose(const double* x, int64_t x_stride, int64_t rows, int64_t columns, double* y,
+                      int64_t y_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) y[c * y_stride + r] = x[r * x_stride + c];
+  }
+}
+
+// The transpose of tokens [first, first + count) in panels of kColumns tokens,
+// [panel][head_dim][kColumns]; the last panel is filled up with zeros. row: [kColumns, head_dim].
+template <typename T>
+inline void pack_transposed(const Tokens<T>& x, int64_t first, int64_t count, RealOf<T>* panels,
+                            RealOf<T>* rows) {
+  using Real = RealOf<T>;
+  constexpr int64_t kColumns = Tile<Real>::kColumns;
+  for (int64_t t = 0; t < count; t += kColumns) {
+    const int64_t here = count - t < kColumns ? count - t : kColumns;
+    for (int64_t i = 0; i < here; ++i) x.read(first + t + i, rows + i * x.head_dim);
+    for (int64_t i = here * x.head_dim; i < kColumns * x.head_dim; ++i) rows[i] = 0;
+    transpose(rows, x.head_dim, kColumns, x.head_dim, panels + t * x.head_dim, kColumns);
+  }
+}
+
+// Row `index` of a matrix in panels of kColumns columns, [panel][panel_rows][kColumns]; the last
+// panel is filled up with zeros.
+template <typename Real>
+inline void pack_row(const Real* row, int64_t columns, int64_t index, int64_t panel_rows,
+                     Real* panels) {
+  constexpr int64_t kColumns = Tile<Real>::kColumns;
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    Real* const y = panels + c * panel_rows + index * kColumns;
+    const int64_t here = columns - c < kColumns ? columns - c : kColumns;
+    for (int64_t i = 0; i < here; ++i) y[i] = row[c + i];
+    for (int64_t i = here; i < kColumns; ++i) y[i] = 0;
+  }
+}
+
+// Rows in groups of a tile's rows, [group][columns][rows of the group]; `rows` a multiple of kStep.
+template <typename Real>
+inline void pack_groups(const Real* x, int64_t rows, int64_t columns, Real* groups) {
+  constexpr int64_t kRows = Tile<Real>::kRows;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t here = rows - r < kRows ? rows - r : kRows;
+    Real* const y = groups + r * columns;
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = 0; i < here; ++i) y[c * here + i] = x[(r + i) * columns + c];
+    }
+  }
+}

@@ -1,0 +1,213 @@
+// What the passes share: blocks, the visible keys of a row, scratch memory (no include guard: part
+// of a body).
+
+constexpr int64_t kMaxHeadDim = 256;
+// A multiple of every instruction set's rows of a tile (12, 6, 4) and of its columns (up to 32).
+// Larger blocks pack keys less often; these keep a task within a second-level cache of 1 MiB.
+constexpr int64_t kBlockRows = 192;
+constexpr int64_t kBlockKeys = 256;
+
+// Indices [begin, end); empty when end <= begin.
+struct Range {
+  int64_t begin, end;
+};
+
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+template <typename Real>
+inline int64_t padded_columns(int64_t columns) {
+  return round_up(columns, Tile<Real>::kColumns);
+}
+
+inline float natural_log(float x) { return __builtin_logf(x); }
+inline double natural_log(double x) { return __builtin_log(x); }
+inline float natural_exp(float x) { return __builtin_expf(x); }
+inline double natural_exp(double x) { return __builtin_exp(x); }
+
+// Hands out pieces of a thread's scratch memory, each on its own cache lines; with nullptr only
+// counts.
+class Carver {
+ public:
+  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename E>
+  E* take(int64_t count) {
+    char* const taken = memory_ + used_;
+    used_ = round_up(used_ + count * static_cast<int64_t>(sizeof(E)), 64);
+    return reinterpret_cast<E*>(taken);
+  }
+  size_t bytes() const { return static_cast<size_t>(used_); }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// score = softcap tanh(scale s / softcap).
+template <typename Real>
+struct Softcap {
+  bool on;
+  Real inner, outer;
+
+  Softcap(double scale, double softcap)
+      : on(softcap > 0), inner(on ? scale / softcap : 0), outer(softcap) {}
+  VectorOf<Real> operator()(VectorOf<Real> s) const { return tanh(s * inner) * outer; }
+};
+
+// A block of rows of one key/value head. Row r is query r / group of the head r % group in the
+// group of heads that share the keys, so that neighbours see about the same keys.
+struct Task {
+  int64_t batch, kv_head, group, split;
+  Range rows;
+  Range keys;  // of the split
+};
+
+inline Task locate(const AttentionParams& p, const AttentionPlan& plan, int64_t task) {
+  Task t;
+  t.group = p.heads / p.kv_heads;
+  t.split = task % plan.splits;
+  task /= plan.splits;
+  // The last block sees most keys: longest first.
+  const int64_t block = plan.row_blocks - 1 - task % plan.row_blocks;
+  task /= plan.row_blocks;
+  t.kv_head = task % p.kv_heads;
+  t.batch = task / p.kv_heads;
+  const int64_t end = (block + 1) * kBlockRows, rows = p.queries * t.group;
+  t.rows = Range{block * kBlockRows, end < rows ? end : rows};
+  t.keys = Range{t.split * plan.split_keys, (t.split + 1) * plan.split_keys};
+  return t;
+}
+
+// All rows of one key/value head and a part of the keys.
+inline Task locate_keys(const AttentionParams& p, const AttentionPlan& plan, int64_t task) {
+  Task t;
+  t.group = p.heads / p.kv_heads;
+  t.split = task % plan.splits;
+  t.kv_head = task / plan.splits % p.kv_heads;
+  t.batch = task / plan.splits / p.kv_heads;
+  t.rows = Range{0, p.queries * t.group};
+  const int64_t end = (t.split + 1) * plan.split_keys;
+  t.keys = Range{t.split * plan.split_keys, end < p.keys ? end : p.keys};
+  return t;
+}
+
+struct RowIndex {
+  int64_t batch, head, query, flat;
+
+  RowIndex(const AttentionParams& p, const Task& t, int64_t row)
+      : batch(t.batch),
+        head(t.kv_head * t.group + (t.rows.begin + row) % t.group),
+        query((t.rows.begin + row) / t.group),
+        flat((batch * p.heads + head) * p.queries + query) {}
+
+  template <typename T>
+  T* in(const AttentionTensor& x) const {
+    return static_cast<T*>(x.data) + batch * x.batch_stride + head * x.head_stride +
+           query * x.token_stride;
+  }
+};
+
+// The keys that query `query` of row b of the batch sees.
+inline Range visible(const AttentionParams& p, int64_t b, int64_t query) {
+  // Far enough out to see all or nothing, and no sum below overflows.
+  constexpr int64_t kFar = int64_t{1} << 60;
+  int64_t position = p.query_start[b];
+  position = position > kFar ? kFar : position < -kFar ? -kFar : position;
+  position += query;
+  Range keys{p.key_start[b], p.key_length[b]};
+  if (p.causal && position + 1 < keys.end) keys.end = position + 1;
+  if (p.window > 0) {
+    const int64_t oldest = position + 1 - (p.window < kFar ? p.window : kFar);
+    if (oldest > keys.begin) keys.begin = oldest;
+  }
+  return keys;
+}
+
+// The visible keys of every row of the task within its split, and the union of them; rows beyond
+// the last see none.
+inline Range row_ranges(const AttentionParams& p, const Task& t, int64_t rows, Range* ranges) {
+  Range all{p.keys, 0};
+  for (int64_t i = 0; i < rows; ++i) {
+    Range row{0, 0};
+    if (t.rows.begin + i < t.rows.end) {
+      row = visible(p, t.batch, (t.rows.begin + i) / t.group);
+      if (row.begin < t.keys.begin) row.begin = t.keys.begin;
+      if (row.end > t.keys.end) row.end = t.keys.end;
+    }
+    if (row.end > row.begin) {
+      if (row.begin < all.begin) all.begin = row.begin;
+      if (row.end > all.end) all.end = row.end;
+    } else {
+      row = Range{0, 0};
+    }
+    ranges[i] = row;
+  }
+  return all;
+}
+
+// The keys of the task that any query of the row of the batch sees. Consecutive queries see ranges
+// that touch, so the union has no gap.
+inline Range seen_by_all(const AttentionParams& p, const Task& t) {
+  const Range first = visible(p, t.batch, 0), last = visible(p, t.batch, p.queries - 1);
+  Range all{first.begin > t.keys.begin ? first.begin : t.keys.begin,
+            last.end < t.keys.end ? last.end : t.keys.end};
+  return all;
+}
+
+// The part of a row's keys in a block, counted from the block's first key.
+inline Range block_range(Range row, Range block) {
+  const int64_t begin = row.begin > block.begin ? row.begin : block.begin;
+  const int64_t end = row.end < block.end ? row.end : block.end;
+  return begin < end ? Range{begin - block.begin, end - block.begin} : Range{0, 0};
+}
+
+// The same for all rows of a tile together.
+inline Range group_range(const Range* rows, int64_t count, Range block) {
+  Range group{block.end - block.begin, 0};
+  for (int64_t i = 0; i < count; ++i) {
+    const Range row = block_range(rows[i], block);
+    if (row.begin >= row.end) continue;
+    if (row.begin < group.begin) group.begin = row.begin;
+    if (row.end > group.end) group.end = row.end;
+  }
+  return group;
+}
+
+// Rows of q (or of a tensor of its shape) in groups of a tile's rows, times `factor`; where
+// `panels` is given, also in panels of `panel_rows` rows. Rows that see no key are zero. tile:
+// [tile's rows, head_dim].
+template <typename T>
+inline void pack_queries(const AttentionParams& p, const Task& t, const AttentionTensor& x,
+                         const AttentionRotation& rotation, int64_t rows, RealOf<T> factor,
+                         const Range* ranges, RealOf<T>* groups, RealOf<T>* tile,
+                         RealOf<T>* panels = nullptr, int64_t panel_rows = 0) {
+  constexpr int64_t kRows = Tile<RealOf<T>>::kRows;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t here = rows - r < kRows ? rows - r : kRows;
+    for (int64_t i = 0; i < here; ++i) {
+      RealOf<T>* const row = tile + i * p.head_dim;
+      if (ranges[r + i].begin < ranges[r + i].end) {
+        const RowIndex index(p, t, r + i);
+        Tokens<T>(x, rotation, p.head_dim, index.batch, index.head).read(index.query, row);
+        for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
+      } else {
+        for (int64_t d = 0; d < p.head_dim; ++d) row[d] = 0;
+      }
+      if (panels) pack_row(row, p.head_dim, r + i, panel_rows, panels);
+    }
+    pack_groups(tile, here, p.head_dim, groups + r * p.head_dim);
+  }
+}
+
+inline void write_row(const float* x, float* y, int64_t count) {
+  __builtin_memcpy(y, x, count * sizeof(float));
+}
+inline void write_row(const double* x, double* y, int64_t count) {
+  __builtin_memcpy(y, x, count * sizeof(double));
+}
+inline void write_row(const float* x, BFloat16* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) store(y + i, x[i]);
+}
+inline void write_row(const float* x, Float16* y, int64_t count) { store_row(x, y, count); }

@@ -1,0 +1,101 @@
+// Vectors of one register and the functions of the softmax (no include guard: part of a body).
+//
+// The compiler's vector extensions give one body for every instruction set; comparisons are written
+// so that NaN survives them.
+
+template <typename Real>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  typedef float Type __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(LONGROPE_ISA_BYTES), aligned(4), may_alias));
+  typedef int32_t Integer __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+  static constexpr int kLanes = LONGROPE_ISA_BYTES / sizeof(float);
+};
+
+template <>
+struct Vector<double> {
+  typedef double Type __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(LONGROPE_ISA_BYTES), aligned(8), may_alias));
+  typedef int64_t Integer __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+  static constexpr int kLanes = LONGROPE_ISA_BYTES / sizeof(double);
+};
+
+template <typename Real>
+using VectorOf = typename Vector<Real>::Type;
+
+template <typename Real>
+inline VectorOf<Real> load_vector(const Real* x) {
+  return *reinterpret_cast<const typename Vector<Real>::Unaligned*>(x);
+}
+
+template <typename Real>
+inline void store_vector(Real* y, VectorOf<Real> value) {
+  *reinterpret_cast<typename Vector<Real>::Unaligned*>(y) = value;
+}
+
+template <typename Real>
+inline VectorOf<Real> broadcast(Real x) {
+  return x - VectorOf<Real>{};
+}
+
+template <typename Real>
+inline Real horizontal_max(VectorOf<Real> x) {
+  Real most = x[0];
+  for (int i = 1; i < Vector<Real>::kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+template <typename Real>
+inline Real horizontal_sum(VectorOf<Real> x) {
+  Real sum = x[0];
+  for (int i = 1; i < Vector<Real>::kLanes; ++i) sum += x[i];
+  return sum;
+}
+
+// 2^x for x <= 127; 0 below -126. Relative error 1e-7.
+inline VectorOf<float> exp2(VectorOf<float> x) {
+  using V = VectorOf<float>;
+  using I = Vector<float>::Integer;
+  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const V rounded = x + magic;
+  const V f = x - (rounded - magic);
+  // Minimax of degree 6 for the relative error on [-1/2, 1/2] (Remez exchange).
+  V y = broadcast(1.5345812e-4f);
+  y = y * f + broadcast(1.33999312e-3f);
+  y = y * f + broadcast(9.61848896e-3f);
+  y = y * f + broadcast(5.55032878e-2f);
+  y = y * f + broadcast(2.40226469e-1f);
+  y = y * f + broadcast(6.93147206e-1f);
+  y = y * f + broadcast(1.0f);
+  const I power = (reinterpret_cast<I>(rounded) - reinterpret_cast<I>(magic) + 127) << 23;
+  return x < broadcast(-126.0f) ? V{} : y * reinterpret_cast<V>(power);
+}
+
+inline VectorOf<double> exp2(VectorOf<double> x) {
+  for (int i = 0; i < Vector<double>::kLanes; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+inline VectorOf<float> tanh(VectorOf<float> x) {
+  using V = VectorOf<float>;
+  const V magnitude = x < V{} ? -x : x;
+  const V e = exp2(magnitude * broadcast(-2.88539008f));  // exp(-2 |x|)
+  V large = (broadcast(1.0f) - e) / (broadcast(1.0f) + e);
+  large = x < V{} ? -large : large;
+  // tanh(x) = x + x z P(z), z = x^2, minimax of degree 4 on |x| <= 0.625.
+  const V z = x * x;
+  V small = broadcast(-5.71704531e-3f);
+  small = small * z + broadcast(2.06505876e-2f);
+  small = small * z + broadcast(-5.37434982e-2f);
+  small = small * z + broadcast(1.33314913e-1f);
+  small = small * z + broadcast(-3.33332839e-1f);
+  small = x + x * z * small;
+  return magnitude < broadcast(0.625f) ? small : large;
+}
+
+inline VectorOf<double> tanh(VectorOf<double> x) {
+  for (int i = 0; i < Vector<double>::kLanes; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}

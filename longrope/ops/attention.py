@@ -1,0 +1,288 @@
+"""Attention of a chunk of queries over a longer cache, and exact merging of partial results.
+
+Nothing of size `[N, M]` is ever stored. See `csrc/attention/attention.h` for the kernels and
+`longrope.ops.reference.attention` for the specification in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
+from longrope.ops._arguments import check_positions, expect
+from longrope.ops.rope import Rotation, _fresh, rope
+
+__all__ = ["attention", "merge_attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    query_start: int | Tensor | None = None,
+    key_length: int | Tensor | None = None,
+    key_start: int | Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rotation: Rotation | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend queries to the keys that each of them sees; memory `O(N + M)`.
+
+    Query `i` stands at position `query_start + i`, counted from the first key, and sees key `j`
+    when `key_start <= j < key_length`, with `causal` only `j <= query_start + i`, and with a
+    `window` only `j > query_start + i - window`. In plain torch, with the mask of those pairs:
+    `scores = (scale * q @ k.mT).masked_fill(~mask, -inf)`, `out = scores.softmax(-1) @ v`,
+    `lse = scores.logsumexp(-1)`. Keys and values that no query sees may hold anything, NaN too.
+
+    Parameters
+    ----------
+    q : float32, bfloat16, float16 (CPU also float64) `[B, H, N, D]`
+        Queries, `D <= 256`, any strides with stride 1 in `D`.
+    k, v : the dtype of q, `[B, Hk, M, D]`
+        Keys and values, likewise; `Hk` divides `H`, and head `h` attends head `h // (H / Hk)`.
+    causal : bool
+        Whether a query sees no key after its own position.
+    query_start : int or int64 `[B]`, optional
+        Position of the first query, `M - N` (the queries are the last) unless given; may be
+        negative or beyond `M`.
+    key_length, key_start : int or int64 `[B]`, optional
+        Keys from `key_start` (0) to before `key_length` (`M`) exist: ragged rows, padding on either
+        side, static caches.
+    window : int, optional
+        Sliding window, at least 1: a query sees itself and `window - 1` positions before it.
+    scale : float, optional
+        Multiplies the scores, `1 / sqrt(D)` unless given.
+    softcap : float, optional
+        Scores become `softcap * tanh(score / softcap)` (Gemma 2).
+    rotation : Rotation, optional
+        q and k come un-rotated and are turned inside, as by `ops.rope`. Where a gradient is asked
+        for, by `ops.rope` itself: gradients also reach the rotation's tensors.
+    return_lse : bool
+        Return also the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : the dtype of q, `[B, H, N, D]`
+        Fresh, in the memory order of q. A query that sees no key gives 0. Accumulated in float32
+        (float64 for float64); the same on every run and for any number of threads. Differentiable
+        in q, k and v.
+    lse : float32 (float64 for float64) `[B, H, N]`
+        With `return_lse`: natural logarithm, -inf for a query that sees no key; differentiable.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype, device, stride or range is not as above.
+    """
+    keys = k.shape[2] if k.dim() == 4 else 0
+    queries = q.shape[2] if q.dim() == 4 else 0
+    if window is not None:
+        expect(
+            isinstance(window, (int, torch.SymInt)) and window >= 1, "window",
+            "an int of 1 or more, or None", window,
+        )  # fmt: skip
+    if softcap is not None:
+        expect(
+            isinstance(softcap, (int, float)) and softcap > 0, "softcap",
+            "a positive number, or None", softcap,
+        )  # fmt: skip
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1]) if q.dim() == 4 and q.shape[-1] else 1.0
+    tables = (None, None, None, None)
+    interleaved = False
+    if rotation is not None:
+        expect(isinstance(rotation, Rotation), "rotation", "an ops.Rotation, or None", rotation)
+        check_positions("query_positions", rotation.query_positions, q.shape[0], queries)
+        check_positions("key_positions", rotation.key_positions, k.shape[0], keys)
+        needs_gradient = torch.is_grad_enabled() and _needs_gradient(q, k, v, rotation)
+        # The tables of the kernel are float32.
+        if needs_gradient or q.dtype == torch.float64:
+            q, k = _turned(q, k, rotation)
+        else:
+            interleaved = rotation.interleaved
+            tables = (
+                *_rotation_tables(q, rotation, rotation.query_positions),
+                *_rotation_tables(k, rotation, rotation.key_positions),
+            )
+    out, lse = torch.ops.longrope.attention(
+        q, k, v, causal,
+        *_bound("query_start", query_start, keys - queries),
+        *_bound("key_start", key_start, 0),
+        *_bound("key_length", key_length, keys),
+        0 if window is None else window, scale, 0.0 if softcap is None else softcap,
+        *tables, interleaved,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys into attention over their union, exactly.
+
+    In plain torch: `lse = torch.logaddexp(lse_a, lse_b)` and
+    `out = (lse_a - lse).exp()[..., None] * out_a + (lse_b - lse).exp()[..., None] * out_b`.
+
+    Parameters
+    ----------
+    out_a, out_b : float32, bfloat16, float16 (CPU also float64) `[B, H, N, D]`
+        What `attention` returned for each set, any strides with stride 1 in `D`.
+    lse_a, lse_b : float32 (float64 for float64) `[B, H, N]`
+        Its log-sum-exp. A side with -inf has no part in `out`, whatever it holds.
+
+    Returns
+    -------
+    out, lse : as the inputs
+        Fresh, differentiable in all four arguments; 0 and -inf where both sides are empty.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype, device or stride is not as above.
+    """
+    return torch.ops.longrope.merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+def _bound(name: str, value: int | Tensor | None, default: int) -> tuple[int, Tensor | None]:
+    """Split a bound into the scalar and the tensor that the op takes."""
+    if value is None:
+        return default, None
+    if isinstance(value, Tensor):
+        return 0, value
+    expect(isinstance(value, (int, torch.SymInt)), name, "an int or int64 [B]", value)
+    return value, None
+
+
+def _needs_gradient(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> bool:
+    tensors = (q, k, v, rotation.inv_freq, rotation.base_inv_freq, rotation.attention_factor)
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _turn(x: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
+    turned, _ = rope(
+        x, x[:, :0], positions, rotation.inv_freq, rotation.start_tokens, rotation.base_inv_freq,
+        rotation.attention_factor, rotation.interleaved,
+    )  # fmt: skip
+    return turned
+
+
+def _turned(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    return (
+        _turn(q, rotation, rotation.query_positions),
+        _turn(k, rotation, rotation.key_positions),
+    )
+
+
+def _rotation_tables(x: Tensor, rotation: Rotation, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines times the attention factor, float32 `[B or 1, tokens, R/2]`.
+
+    They are what turning (1, 0) gives.
+    """
+    rotary_dim = 2 * rotation.inv_freq.shape[-1]
+    arguments = (
+        rotation.inv_freq, rotation.start_tokens, rotation.base_inv_freq, rotation.attention_factor
+    )  # fmt: skip
+    dims = [positions.dim() - 1, rotation.inv_freq.dim() - 1]
+    dims += [a.dim() - (a is arguments[2]) for a in arguments[1:] if isinstance(a, Tensor)]
+    batch = x.shape[0] if any(dims) else 1  # rows that differ
+    unit = torch.zeros(batch, 1, positions.shape[-1], rotary_dim, device=x.device)
+    unit[..., : rotary_dim // 2] = 1
+    turned, _ = rope(unit, unit[:, :0], positions, *arguments)
+    cos, sin = turned[:, 0].chunk(2, -1)
+    return cos, sin
+
+
+@torch.library.register_fake("longrope::attention")
+def _(q, *_arguments):
+    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return _fresh(q), lse
+
+
+@torch.library.register_fake("longrope::attention_grad")
+def _(grad_out, grad_lse, q, k, v, *_arguments):
+    return _fresh(q), _fresh(k), _fresh(v)
+
+
+@torch.library.register_fake("longrope::merge_attention")
+def _(out_a, lse_a, out_b, lse_b):
+    return _fresh(out_a), lse_a.new_empty(lse_a.shape)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _stride_1(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+# Arguments of longrope::attention: three bounds with their rows follow q, k, v and causal.
+_ROWS = (5, 7, 9)
+_TABLES = 13
+
+
+def _attention_setup(ctx, inputs, output):
+    if any(t is not None for t in inputs[_TABLES : _TABLES + 4]):
+        raise NotImplementedError(
+            "attention: rotation inside has no gradient; ops.attention turns by ops.rope then"
+        )
+    out, lse = output
+    ctx.options = [None if i in _ROWS else a for i, a in enumerate(inputs[:_TABLES])][3:]
+    ctx.save_for_backward(*inputs[:3], *(inputs[i] for i in _ROWS), out, lse)
+
+
+def _attention_backward(ctx, grad_out, grad_lse):
+    q, k, v, *rows, out, lse = ctx.saved_tensors
+    options = list(ctx.options)
+    for i, row in zip(_ROWS, rows, strict=True):
+        options[i - 3] = row
+    grads = torch.ops.longrope.attention_grad(
+        _stride_1(grad_out), grad_lse, q, k, v, out, lse, *options
+    )
+    return *grads, *[None] * 15
+
+
+torch.library.register_autograd(
+    "longrope::attention", _attention_backward, setup_context=_attention_setup
+)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("attention: no second derivative")
+
+
+torch.library.register_autograd("longrope::attention_grad", _no_second_derivative)
+
+
+def _merge_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _merge_backward(ctx, grad_out, grad_lse):
+    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
+    # exp(lse_a - lse) as sigmoid(lse_a - lse_b): infinities of one sign are equal, an empty side
+    # has no part.
+    difference = torch.where(lse_a == lse_b, 0, lse_a - lse_b)
+    share_a = torch.sigmoid(difference).masked_fill(lse_a == -torch.inf, 0)
+    share_b = torch.sigmoid(-difference).masked_fill(lse_b == -torch.inf, 0)
+    wide = grad_out.to(lse_a.dtype)
+    empty_a, empty_b = ((share == 0)[..., None] for share in (share_a, share_b))
+    apart = out_a.to(lse_a.dtype).masked_fill(empty_a, 0) - out_b.masked_fill(empty_b, 0)
+    moved = share_a * share_b * (wide * apart).sum(-1)
+    return (
+        (share_a[..., None] * wide).to(out_a.dtype),
+        share_a * grad_lse + moved,
+        (share_b[..., None] * wide).to(out_b.dtype),
+        share_b * grad_lse - moved,
+    )
+
+
+torch.library.register_autograd(
+    "longrope::merge_attention", _merge_backward, setup_context=_merge_setup
+)
