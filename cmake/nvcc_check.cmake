@@ -2,6 +2,7 @@
 # within the registers that its kernels state. No GPU and no torch needed; left out without nvcc.
 find_program(LONGROPE_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr/local/cuda)
 if(LONGROPE_NVCC AND cuda_sources)
+  file(MAKE_DIRECTORY "${PROJECT_BINARY_DIR}/nvcc")
   set(nvcc_reports)
   foreach(source IN LISTS cuda_sources)
     file(RELATIVE_PATH stem "${PROJECT_SOURCE_DIR}/csrc" "${source}")
