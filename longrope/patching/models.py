@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from longrope.factors import RescaleFactors
-from longrope.patching.rotary import RescaledRotaryEmbedding, swapped
+from longrope.patching.rotary import RescaledRotaryEmbedding
 from longrope.patching.rotation import accept_rotations
 from longrope.patching.settings import rope_parameters, rope_settings, text_config
+from longrope.patching.tiers import install, uninstall
 
 #: `model_type` of the configurations whose models `apply` takes. Each has `rotary_emb` in its
 #: decoder and an `apply_rotary_pos_emb` that pairs channel `i` with `i + R/2`.
@@ -38,7 +39,10 @@ def apply(model: nn.Module, factors: RescaleFactors | Sequence[RescaleFactors]) 
     factors
         One set for every length, or a list of sets (tiers) with different `target_length`: a row
         of `n` tokens takes the shortest with `n <= target_length`, and the longest beyond that.
-        A row's length is its largest position + 1, so rows of a batch may differ.
+        Rows of a batch may differ: the length of a row is its largest position + 1, padding
+        left out, or the number of its tokens where no `position_ids` are given. A row that grows
+        out of its tier while it is generated has its cached keys turned into the next
+        (`longrope.patching.tiers`); a cache must be filled after `apply`.
 
     Returns
     -------
@@ -52,14 +56,14 @@ def apply(model: nn.Module, factors: RescaleFactors | Sequence[RescaleFactors]) 
         `rotary_dim` of the factors are not the model's.
     """
     base = decoder(model)
-    original = getattr(base.rotary_emb, "original", base.rotary_emb)
     tiers = _tiers(factors)
     _check_fit(model, tiers)
     accept_rotations(base.layers[0].self_attn)
-    base.rotary_emb = RescaledRotaryEmbedding(original, tiers)
+    remove(model)
+    rotary = RescaledRotaryEmbedding(base.rotary_emb, tiers)
     device = next(base.parameters()).device
-    if device.type != "meta":
-        base.rotary_emb.to(device)
+    base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
+    install(base, rotary)
     return model
 
 
@@ -69,7 +73,9 @@ def remove(model: nn.Module) -> nn.Module:
     A model without factors is left as it is.
     """
     base = decoder(model)
-    base.rotary_emb = getattr(base.rotary_emb, "original", base.rotary_emb)
+    if isinstance(base.rotary_emb, RescaledRotaryEmbedding):
+        uninstall(base.rotary_emb)
+        base.rotary_emb = base.rotary_emb.original
     return model
 
 
@@ -106,22 +112,18 @@ def rows(
         float or tensor `[B]` or `[]`. Gradients flow into it.
     """
     base = decoder(model)
-    before = base.rotary_emb
-    if not isinstance(before, RescaledRotaryEmbedding):
-        settings = rope_settings(model)
-        plain = RescaleFactors.none(
-            original_length=settings.original_length,
-            rope_theta=settings.rope_theta,
-            rotary_dim=settings.rotary_dim,
-        )
-        apply(model, plain)
+    patched = isinstance(base.rotary_emb, RescaledRotaryEmbedding)
+    if not patched:
+        apply(model, _plain(model))
     rotary = base.rotary_emb
+    before = rotary.rows
     try:
-        with swapped(rotary, "_rows", None):
-            rotary.set_rows(inv_freq, start_tokens, attention_factor)
-            yield rotary
+        rotary.set_rows(inv_freq, start_tokens, attention_factor)
+        yield rotary
     finally:
-        base.rotary_emb = before
+        rotary.rows = before
+        if not patched:
+            remove(model)
 
 
 @contextlib.contextmanager
@@ -133,8 +135,13 @@ def row_lengths(model: nn.Module, lengths: Tensor | int) -> Iterator[None]:
     lengths
         int64 `[B]`, or one int for all rows.
     """
-    with swapped(rotary_of(model), "_lengths", torch.as_tensor(lengths).reshape(-1)):
+    rotary = rotary_of(model)
+    before = rotary.planned_lengths
+    try:
+        rotary.planned_lengths = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1)
         yield
+    finally:
+        rotary.planned_lengths = before
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -162,8 +169,21 @@ def decoder(model: nn.Module) -> nn.Module:
     return base
 
 
+def _plain(model: nn.Module) -> RescaleFactors:
+    settings = rope_settings(model)
+    return RescaleFactors.none(
+        original_length=settings.original_length,
+        rope_theta=settings.rope_theta,
+        rotary_dim=settings.rotary_dim,
+    )
+
+
 def _tiers(factors: RescaleFactors | Sequence[RescaleFactors]) -> list[RescaleFactors]:
-    tiers = [factors] if isinstance(factors, RescaleFactors) else list(factors)
+    tiers = [factors] if isinstance(factors, RescaleFactors) else factors
+    if not isinstance(tiers, (list, tuple)):
+        raise TypeError(
+            f"factors: expected RescaleFactors or a list of them, got {type(tiers).__name__}"
+        )
     for tier in tiers:
         if not isinstance(tier, RescaleFactors):
             raise TypeError(
@@ -172,7 +192,7 @@ def _tiers(factors: RescaleFactors | Sequence[RescaleFactors]) -> list[RescaleFa
             )
     if not tiers:
         raise ValueError("factors: expected at least one RescaleFactors, got an empty list")
-    tiers.sort(key=lambda tier: tier.target_length)
+    tiers = sorted(tiers, key=lambda tier: tier.target_length)
     for shorter, longer in itertools.pairwise(tiers):
         if shorter.target_length == longer.target_length:
             raise ValueError(

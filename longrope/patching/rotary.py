@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from longrope.factors import RescaleFactors
-from longrope.patching.rotation import CosSin
-
-
-class Rows(NamedTuple):
-    """One setting for each row of a batch (or one row for all).
-
-    inv_freq : float64 `[B, R/2]`, radians per token
-    start_tokens : int64 `[B]`
-    attention_factor : float64 `[B]`
-    """
-
-    inv_freq: Tensor
-    start_tokens: Tensor
-    attention_factor: Tensor
+from longrope.patching.rotation import (
+    DEVICES_WITH_KERNELS,
+    KernelRotation,
+    TableRotation,
+    tabulate,
+)
 
 
 class RescaledRotaryEmbedding(nn.Module):
@@ -50,8 +40,14 @@ class RescaledRotaryEmbedding(nn.Module):
         self._put("factor_bits", np.array([f.attention_factor for f in tiers]).view(np.int64))
         self._put("start_tokens", np.array([f.start_tokens for f in tiers], np.int64))
         self._put("limits", np.array([f.target_length for f in tiers], np.int64))
-        self._rows: Rows | None = None
-        self._lengths: Tensor | None = None
+        self.rows: tuple[Tensor, Tensor, Tensor] | None = None
+        #: The tier of each row of the batch, `[B]` or `[1]`, where a hook has found it out.
+        self.tier: Tensor | None = None
+        #: The lengths that rows will have, `[B]` or `[1]`, where somebody has said so.
+        self.planned_lengths: Tensor | None = None
+        #: What the hooks of `longrope.patching.tiers` need between the start and end of a pass.
+        self.cached_keys = None
+        self.hooks = ()
 
     def _put(self, name: str, values: np.ndarray) -> None:
         self.register_buffer(name, torch.from_numpy(values.copy()), persistent=False)
@@ -59,8 +55,6 @@ class RescaledRotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Name the lengths, for `print(model)`."""
         return "tiers up to " + ", ".join(str(f.target_length) for f in self.tiers) + " tokens"
-
-    # --- settings of the rows ---------------------------------------------------------------------
 
     def set_rows(
         self,
@@ -96,73 +90,66 @@ class RescaledRotaryEmbedding(nn.Module):
         for name, given in (("start_tokens", starts), ("attention_factor", factors)):
             if given.ndim > 1:
                 raise ValueError(f"{name}: expected one value or [B], got {list(given.shape)}")
-        counts = {len(inv_freq.reshape(-1, half)), starts.numel(), factors.numel()}
-        if len(counts - {1}) > 1:
+        counts = [inv_freq.numel() // half, starts.numel(), factors.numel()]
+        if len(set(counts) - {1}) > 1:
             raise ValueError(
                 "inv_freq, start_tokens, attention_factor: expected the same number of rows "
-                f"where it is not 1, got {len(inv_freq.reshape(-1, half))}, {starts.numel()} "
-                f"and {factors.numel()}"
+                f"where it is not 1, got {counts[0]}, {counts[1]} and {counts[2]}"
             )
-        count = max(counts)
-        self._rows = Rows(inv_freq.expand(count, half), starts.expand(count), factors.expand(count))
+        rows = max(counts)
+        self.rows = (inv_freq.expand(rows, half), starts.expand(rows), factors.expand(rows))
 
     def clear_rows(self) -> None:
         """Go back to the tiers."""
-        self._rows = None
+        self.rows = None
 
-    def rows_for(self, position_ids: Tensor) -> Rows:
-        """Return the settings of a batch whose tokens stand at `position_ids` `[B or 1, N]`."""
-        device = position_ids.device
-        if self._rows is not None:
-            return Rows(*(t.to(device) for t in self._rows))
+    def tier_of(self, lengths: Tensor) -> Tensor:
+        """Return the tier of rows of `lengths` `[B]` tokens: the first that is long enough."""
+        tier = torch.searchsorted(self.limits.to(lengths.device), lengths)
+        return tier.clamp(max=len(self.tiers) - 1)  # off the end: the longest
+
+    def _settings(self, positions: Tensor) -> tuple[Tensor, int | Tensor, float | Tensor]:
+        """Return frequencies `[R/2]` or `[B, R/2]`, start tokens and attention factors."""
+        device = positions.device
+        if self.rows is not None:
+            return tuple(setting.to(device) for setting in self.rows)
         inv_freq = self.inv_freq_bits.to(device).view(torch.float64)
+        if len(self.tiers) == 1:  # plain numbers, which need no look into a tensor
+            return inv_freq[0], self.tiers[0].start_tokens, self.tiers[0].attention_factor
+        tier = self.tier
+        if tier is None:
+            lengths = self.planned_lengths
+            tier = self.tier_of(positions.amax(-1).reshape(-1) + 1 if lengths is None else lengths)
+        tier = tier.to(device)
         factors = self.factor_bits.to(device).view(torch.float64)
-        starts = self.start_tokens.to(device)
-        if len(self.tiers) == 1:
-            return Rows(inv_freq, starts, factors)
-        lengths = self._lengths
-        if lengths is None:
-            lengths = position_ids.amax(dim=-1) + 1
-        # The first limit that is >= the length; off the end: the last tier.
-        tier = torch.searchsorted(self.limits.to(device), lengths.to(device))
-        tier = tier.clamp(max=len(self.tiers) - 1)
-        return Rows(inv_freq[tier], starts[tier], factors[tier])
+        return inv_freq[tier], self.start_tokens.to(device)[tier], factors[tier]
 
-    # --- the interface of transformers' rotary modules --------------------------------------------
-
-    def forward(self, x: Tensor, position_ids: Tensor, **_) -> tuple[CosSin, None]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, **_
+    ) -> tuple[KernelRotation | TableRotation, None]:
         """Return what the attention layers unpack as `cos, sin = position_embeddings`.
 
         x
-            Hidden states `[B, N, E]`, for their dtype and device.
+            Hidden states `[B, N, E]`, for their shape, dtype and device.
         position_ids
             int64 `[B or 1, N]`.
         """
+        batch = x.shape[0]
         positions = position_ids.to(x.device)
-        rows = self.rows_for(positions)
-        if len(rows.inv_freq) not in (1, x.shape[0]):
+        inv_freq, start_tokens, attention_factor = self._settings(positions)
+        if inv_freq.ndim == 2 and inv_freq.shape[0] not in (1, batch):
             raise ValueError(
-                f"inv_freq: expected one row or one for each of the {x.shape[0]} rows of the "
-                f"batch, got {len(rows.inv_freq)}"
+                f"inv_freq: expected one row, or one for each of the {batch} rows of the batch, "
+                f"got {inv_freq.shape[0]}"
             )
-        table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # float64 angles: off by 5e-10 rad at position 2^21, where float32 is off by 0.16 rad.
-        # Autocast would not touch them: it casts no float64.
-        frequency = rows.inv_freq[:, None, :]
+        if inv_freq.ndim == 2 and inv_freq.shape[0] == 1:
+            inv_freq, start_tokens, attention_factor = (
+                inv_freq[0], start_tokens.expand(batch), attention_factor[0]
+            )  # fmt: skip
+        if positions.shape[0] == 1:
+            positions = positions[0]
         base = self.base_bits.to(x.device).view(torch.float64)
-        early = positions[..., None] < rows.start_tokens[:, None, None]
-        angle = positions[..., None] * torch.where(early, base, frequency)
-        factor = rows.attention_factor[:, None, None]
-        table = (angle.cos() * factor, angle.sin() * factor)
-        return CosSin(*(t.to(table_dtype) for t in table)), None
-
-
-@contextlib.contextmanager
-def swapped(module: RescaledRotaryEmbedding, name: str, value) -> Iterator[None]:
-    """Set an attribute for the length of a `with` block."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+        arguments = KernelRotation(positions, inv_freq, start_tokens, base, attention_factor)
+        if x.device.type in DEVICES_WITH_KERNELS:
+            return arguments, None
+        return tabulate(arguments, torch.promote_types(x.dtype, torch.float32)), None

@@ -5,6 +5,9 @@ dtype of the model, and each attention layer calls the file's own `apply_rotary_
 that rounds cos, sin and both products. Here the rotary module hands the layers a rotation
 instead, and the file's function is wrapped once so that it recognises one; for any other argument
 it is the original function, so a model that is not patched computes what it always did.
+
+A rotation is a tuple of tensors, so that whatever moves, checkpoints or compiles a model's
+arguments knows how to treat it.
 """
 
 from __future__ import annotations
@@ -16,11 +19,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longrope import ops
 
-class CosSin(NamedTuple):
-    """A rotation by tables: `[B or 1, N, R/2]`, float32 (float64 for a float64 model).
 
-    A tuple of tensors, so that whatever moves or checkpoints a model's arguments knows it.
+def _has_kernels(device_type: str) -> bool:
+    key = device_type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("longrope::rope", key)
+
+
+#: Device types whose kernels this build of the extension holds.
+DEVICES_WITH_KERNELS = tuple(kind for kind in ("cpu", "cuda") if _has_kernels(kind))
+
+
+def _refuse(rotation, dim: int):
+    """Say what is wrong: only a function that took the place of ours asks for `cos.unsqueeze`."""
+    raise RuntimeError(
+        "apply_rotary_pos_emb of the model's file was replaced after longrope.apply: "
+        "apply such patches first and longrope.apply last"
+    )
+
+
+class KernelRotation(NamedTuple):
+    """A rotation by `ops.rope`; the fields are its arguments."""
+
+    positions: Tensor
+    inv_freq: Tensor
+    start_tokens: int | Tensor
+    base_inv_freq: Tensor
+    attention_factor: float | Tensor
+
+    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn the first `R` channels of q `[B, H, N, D]` and k `[B, Hk, N, D]`, halves paired."""
+        return ops.rope(q, k, *self)
+
+    unsqueeze = _refuse
+
+
+class TableRotation(NamedTuple):
+    """A rotation by tables `[B or 1, N, R/2]`, for devices whose kernels are not built.
+
+    float32, or float64 for a float64 model.
     """
 
     cos: Tensor
@@ -37,12 +75,27 @@ class CosSin(NamedTuple):
         turned = (first * cos - second * sin, second * cos + first * sin)
         return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
-    def unsqueeze(self, dim: int):
-        """Say what is wrong: only a function that took the place of ours comes here."""
-        raise RuntimeError(
-            "apply_rotary_pos_emb of the model's file was replaced after longrope.apply: "
-            "apply such patches first and longrope.apply last"
-        )
+    unsqueeze = _refuse
+
+
+def tabulate(arguments: KernelRotation, dtype: torch.dtype) -> TableRotation:
+    """Compute the tables of a rotation, in `dtype`.
+
+    The angles are float64 products: off by at most 5e-10 rad at position 2^21, where float32 is
+    off by 0.16 rad.
+    """
+    positions, inv_freq, start_tokens, base, factor = arguments
+    device = positions.device
+
+    def by_row(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=device).reshape(-1, 1, 1)
+
+    positions = positions.reshape(-1, positions.shape[-1], 1)
+    start_tokens = by_row(start_tokens, torch.int64)
+    early = (positions < start_tokens) & (start_tokens > 0)  # as ops.rope has it
+    angle = positions * torch.where(early, base, inv_freq.reshape(-1, 1, inv_freq.shape[-1]))
+    factor = by_row(factor, torch.float64)
+    return TableRotation((angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype))
 
 
 def accept_rotations(attention: nn.Module) -> None:
@@ -62,7 +115,7 @@ def accept_rotations(attention: nn.Module) -> None:
 
     @functools.wraps(original)
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
-        if isinstance(cos, CosSin):
+        if isinstance(cos, (KernelRotation, TableRotation)):
             return cos.rotate(q, k)
         return original(q, k, cos, sin, *args, **kwargs)
 

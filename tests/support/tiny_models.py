@@ -1,0 +1,60 @@
+"""Tiny language models with random weights, made from configurations alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from longrope import RescaleFactors
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+ORIGINAL, TARGET, ROTARY_DIM = 32, 128, 16
+
+
+def build(kind="llama", rope=None, dtype=torch.float32, **extra):
+    """Return a model of 4 heads of 16 channels and a window of 32 tokens, in eval mode.
+
+    The same weights at every call with the same shape. They are large enough that positions
+    matter: with the usual initialisation attention is all but uniform.
+    """
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": ORIGINAL,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"} | (rope or {}),
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = CONFIGS[kind](**(settings | extra))
+        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def factors(kind="yarn", target=TARGET, **changes):
+    """Return baseline factors for the models of `build`, with some fields changed."""
+    made = getattr(RescaleFactors, kind)(
+        original_length=ORIGINAL, target_length=target, rotary_dim=ROTARY_DIM
+    )
+    return made.replace(**changes)
+
+
+def tokens(batch=2, length=TARGET):
+    """Return random token ids without the padding token."""
+    return torch.randint(1, 64, (batch, length))
+
+
+@pytest.fixture
+def one_thread():
+    """Run on one thread: for models this small, waiting for a second one dominates."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
