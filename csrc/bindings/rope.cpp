@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "bindings/check.h"
+#include "bindings/cuda.h"
 #include "bindings/overlap.h"
 
 namespace longrope {
@@ -27,6 +28,8 @@ DType dtype_of(const Tensor& q) {
     case at::kHalf:
       return DType::kFloat16;
     case at::kDouble:
+      TORCH_CHECK_VALUE(q.is_cpu(), "q: expected float32, bfloat16 or float16 on ", q.device(),
+                        ", got ", describe(q));
       return DType::kFloat64;
     default:
       TORCH_CHECK_VALUE(false, "q: expected float32, bfloat16, float16 or float64, got ",
@@ -179,10 +182,44 @@ int64_t grain(const RopeParams& p, int64_t items) {
   return std::max<int64_t>(1, 32768 * items / std::max<int64_t>(1, elements));
 }
 
-void run(const RopeParams& params) {
+// On the device of `like`.
+void run(const RopeParams& params, const Tensor& like) {
+#ifdef LONGROPE_CUDA
+  if (like.is_cuda()) {
+    on_device_of(like, [&](void* stream) { rope_cuda(params, stream); });
+    return;
+  }
+#endif
   const int64_t items = params.batch * rope_blocks(params);
   at::parallel_for(0, items, grain(params, items),
                    [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
+}
+
+// A sum per block of tokens, [batch, blocks, 2 * pairs + 1]; to be added up in one order, so that
+// the result is the same for any number of threads.
+Tensor run_grad(RopeGradParams& params, const Tensor& like) {
+  const RopeParams& p = params.forward;
+  const auto allocate = [&](int64_t blocks) {
+    Tensor partial =
+        at::empty({p.batch, blocks, 2 * p.pairs + 1}, like.options().dtype(at::kDouble));
+    params.partial = partial.mutable_data_ptr<double>();
+    return partial;
+  };
+#ifdef LONGROPE_CUDA
+  if (like.is_cuda()) {
+    Tensor partial;
+    on_device_of(like, [&](void* stream) {
+      partial = allocate(rope_grad_cuda_blocks(params));
+      rope_grad_cuda(params, stream);
+    });
+    return partial;
+  }
+#endif
+  const int64_t blocks = rope_blocks(p), items = p.batch * blocks;
+  Tensor partial = allocate(blocks);
+  at::parallel_for(0, items, grain(p, items),
+                   [&](int64_t begin, int64_t end) { rope_grad_cpu(params, begin, end); });
+  return partial;
 }
 
 void check_writable(const char* name, const Tensor& t) {
@@ -219,7 +256,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   Tensor q_out = fresh(q), k_out = fresh(k);
   arguments.params.q_out = view_of(q_out);
   arguments.params.k_out = view_of(k_out);
-  run(arguments.params);
+  run(arguments.params, q);
   return {q_out, k_out};
 }
 
@@ -236,7 +273,7 @@ void rope_in_place(const Tensor& q, const Tensor& k, const Tensor& positions,
   TORCH_CHECK_VALUE(!may_overlap(q, k), "k: expected memory apart from q's, got an overlap");
   arguments.params.q_out = arguments.params.q;
   arguments.params.k_out = arguments.params.k;
-  run(arguments.params);
+  run(arguments.params, q);
 }
 
 std::tuple<Tensor, Tensor, Tensor> rope_grad(
@@ -255,13 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_grad(
                   describe(grad_k));
   RopeGradParams params{arguments.params, view_of(grad_q), view_of(grad_k), nullptr};
   const RopeParams& p = params.forward;
-  const int64_t blocks = rope_blocks(p), items = p.batch * blocks;
-  // A sum per block, added up in one order: the same result for any number of threads.
-  const Tensor partial = at::empty({p.batch, blocks, 2 * p.pairs + 1}, inv_freq.options());
-  params.partial = partial.mutable_data_ptr<double>();
-  at::parallel_for(0, items, grain(p, items),
-                   [&](int64_t begin, int64_t end) { rope_grad_cpu(params, begin, end); });
-  const Tensor rows = partial.sum(1);
+  const Tensor rows = run_grad(params, q).sum(1);
   return {rows.slice(1, 0, p.pairs).clone(), rows.slice(1, p.pairs, 2 * p.pairs).clone(),
           rows.select(1, 2 * p.pairs).clone()};
 }
@@ -288,7 +319,7 @@ void rerotate_to(const Tensor& k, const Tensor& positions, const Tensor& from_in
                     "out: expected k itself or memory apart from it, got an overlap");
   p.q_out = p.k;
   p.k.heads = p.k_out.heads = 0;
-  run(p);
+  run(p, k);
 }
 
 Tensor rerotate(const Tensor& k, const Tensor& positions, const Tensor& from_inv_freq,
@@ -310,9 +341,7 @@ void rerotate_in_place(const Tensor& k, const Tensor& positions, const Tensor& f
               to_base_inv_freq, to_start_tokens, attention_factor, interleaved, k);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(longrope, CPU, m) {
+void implement(torch::Library& m) {
   m.impl("rope", &rope);
   m.impl("rope_", &rope_in_place);
   m.impl("rope_grad", &rope_grad);
@@ -320,5 +349,12 @@ TORCH_LIBRARY_IMPL(longrope, CPU, m) {
   m.impl("rerotate_out", &rerotate_to);
   m.impl("rerotate_", &rerotate_in_place);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(longrope, CPU, m) { implement(m); }
+#ifdef LONGROPE_CUDA
+TORCH_LIBRARY_IMPL(longrope, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace longrope

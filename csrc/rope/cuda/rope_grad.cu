@@ -39,7 +39,7 @@ Tiling tiling_of(const RopeParams& p, int count) {
   t.chunks = static_cast<int>(ceil_div<int64_t>(units, t.units));
   t.lanes = kThreads / t.units;
   const int64_t passes = ceil_div<int64_t>(p.tokens, t.lanes);
-  t.tokens = t.lanes * ceil_div<int64_t>(passes, kMaxBlocks);
+  t.tokens = t.lanes * std::max<int64_t>(1, ceil_div<int64_t>(passes, kMaxBlocks));
   t.blocks = ceil_div<int64_t>(p.tokens, t.tokens);
   t.has_base = p.turn.base_inv_freq || p.undo.base_inv_freq;
   return t;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) rope_grad_kernel(RopeGradParams para
   }
 }
 
-LONGROPE_MAX_REGISTERS(rope_grad_kernel, 128)
+LONGROPE_MAX_REGISTERS(rope_grad_kernel, 100)
 
 template <typename T>
 int pack_of(const RopeGradParams& params) {
