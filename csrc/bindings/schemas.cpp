@@ -47,4 +47,16 @@ TORCH_LIBRARY(longrope, m) {
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
       "-> (Tensor out, Tensor lse)");
+
+  // linear_nll. stats [2, T]: the largest logit and the log of the sum relative to it.
+  m.def(
+      "linear_nll(Tensor hidden, Tensor weight, Tensor targets, int ignore_index=-100, "
+      "float? softcap=None) -> (Tensor nll, Tensor stats)");
+  m.def(
+      "linear_nll_backward(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor stats, int ignore_index, float? softcap, bool need_hidden, bool need_weight) -> "
+      "(Tensor grad_hidden, Tensor grad_weight)");
+  m.def(
+      "candidate_sums(Tensor nll, Tensor targets, Tensor candidate, SymInt candidates, "
+      "int ignore_index=-100) -> (Tensor sums, Tensor counts)");
 }

@@ -1,0 +1,73 @@
+// Linear cross-entropy: the negative log-likelihood of each row without a [rows, vocab] tensor.
+//
+//   logits[t, v] = hidden[t, :] . weight[v, :]          (then softcap * tanh(. / softcap), if any)
+//   nll[t]       = log(sum_v exp(logits[t, v])) - logits[t, targets[t]]
+//   d logits     = (exp(logits - lse) - onehot(targets)) * grad_nll
+//
+// The logits exist only as tiles of a few hundred vocabulary rows by 64 tokens that stay in the
+// core's own cache. Everything here knows nothing of torch: pointers and strides come in
+// LinearNllParams, threads and matrix products in Runtime.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "common/dtype.h"
+
+namespace longrope {
+
+// A matrix [rows, columns]; strides in elements, any value.
+struct MatrixView {
+  const void* data;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+struct LinearNllParams {
+  DType dtype;             // of hidden, weight and their gradients
+  MatrixView hidden;       // [rows, embed]
+  MatrixView weight;       // [vocab, embed]
+  const int64_t* targets;  // [rows], contiguous: in [0, vocab) or ignore_index
+  int64_t rows;
+  int64_t embed;
+  int64_t vocab;
+  int64_t ignore_index;  // rows with this target are skipped: nll 0, no gradient
+  double softcap;        // 0: none
+
+  // float64 where dtype is, else float32; contiguous. A log-sum-exp is kept as its two parts, the
+  // largest logit and the log of the sum relative to it: their sum would round large logits away.
+  void* nll;    // [rows], written by the forward
+  void* stats;  // [2, rows]: largest logit, log of the sum; written by the forward
+
+  // The backward: null where a gradient is not wanted. The gradients are contiguous, of `dtype`.
+  const void* grad_nll;  // [rows], as nll
+  void* grad_hidden;     // [rows, embed]
+  void* grad_weight;     // [vocab, embed]
+};
+
+// C[m, n] = A[m, k] B[k, n], added to C where `add`; row strides in elements. B is row-major for
+// float; for bfloat16 pairs of its rows are interleaved, [k / 2][n][2], as the dot-product
+// instructions want it, and C is float.
+using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                         bool add, const void* a, const void* b, float* c);
+
+struct Runtime {
+  int64_t threads = 1;
+  // Calls the body once for every index in [0, count), on up to `threads` threads.
+  std::function<void(int64_t count, const std::function<void(int64_t)>& body)> for_each;
+  Product float_product = nullptr;
+  Product bfloat16_product = nullptr;  // null: bfloat16 is widened to float, chunk by chunk
+  void (*end_of_task)() = nullptr;     // called by each thread after its last product; may be null
+};
+
+void linear_nll_forward(const LinearNllParams& params, const Runtime& runtime);
+void linear_nll_backward(const LinearNllParams& params, const Runtime& runtime);
+
+// The sum of nll (float32, or float64 where `wide`) and the number of rows that are not ignored,
+// by candidate: sums [candidates] and counts [candidates] are overwritten. Rows are added in order,
+// in float64, so the result does not depend on the number of threads.
+void candidate_sums(const void* nll, bool wide, const int64_t* targets, const int64_t* candidate,
+                    int64_t rows, int64_t candidates, int64_t ignore_index, double* sums,
+                    int64_t* counts);
+
+}  // namespace longrope

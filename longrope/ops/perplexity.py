@@ -1,0 +1,166 @@
+"""Linear cross-entropy: the negative log-likelihood of tokens without a tensor of their logits.
+
+The logits of a model, `hidden @ weight.T`, are by far its largest activation: `[T, V]` with a
+vocabulary of up to 256k. Here they exist only as small tiles inside the kernel; see
+`csrc/perplexity/perplexity.h`, and `longrope.ops.reference.perplexity` for the specification in
+plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
+
+__all__ = ["linear_nll", "population_nll"]
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the negative log-likelihood, in nats, of each row's target token.
+
+    In plain torch: `F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none",
+    ignore_index=ignore_index)`. Logits are accumulated, kept and summed in float32 for every dtype;
+    memory is `O(T E)` and no `[T, V]` tensor exists, neither here nor in the backward, which
+    computes the logits again. Rows that are ignored cost nothing.
+
+    Parameters
+    ----------
+    hidden : float32, bfloat16, float16 (CPU also float64) `[T, E]`
+        Hidden states before the head, any strides. `hidden[t]` predicts `targets[t]`: shifting by
+        one token is the caller's.
+    weight : the dtype of hidden, `[V, E]`
+        The head, any strides.
+    targets : int64 `[T]`
+        Token ids in `[0, V)`, or `ignore_index`.
+    ignore_index : int
+        Rows with this target give 0 and no gradient, whatever their hidden state.
+    softcap : float, optional
+        Logits become `softcap * tanh(logits / softcap)` (Gemma 2: 30).
+
+    Returns
+    -------
+    float32 `[T]` (float64 for float64)
+        Differentiable in hidden and weight, once.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype or device is not as above, and on CPU where a target is out of range
+        (on CUDA its row is NaN).
+    """
+    return torch.ops.longrope.linear_nll(hidden, weight, targets, ignore_index, softcap)[0]
+
+
+def population_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    candidate: Tensor,
+    candidates: int,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of `linear_nll` and the number of scored rows, for each candidate.
+
+    For the evaluation of a whole population in one batch: the rows of all candidates come together
+    and the results stay on the device. `(nll_sum / count).exp()` is each candidate's perplexity.
+    In plain torch: `zeros(candidates).index_add(0, candidate, linear_nll(...).double())`.
+
+    Parameters
+    ----------
+    hidden, weight, targets, ignore_index, softcap
+        As `linear_nll`.
+    candidate : int64 `[T]`
+        Which candidate each row belongs to, in `[0, candidates)`, in any order.
+    candidates : int
+        How many there are; one without rows has sum 0 and count 0.
+
+    Returns
+    -------
+    nll_sum : float64 `[candidates]`
+        Rows are added in float64, in order: the result does not depend on the number of threads
+        beyond the rounding of each row. Differentiable in hidden and weight, once.
+    count : int64 `[candidates]`
+        Rows that are not ignored.
+
+    Raises
+    ------
+    ValueError
+        As `linear_nll`, and where `candidate` does not fit.
+    """
+    nll = linear_nll(hidden, weight, targets, ignore_index, softcap)
+    return torch.ops.longrope.candidate_sums(nll, targets, candidate, candidates, ignore_index)
+
+
+def _result(hidden: Tensor, *shape: int) -> Tensor:
+    wide = hidden.dtype == torch.float64
+    return hidden.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.register_fake("longrope::linear_nll")
+def _(hidden, weight, targets, ignore_index=-100, softcap=None):
+    return _result(hidden, hidden.shape[0]), _result(hidden, 2, hidden.shape[0])
+
+
+@torch.library.register_fake("longrope::linear_nll_backward")
+def _(
+    grad_nll, hidden, weight, targets, stats, ignore_index, softcap, need_hidden, need_weight
+):  # fmt: skip
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    return grad_hidden, weight.new_empty(weight.shape if need_weight else (0,))
+
+
+@torch.library.register_fake("longrope::candidate_sums")
+def _(nll, targets, candidate, candidates, ignore_index=-100):
+    return nll.new_empty(candidates, dtype=torch.float64), targets.new_empty(candidates)
+
+
+def _nll_setup(ctx, inputs, output):
+    hidden, weight, targets, ctx.ignore_index, ctx.softcap = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _nll_backward(ctx, grad_nll, _grad_stats):
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = torch.ops.longrope.linear_nll_backward(
+        grad_nll, *ctx.saved_tensors, ctx.ignore_index, ctx.softcap, need_hidden, need_weight
+    )
+    return (
+        grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
+    )  # fmt: skip
+
+
+torch.library.register_autograd("longrope::linear_nll", _nll_backward, setup_context=_nll_setup)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("linear_nll: no second derivative")
+
+
+torch.library.register_autograd("longrope::linear_nll_backward", _no_second_derivative)
+
+
+def _sums_setup(ctx, inputs, output):
+    nll, targets, candidate, _, ctx.ignore_index = inputs
+    ctx.dtype = nll.dtype
+    ctx.save_for_backward(targets, candidate)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _sums_backward(ctx, grad_sums, _grad_counts):
+    targets, candidate = ctx.saved_tensors
+    grad = grad_sums.to(ctx.dtype)[candidate]
+    return grad.masked_fill(targets == ctx.ignore_index, 0.0), None, None, None, None
+
+
+torch.library.register_autograd(
+    "longrope::candidate_sums", _sums_backward, setup_context=_sums_setup
+)

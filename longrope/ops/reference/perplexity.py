@@ -1,0 +1,71 @@
+"""The specification of linear_nll and population_nll: all logits at once, float64, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longrope.ops._arguments import expect
+
+__all__ = ["linear_nll", "population_nll"]
+
+
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    """See `longrope.ops.linear_nll`. Computed in float64 and rounded once, gradients by autograd."""
+    expect(hidden.dim() == 2 and hidden.is_floating_point(), "hidden", "[T, E]", hidden)
+    expect(
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype,
+        "weight", f"[V, {hidden.shape[1]}] of hidden's dtype", weight,
+    )  # fmt: skip
+    expect(
+        targets.dtype == torch.int64 and targets.shape == hidden.shape[:1],
+        "targets", f"int64 [{hidden.shape[0]}]", targets,
+    )  # fmt: skip
+    expect(softcap is None or 0 < softcap < float("inf"), "softcap", "a positive number", softcap)
+    ignored = targets == ignore_index
+    known = (targets >= 0) & (targets < weight.shape[0])
+    expect(
+        bool((ignored | known).all()), "targets",
+        f"values in [0, {weight.shape[0]}) or ignore_index {ignore_index}",
+        targets[~(ignored | known)].tolist(),
+    )  # fmt: skip
+    scored = hidden.masked_fill(ignored[:, None], 0.0)  # whatever stands there
+    logits = scored.double() @ weight.double().T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=ignore_index)
+    return nll if hidden.dtype == torch.float64 else nll.float()
+
+
+def population_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    candidate: Tensor,
+    candidates: int,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `longrope.ops.population_nll`."""
+    expect(
+        candidate.dtype == torch.int64 and candidate.shape == targets.shape,
+        "candidate", f"int64 [{targets.shape[0]}]", candidate,
+    )  # fmt: skip
+    known = (candidate >= 0) & (candidate < candidates)
+    expect(
+        bool(known.all()), "candidate", f"values in [0, {candidates})", candidate[~known].tolist()
+    )
+    nll = linear_nll(hidden, weight, targets, ignore_index, softcap)
+    sums = torch.zeros(candidates, dtype=torch.float64, device=hidden.device)
+    counts = torch.zeros(candidates, dtype=torch.int64, device=hidden.device)
+    return (
+        sums.index_add(0, candidate, nll.double()),
+        counts.index_add(0, candidate, (targets != ignore_index).long()),
+    )
