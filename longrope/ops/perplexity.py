@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
+from longrope.ops._arguments import expect
 
 __all__ = ["linear_nll", "population_nll"]
 
@@ -99,6 +100,19 @@ def population_nll(
     return torch.ops.longrope.candidate_sums(nll, targets, candidate, candidates, ignore_index)
 
 
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Refuse in a fake kernel what the real ones refuse and what would mix devices."""
+    expect(hidden.dim() == 2, "hidden", "[T, E]", hidden)
+    expect(
+        weight.dim() == 2 and weight.dtype == hidden.dtype and weight.device == hidden.device,
+        "weight", f"[V, E] of hidden's dtype on {hidden.device}", weight,
+    )  # fmt: skip
+    expect(
+        targets.dim() == 1 and targets.dtype == torch.int64 and targets.device == hidden.device,
+        "targets", f"int64 [T] on {hidden.device}", targets,
+    )  # fmt: skip
+
+
 def _result(hidden: Tensor, *shape: int) -> Tensor:
     wide = hidden.dtype == torch.float64
     return hidden.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
@@ -106,6 +120,7 @@ def _result(hidden: Tensor, *shape: int) -> Tensor:
 
 @torch.library.register_fake("longrope::linear_nll")
 def _(hidden, weight, targets, ignore_index=-100, softcap=None):
+    _check(hidden, weight, targets)
     return _result(hidden, hidden.shape[0]), _result(hidden, 2, hidden.shape[0])
 
 
@@ -113,12 +128,18 @@ def _(hidden, weight, targets, ignore_index=-100, softcap=None):
 def _(
     grad_nll, hidden, weight, targets, stats, ignore_index, softcap, need_hidden, need_weight
 ):  # fmt: skip
+    _check(hidden, weight, targets)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     return grad_hidden, weight.new_empty(weight.shape if need_weight else (0,))
 
 
 @torch.library.register_fake("longrope::candidate_sums")
 def _(nll, targets, candidate, candidates, ignore_index=-100):
+    for name, index in (("targets", targets), ("candidate", candidate)):
+        expect(
+            index.dtype == torch.int64 and index.device == nll.device,
+            name, f"int64 [T] on {nll.device}", index,
+        )  # fmt: skip
     return nll.new_empty(candidates, dtype=torch.float64), targets.new_empty(candidates)
 
 

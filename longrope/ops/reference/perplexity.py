@@ -18,7 +18,7 @@ def linear_nll(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> Tensor:
-    """See `longrope.ops.linear_nll`. Computed in float64 and rounded once, gradients by autograd."""
+    """See `longrope.ops.linear_nll`. In float64, rounded once; gradients by autograd."""
     expect(hidden.dim() == 2 and hidden.is_floating_point(), "hidden", "[T, E]", hidden)
     expect(
         weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype,
