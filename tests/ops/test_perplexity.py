@@ -20,13 +20,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORED = -100
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small problems: threads would only wait for each other (they have a test of their own)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Small problems, on which threads would only wait for each other; they have a test of their own.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(rows, embed, vocab, dtype=torch.float32, scale=1.0):

@@ -10,6 +10,7 @@ import torch
 from longrope import ops
 
 IGNORED = -100
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(dtype=torch.float64, rows=7, embed=5, vocab=11):

@@ -9,6 +9,7 @@
 #include "perplexity/cpu/blocks.h"
 
 namespace longrope {
+namespace perplexity {
 namespace {
 
 constexpr int64_t kBlockVocab = 1024;  // vocabulary rows of one G; with kBlockTokens 8 MiB of float
@@ -244,11 +245,12 @@ void backward(const LinearNllParams& params, const Arithmetic& arithmetic) {
 }
 
 }  // namespace
+}  // namespace perplexity
 
 void linear_nll_backward(const LinearNllParams& params, const Runtime& runtime) {
-  const Arithmetic arithmetic(params, runtime);
-  if (arithmetic.wide) return backward<double>(params, arithmetic);
-  backward<float>(params, arithmetic);
+  const perplexity::Arithmetic arithmetic(params, runtime);
+  if (arithmetic.wide) return perplexity::backward<double>(params, arithmetic);
+  perplexity::backward<float>(params, arithmetic);
 }
 
 }  // namespace longrope

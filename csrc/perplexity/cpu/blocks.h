@@ -13,7 +13,7 @@
 #include "perplexity/cpu/kernels.h"
 #include "perplexity/perplexity.h"
 
-namespace longrope {
+namespace longrope::perplexity {
 
 constexpr int64_t kPanel = 64;          // tokens per panel
 constexpr int64_t kBlockTokens = 2048;  // tokens packed at a time: bounds the memory
@@ -134,4 +134,4 @@ inline const char* weight_at(const LinearNllParams& params, int64_t row) {
          row * params.weight.row_stride * bytes_of(params.dtype);
 }
 
-}  // namespace longrope
+}  // namespace longrope::perplexity

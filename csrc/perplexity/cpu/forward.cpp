@@ -7,6 +7,7 @@
 #include "perplexity/cpu/blocks.h"
 
 namespace longrope {
+namespace perplexity {
 namespace {
 
 // Weight rows per tile: half a megabyte of them (half of a common L2), at most 256 (a tile of 64
@@ -121,11 +122,12 @@ void forward(const LinearNllParams& params, const Arithmetic& arithmetic) {
 }
 
 }  // namespace
+}  // namespace perplexity
 
 void linear_nll_forward(const LinearNllParams& params, const Runtime& runtime) {
-  const Arithmetic arithmetic(params, runtime);
-  if (arithmetic.wide) return forward<double>(params, arithmetic);
-  forward<float>(params, arithmetic);
+  const perplexity::Arithmetic arithmetic(params, runtime);
+  if (arithmetic.wide) return perplexity::forward<double>(params, arithmetic);
+  perplexity::forward<float>(params, arithmetic);
 }
 
 void candidate_sums(const void* nll, bool wide, const int64_t* targets, const int64_t* candidate,

@@ -11,7 +11,7 @@
 #define LONGROPE_BODY "perplexity/cpu/body.h"
 #include "common/cpu/foreach_isa.h"
 
-namespace longrope {
+namespace longrope::perplexity {
 
 void convert_rows(DType from, const MatrixView& matrix, const int64_t* pick, int64_t first,
                   int64_t count, int64_t columns, DType type, void* to) {
@@ -56,4 +56,4 @@ void float64_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldc, 
   LONGROPE_DISPATCH(run_float64_product)(m, n, k, lda, ldc, add, a, b, c);
 }
 
-}  // namespace longrope
+}  // namespace longrope::perplexity

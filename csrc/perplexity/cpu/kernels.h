@@ -6,7 +6,7 @@
 
 #include "perplexity/perplexity.h"
 
-namespace longrope {
+namespace longrope::perplexity {
 
 inline int64_t bytes_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
@@ -47,4 +47,4 @@ void store_gradient(DType type, const void* tile, int64_t m, int64_t n, void* ro
 void float64_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldc, bool add,
                      const void* a, const void* b, void* c);
 
-}  // namespace longrope
+}  // namespace longrope::perplexity
