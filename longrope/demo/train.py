@@ -42,7 +42,7 @@ class RandomWindows(torch.utils.data.Dataset):
 
 
 def build_model():
-    """Return the untrained model: 3.5 M parameters, head_dim 64, rope_theta 10000."""
+    """Return the untrained model: 3.5 M parameters, head_dim 128, rope_theta 10000."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -51,8 +51,8 @@ def build_model():
             hidden_size=256,
             intermediate_size=768,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -72,10 +72,11 @@ def write_held_out_list(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=32, help="windows per step")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints; default: none")
     args = parser.parse_args(argv)
 
     from transformers import Trainer, TrainingArguments, set_seed
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
-            save_strategy="no",
+            save_strategy="steps" if args.save_every else "no",
+            save_steps=args.save_every or args.steps,
             report_to="none",
             seed=args.seed,
             dataloader_pin_memory=torch.cuda.is_available(),

@@ -1,0 +1,222 @@
+"""The `longrope` command. Heavy imports happen inside the commands, so that `--help` is instant.
+
+Bad input ends with one sentence on standard error and exit code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a Hugging Face model.")]
+Data = Annotated[Path, typer.Argument(help="Text file, folder of text, .jsonl or .parquet.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+def one_sentence_errors(command):
+    """Turn the errors that bad input raises into one sentence and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            sentence = " ".join(str(error).split()) or type(error).__name__
+            print(f"longrope: {sentence}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("longrope: interrupted; the same command resumes the run", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.float()  # CPUs without bf16 matrix units are slower in bf16 than in fp32
+    tokenizer = None
+    if model.config.vocab_size != 256:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return model.to(device), tokenizer
+
+
+@app.command()
+@one_sentence_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the table, plot and factors.")] = Path(
+        "longrope-demo"
+    ),
+    seed: Seed = 0,
+    iterations: Annotated[
+        int | None, typer.Option(help="Search iterations; the default fits two CPU cores.")
+    ] = None,
+) -> None:
+    """Extend the packaged tiny model's window 8x on this Python's own library sources."""
+    from longrope.demo.run import run
+
+    run(out, seed=seed, iterations=iterations)
+
+
+@app.command()
+@one_sentence_errors
+def search(
+    model: Model,
+    data: Data,
+    target_length: Annotated[int, typer.Option(help="The window to reach, in tokens.")],
+    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
+    method: Annotated[str, typer.Option(help="The search method: evolution.")] = "evolution",
+    preset: Annotated[
+        str, typer.Option(help="Settings: paper, paper-long (above 512k) or official-code.")
+    ] = "paper",
+    iterations: Annotated[int | None, typer.Option(help="Generations (paper: 40).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Search windows (paper: 5).")] = None,
+    start_tokens: Annotated[str, typer.Option(help='A number, or "search".')] = "search",
+    attention_factor: Annotated[str, typer.Option(help='"yarn", "su" or a number.')] = "yarn",
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+) -> None:
+    """Search rescale factors for a longer window (Algorithm 1 of the paper)."""
+    import longrope
+
+    options = {"iterations": iterations, "samples": samples}
+    network, tokenizer = load_model(model, device)
+    result = longrope.search(
+        network,
+        longrope.load_data(data, tokenizer=tokenizer),
+        target_length=target_length,
+        method=method,
+        preset=preset,
+        start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
+        attention_factor=_number("--attention-factor", attention_factor, ("yarn", "su"), float),
+        seed=seed,
+        out=out,
+        resume=resume,
+        progress=True,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    print(f"perplexity {result.perplexity:.4f} on the search windows")
+    print(f"start_tokens {result.factors.start_tokens}")
+    print(f"factors in {out / 'factors.json'}")
+
+
+def _number(name: str, text: str, words: tuple[str, ...], kind: type) -> Any:
+    """Return `text` where it is one of the option's words, else the number it spells."""
+    if text in words:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        expected = ", ".join([*words, "a whole number" if kind is int else "a number"])
+        raise ValueError(f"{name}: expected one of {expected}, got {text!r}") from None
+
+
+@app.command()
+@one_sentence_errors
+def perplexity(
+    model: Model,
+    data: Data,
+    length: Annotated[int, typer.Option(help="Window length in tokens.")],
+    stride: Annotated[int, typer.Option(help="Tokens between the starts of windows.")] = 256,
+    samples: Annotated[int | None, typer.Option(help="Random documents; default: all.")] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="Rescale factors (.json) to apply first.")
+    ] = None,
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+) -> None:
+    """Measure sliding-window perplexity, each token scored once with the most context."""
+    import longrope
+
+    rescale = longrope.RescaleFactors.load(factors) if factors else None
+    network, tokenizer = load_model(model, device)
+    if rescale is not None:
+        longrope.apply(network, rescale)
+    value = longrope.perplexity(
+        network,
+        longrope.load_data(data, tokenizer=tokenizer),
+        length=length,
+        stride=stride,
+        samples=samples,
+        seed=seed,
+    )
+    print(f"{value:.4f}")
+
+
+@app.command()
+@one_sentence_errors
+def info(
+    what: Annotated[
+        str | None, typer.Argument(help="A model folder or a factors file; default: the build.")
+    ] = None,
+) -> None:
+    """Show what was built, or what a model or a factors file holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in _facts(what).items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _facts(what: str | None) -> dict[str, Any]:
+    import longrope
+
+    if what is None:
+        import transformers
+
+        facts = {"longrope": longrope.__version__, **longrope._C.build_info()}
+        return {**facts, "transformers": transformers.__version__}
+    if Path(what).is_file():
+        factors = longrope.RescaleFactors.load(what)
+        return {
+            "original length": factors.original_length,
+            "target length": factors.target_length,
+            "start tokens": factors.start_tokens,
+            "attention factor": f"{factors.attention_factor:.6g}",
+            "rope theta": factors.rope_theta,
+            "rotary dim": factors.rotary_dim,
+            "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+        }
+    from transformers import AutoConfig
+
+    from longrope.patching import rope_settings
+
+    if not (Path(what) / "config.json").is_file():
+        raise ValueError(f"WHAT: expected a model folder or a factors file, got {what!r}")
+    return rope_settings(AutoConfig.from_pretrained(what))._asdict()
+
+
+def main() -> None:
+    """Entry point of the `longrope` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

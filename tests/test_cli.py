@@ -1,0 +1,104 @@
+"""The `longrope` command: its results, and one sentence and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support import tiny_models
+from typer.testing import CliRunner
+
+import longrope
+from longrope.cli import app
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.build(vocab_size=256, pad_token_id=None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_bytes(np.random.default_rng(0).integers(97, 123, 600, dtype=np.uint8).tobytes())
+    return path
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def sentence(*arguments):
+    """Run a command that must fail and return what it says: one line, no traceback."""
+    error = call(*arguments, code=2).stderr.strip()
+    assert error.startswith("longrope: ") and "\n" not in error and "Traceback" not in error
+    return error
+
+
+def test_help_lists_the_commands():
+    shown = call("--help").stdout
+    assert all(name in shown for name in ("demo", "search", "perplexity", "info"))
+
+
+def test_info_shows_the_build_a_model_and_factors(model_folder, tmp_path):
+    assert longrope.__version__ in call("info").stdout
+    assert "llama" in call("info", model_folder).stdout
+    tiny_models.factors("yarn").save(tmp_path / "factors.json")
+    assert str(tiny_models.TARGET) in call("info", tmp_path / "factors.json").stdout
+
+
+def test_perplexity_equals_the_library_with_and_without_factors(model_folder, text, tmp_path):
+    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    documents = longrope.load_data(text)
+    options = ("--length", 128, "--stride", 64, "--device", "cpu")
+    expected = longrope.perplexity(model, documents, length=128, stride=64)
+    assert call("perplexity", model_folder, text, *options).stdout.strip() == f"{expected:.4f}"
+    factors = tiny_models.factors("yarn")
+    factors.save(tmp_path / "factors.json")
+    longrope.apply(model, factors)
+    expected = longrope.perplexity(model, documents, length=128, stride=64)
+    shown = call("perplexity", model_folder, text, *options, "--factors", tmp_path / "factors.json")
+    assert shown.stdout.strip() == f"{expected:.4f}"
+
+
+def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path):
+    options = {"target_length": 64, "samples": 1, "iterations": 2, "seed": 3}
+    flags = [x for name, v in options.items() for x in (f"--{name.replace('_', '-')}", v)]
+    call("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu", *flags)
+    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
+    assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors
+
+
+def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
+    search = ("--target-length", 64, "--out", tmp_path / "run", "--device", "cpu")
+    length = ("--length", 64)
+    assert "no_such_model" in sentence("perplexity", tmp_path / "no_such_model", text, *length)
+    assert "config.json" in sentence("perplexity", tmp_path, text, *length)
+    assert "no_such_text" in sentence(
+        "perplexity", model_folder, tmp_path / "no_such_text", *length
+    )
+    assert "600" in sentence("perplexity", model_folder, text, "--length", 601)
+    assert "start" in sentence("search", model_folder, text, *search, "--start-tokens", "many")
+    assert "attention" in sentence("search", model_folder, text, *search, "--attention-factor", "x")
+    assert "method" in sentence("search", model_folder, text, *search, "--method", "guess")
+    short = ("--target-length", 16, "--out", tmp_path / "run", "--device", "cpu")
+    assert "target_length" in sentence("search", model_folder, text, *short)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert str(blocked) in sentence("demo", "--out", blocked / "out")
+
+
+def test_malformed_factors_get_one_sentence(model_folder, text, tmp_path):
+    broken = tmp_path / "factors.json"
+    broken.write_text('{"lambdas": [1, 2')
+    assert "factors.json" in sentence(
+        "perplexity", model_folder, text, "--length", 64, "--factors", broken
+    )
+    longrope.RescaleFactors.pi(original_length=32, target_length=64, rotary_dim=32).save(broken)
+    assert "rotary_dim" in sentence(
+        "perplexity", model_folder, text, "--length", 64, "--factors", broken
+    )
