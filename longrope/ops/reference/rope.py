@@ -92,7 +92,7 @@ def turns_per_token(inv_freq: float) -> int:
 
 
 def phase_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """Return `positions[..., None] * inv_freq` in turns times 2^64, int64 modulo one turn: exact."""
+    """Return `positions[..., None] * inv_freq` in turns times 2^64, int64 modulo one turn."""
     frequencies = [turns_per_token(f) for f in inv_freq.detach().flatten().tolist()]
     fixed = torch.tensor(frequencies, dtype=torch.int64, device=inv_freq.device)
     fixed = fixed.reshape(inv_freq.shape)
@@ -102,7 +102,7 @@ def phase_turns(positions: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def _choose(positions: Tensor, start_tokens: int | Tensor, base: Any, rescaled: Any) -> Any:
-    """Take `base` at positions below the start tokens, `rescaled` elsewhere: `[B or 1, N, pairs]`."""
+    """Take `base` below the start tokens, `rescaled` elsewhere: `[B or 1, N, pairs]`."""
     start = torch.as_tensor(start_tokens, device=positions.device).reshape(-1, 1)
     below = (positions < start) & (start > 0)
     return torch.where(below[..., None], base, rescaled)
