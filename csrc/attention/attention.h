@@ -118,4 +118,7 @@ struct AttentionMergeParams {
 // Rows [begin, end) of the batch * heads * queries.
 void attention_merge_cpu(const AttentionMergeParams& params, int64_t begin, int64_t end);
 
+// On a CUDA device: every pointer is device memory, `stream` a cudaStream_t. float64 is refused.
+void attention_merge_cuda(const AttentionMergeParams& params, void* stream);
+
 }  // namespace longrope

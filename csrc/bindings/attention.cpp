@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bindings/check.h"
+#include "bindings/cuda.h"
 
 namespace longrope {
 namespace {
@@ -31,6 +32,8 @@ DType dtype_of(const char* name, const Tensor& t) {
     case at::kHalf:
       return DType::kFloat16;
     case at::kDouble:
+      TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected float32, bfloat16 or float16 on ", t.device(),
+                        ", got ", describe(t));
       return DType::kFloat64;
     default:
       TORCH_CHECK_VALUE(false, name, ": expected float32, bfloat16, float16 or float64, got ",
@@ -307,6 +310,12 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& ls
   p.lse_a = a.data_ptr();
   p.lse_b = b.data_ptr();
   p.lse = lse.data_ptr();
+#ifdef LONGROPE_CUDA
+  if (out.is_cuda()) {
+    on_device_of(out, [&](void* stream) { attention_merge_cuda(p, stream); });
+    return {out, lse};
+  }
+#endif
   at::parallel_for(0, p.batch * p.heads * p.queries, 256,
                    [&](int64_t begin, int64_t end) { attention_merge_cpu(p, begin, end); });
   return {out, lse};
@@ -319,5 +328,8 @@ TORCH_LIBRARY_IMPL(longrope, CPU, m) {
   m.impl("attention_grad", &attention_grad);
   m.impl("merge_attention", &merge_attention);
 }
+#ifdef LONGROPE_CUDA
+TORCH_LIBRARY_IMPL(longrope, CUDA, m) { m.impl("merge_attention", &merge_attention); }
+#endif
 
 }  // namespace longrope

@@ -29,6 +29,7 @@ FLAGS = (
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",  # unroll
+    "-Wno-sign-compare",  # threadIdx is unsigned
 )
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
 

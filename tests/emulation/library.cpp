@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "attention/attention.h"
 #include "rope/rope.h"
 
 namespace {
@@ -36,6 +37,11 @@ int64_t emulated_rope_grad_blocks(const longrope::RopeGradParams* params) {
   return longrope::rope_grad_cuda_blocks(*params);
 }
 
+const char* emulated_attention_merge(const longrope::AttentionMergeParams* params) {
+  return guarded([&] { longrope::attention_merge_cuda(*params, nullptr); });
+}
+
+int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
 int64_t sizeof_RopeParams() { return sizeof(longrope::RopeParams); }
 int64_t sizeof_RopeGradParams() { return sizeof(longrope::RopeGradParams); }
 
