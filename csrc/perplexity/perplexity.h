@@ -70,4 +70,48 @@ void candidate_sums(const void* nll, bool wide, const int64_t* targets, const in
                     int64_t rows, int64_t candidates, int64_t ignore_index, double* sums,
                     int64_t* counts);
 
+// CUDA: the matrix products are the caller's (cuBLAS, through torch). It computes the logits of
+// some rows and a part of the vocabulary at a time, in float32, and these kernels reduce them.
+// Every pointer is device memory, `stream` a cudaStream_t; nothing waits for the device.
+struct LogitsChunk {
+  const float* logits;  // [rows, columns], contiguous but for row_stride; before the softcap
+  int64_t row_stride;
+  int64_t rows;
+  int64_t first, columns;  // the chunk's part of the vocabulary: [first, first + columns)
+  int64_t vocab;
+  const int64_t* targets;  // [rows]; one that is neither in [0, vocab) nor ignored: NaN
+  int64_t ignore_index;
+  double softcap;  // 0: none
+};
+
+// To be called for the chunks of the vocabulary in order; the first one (first == 0) begins.
+struct NllChunkParams {
+  LogitsChunk chunk;
+  float* target_logit;       // [rows], kept between the chunks
+  float *largest, *log_sum;  // [rows], kept between; after the last chunk the two parts of stats
+  float* nll;                // [rows], written by the last chunk
+};
+
+// d logits of the chunk, rounded to `dtype`.
+struct NllGradChunkParams {
+  LogitsChunk chunk;
+  const float *largest, *log_sum, *grad_nll;  // [rows]
+  DType dtype;
+  void* grad_logits;  // [rows, columns], contiguous but for grad_row_stride
+  int64_t grad_row_stride;
+};
+
+// candidate_sums on the device; a candidate out of range counts nowhere.
+struct CandidateSumsParams {
+  const float* nll;                    // [rows]
+  const int64_t *targets, *candidate;  // [rows]
+  int64_t rows, candidates, ignore_index;
+  double* sums;     // [candidates]
+  int64_t* counts;  // [candidates]
+};
+
+void linear_nll_chunk_cuda(const NllChunkParams& params, void* stream);
+void linear_nll_grad_chunk_cuda(const NllGradChunkParams& params, void* stream);
+void candidate_sums_cuda(const CandidateSumsParams& params, void* stream);
+
 }  // namespace longrope

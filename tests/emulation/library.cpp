@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attention/attention.h"
+#include "perplexity/perplexity.h"
 #include "rope/rope.h"
 
 namespace {
@@ -41,7 +42,22 @@ const char* emulated_attention_merge(const longrope::AttentionMergeParams* param
   return guarded([&] { longrope::attention_merge_cuda(*params, nullptr); });
 }
 
+const char* emulated_linear_nll_chunk(const longrope::NllChunkParams* params) {
+  return guarded([&] { longrope::linear_nll_chunk_cuda(*params, nullptr); });
+}
+
+const char* emulated_linear_nll_grad_chunk(const longrope::NllGradChunkParams* params) {
+  return guarded([&] { longrope::linear_nll_grad_chunk_cuda(*params, nullptr); });
+}
+
+const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params) {
+  return guarded([&] { longrope::candidate_sums_cuda(*params, nullptr); });
+}
+
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
+int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }
+int64_t sizeof_NllGradChunkParams() { return sizeof(longrope::NllGradChunkParams); }
+int64_t sizeof_CandidateSumsParams() { return sizeof(longrope::CandidateSumsParams); }
 int64_t sizeof_RopeParams() { return sizeof(longrope::RopeParams); }
 int64_t sizeof_RopeGradParams() { return sizeof(longrope::RopeGradParams); }
 

@@ -72,13 +72,13 @@ def assert_accurate(hidden, weight, targets, softcap=None):
     ("rows", "embed", "vocab"),
     [(1, 3, 1), (1, 64, 257), (7, 3, 257), (65, 96, 1000), (33, 50, 1056), (2100, 32, 65)],
 )
-def test_accuracy(isa, rows, embed, vocab, dtype):
-    """Odd sizes, more than one block of tokens and of the vocabulary, at every instruction set."""
+def test_accuracy(backend, rows, embed, vocab, dtype):
+    """Odd sizes, more than one block of tokens and of the vocabulary, on every backend."""
     assert_accurate(*problem(rows, embed, vocab, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_softcap(isa, dtype):
+def test_softcap(backend, dtype):
     """Logits far below, around and far above the cap."""
     for scale in (0.01, 1.0, 30.0):
         assert_accurate(*problem(40, 32, 300, dtype, scale), softcap=3.0)
@@ -106,7 +106,7 @@ def test_threads(threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_and_poisoned(isa, dtype):
+def test_strided_and_poisoned(backend, dtype):
     """Rows with padding, transposed, expanded: what lies between the elements is never read."""
     nan = float("nan")
 
@@ -134,7 +134,7 @@ def test_strided_and_poisoned(isa, dtype):
     torch.testing.assert_close(nll[targets != IGNORED], torch.full((16,), math.log(70)))
 
 
-def test_huge_logits(isa):
+def test_huge_logits(backend):
     """Logits up to 2^100 neither overflow nor lose the difference of the two largest."""
     weight = torch.tensor([[1.0], [1.0 - 2**-20], [-1.0]])
     hidden = torch.tensor([[2.0**20], [-(2.0**20)], [2.0**100]])
@@ -151,7 +151,7 @@ def test_huge_logits(isa):
 
 
 @pytest.mark.parametrize("vocab", [3, 600])
-def test_infinities_and_nan(isa, vocab):
+def test_infinities_and_nan(backend, vocab):
     """-inf logits have probability 0; NaN, +inf and all -inf give NaN in their row alone."""
     inf, nan = float("inf"), float("nan")
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, nan], [0.0, -1.0]])
@@ -170,7 +170,7 @@ def test_infinities_and_nan(isa, vocab):
     assert nll.isnan().tolist() == [False, False, True, False]
 
 
-def test_ignored_rows(isa):
+def test_ignored_rows(backend):
     """They give 0 and no gradient even where their hidden state is NaN, and 0 may be the index."""
     hidden, weight, targets = problem(12, 8, 30)
     kept = targets != IGNORED
@@ -217,7 +217,7 @@ def test_only_the_wanted_gradient():
     assert torch.equal(h, both[1]) and torch.equal(w, both[2])
 
 
-def test_population(isa):
+def test_population(backend):
     """Sums and counts by candidate, with one that has no rows, and their gradients."""
     hidden, weight, targets = problem(50, 16, 30)
     candidate = torch.randint(0, 4, (50,))

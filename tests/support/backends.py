@@ -20,7 +20,7 @@ import torch
 from longrope._native import _C
 
 #: Stems of the ops whose CUDA kernels exist: tests/emulation/<stem>.py calls them.
-EMULATED = ("rope", "attention")
+EMULATED = ("rope", "attention", "perplexity")
 
 
 @dataclass(frozen=True)
