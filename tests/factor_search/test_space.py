@@ -71,8 +71,8 @@ def test_the_grid_is_exact():
 
 
 def test_mutation_probability_is_the_share_of_redrawn_factors():
-    space = SearchSpace(dims=32, upper=1_000_000, lower=1)
-    parent = Candidate(tuple(range(1000, 33_000, 1000)), 16)
+    space = SearchSpace(dims=19, upper=1_000_000, lower=1)  # bounds: the neighbours
+    parent = Candidate(tuple(range(1000, 20_000, 1000)), 16)
     random = random_of(0)
     children = [space.mutate(parent, 0.3, random) for _ in range(400)]
     changed = np.mean([np.array(c.hundredths) != parent.hundredths for c in children])
@@ -81,6 +81,34 @@ def test_mutation_probability_is_the_share_of_redrawn_factors():
     assert kept == pytest.approx(0.7 + 0.3 / len(START_TOKENS), abs=0.06)
     assert {c.start_tokens for c in children} == set(START_TOKENS)
     assert len(set(children)) == 400
+
+
+def test_a_redrawn_factor_stays_within_reach_and_the_others_make_way():
+    space = SearchSpace(dims=30, upper=4000)  # bounds up to 3 pairs away
+    parent = Candidate(tuple(range(100, 3100, 100)))
+    random = random_of(0)
+    distances = set()
+    for _ in range(2000):
+        child = space.mutate(parent, 0.01, random).hundredths
+        changed = np.flatnonzero(np.array(child) != parent.hundredths)
+        new = set(child) - set(parent.hundredths)
+        if len(new) == 1 and changed.min() > 4 and changed.max() < 25:  # one draw, not at an end
+            (value,) = new
+            assert all(child[j] == value for j in changed)
+            assert changed.max() - changed.min() == len(changed) - 1 < 3
+            distances.add(len(changed))
+    assert distances == {1, 2, 3}
+
+
+def test_a_plateau_changes_further_in_than_its_ends():
+    space = SearchSpace(dims=32, upper=1000)
+    flat = space.snap([8.0] * 32)
+    random = random_of(0)
+    moved = np.mean(
+        [np.array(space.mutate(flat, 0.3, random).hundredths) != 800 for _ in range(500)], axis=0
+    )
+    assert moved[[0, -1]].min() > 0.3
+    assert moved[[2, -3]].min() > 0.1
 
 
 def test_repeated_mutation_moves_every_factor_far():
