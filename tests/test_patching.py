@@ -11,7 +11,16 @@ import warnings
 
 import pytest
 import torch
-from support.tiny_models import CONFIGS, ORIGINAL, TARGET, build, factors, one_thread, tokens
+from support.tiny_models import (
+    CONFIGS,
+    ORIGINAL,
+    TARGET,
+    build,
+    factors,
+    one_thread,
+    rope_arguments,
+    tokens,
+)
 from torch import nn
 from transformers import (
     AutoModel,
@@ -327,17 +336,16 @@ def test_rotary_of_needs_factors():
 
 def test_rope_settings():
     base = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
-    plain = LlamaConfig(**base, rope_theta=5e5)
+    plain = LlamaConfig(**base, **rope_arguments(5e5))
     assert rope_settings(plain) == ("llama", 5e5, 16, 16, 512)
     assert rope_settings(build()) == ("llama", 1e4, 16, 16, ORIGINAL)
     assert rope_settings(LlamaConfig(**base, head_dim=32)).head_dim == 32
-    partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    assert rope_settings(LlamaConfig(**base, rope_parameters=partial))[2:4] == (8, 16)
+    partial = LlamaConfig(**base, **rope_arguments(partial_rotary_factor=0.5))
+    assert rope_settings(partial)[2:4] == (8, 16)
     windowed = CONFIGS["mistral"](**base, sliding_window=128)
     assert rope_settings(windowed).original_length == 512
-    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-              "original_max_position_embeddings": 128}  # fmt: skip
-    assert rope_settings(LlamaConfig(**base, rope_parameters=scaled)).original_length == 128
+    scaled = rope_arguments(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
+    assert rope_settings(LlamaConfig(**base, **scaled)).original_length == 128
     with pytest.raises(ValueError, match='got model_type "bert"'):
         rope_settings(BertConfig())
 
