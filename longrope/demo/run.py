@@ -23,19 +23,25 @@ LENGTHS = tuple(ORIGINAL_LENGTH * ratio for ratio in (1, 2, 4, 8))
 
 #: The demo's search budget, for under three minutes on two CPU cores. The paper's is 64
 #: individuals, 40 iterations and 5 documents; measured on unseen files in docs/demo.md.
-SEARCH_BUDGET = {"population": 32, "mutations": 16, "crossovers": 16, "iterations": 12}
+SEARCH_BUDGET = {"population": 32, "mutations": 16, "crossovers": 16, "iterations": 6}
 SEARCH_SAMPLES = 4
 TEST_SAMPLES = 16
 
 
 def load_packaged_model() -> PreTrainedModel:
-    """Load the packaged byte-level Llama (context 256) in float32."""
+    """Load the packaged byte-level Llama (context 256).
+
+    In bfloat16, in which it is stored, where the processor multiplies that natively (twice as fast
+    as float32 on an AVX-512 machine); in float32 elsewhere.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32).eval()
+    native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
+    dtype = torch.bfloat16 if native else torch.float32
+    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=dtype).eval()
 
 
 def excerpts(wanted: str, count: int, seed: int) -> list[np.ndarray]:
