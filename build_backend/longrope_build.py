@@ -162,7 +162,7 @@ def compiler() -> list[str]:
             return words
     raise SystemExit(
         "longrope: building it needs a C++ compiler and "
-        + (f"CXX={wanted} is none that can be run" if wanted else "none was found on PATH")
+        + (f"CXX={wanted} is no program that can be run" if wanted else "none was found on PATH")
         + ": install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
         "macOS: xcode-select --install) or name one with CXX=..."
     )
