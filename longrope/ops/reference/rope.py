@@ -41,10 +41,21 @@ def rope(
     return _turn(q, angle, factor, interleaved), _turn(k, angle, factor, interleaved)
 
 
-def rope_(q: Tensor, k: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+def rope_(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
     """See `longrope.ops.rope_`."""
     with torch.no_grad():
-        q_turned, k_turned = rope(q, k, *arguments, **keywords)
+        q_turned, k_turned = rope(
+            q, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved
+        )
         return q.copy_(q_turned), k.copy_(k_turned)
 
 
