@@ -42,6 +42,27 @@ def one_sentence_errors(command):
     return wrapped
 
 
+def _device(name: str | None) -> str:
+    """Return the device to run on, or refuse one that this machine lacks."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device: got {name!r}, and torch {torch.__version__} sees {count or 'no'} CUDA "
+            f"device{'' if count == 1 else 's'}"
+        )
+    return name
+
+
 def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
     import torch
@@ -55,7 +76,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"MODEL: the folder {name!r} has no config.json")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
         model = model.float()  # CPUs without bf16 matrix units are slower in bf16 than in fp32

@@ -92,6 +92,13 @@ def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
     assert str(blocked) in sentence("demo", "--out", blocked / "out")
 
 
+def test_a_device_that_is_not_there_gets_one_sentence(model_folder, text):
+    options = ("perplexity", model_folder, text, "--length", 128, "--device")
+    assert "CUDA device" in sentence(*options, "cuda:99")
+    assert "expected cpu or cuda, got 'gpu'" in sentence(*options, "gpu")
+    assert "expected cpu or cuda, got 'meta'" in sentence(*options, "meta")
+
+
 def test_malformed_factors_get_one_sentence(model_folder, text, tmp_path):
     broken = tmp_path / "factors.json"
     broken.write_text('{"lambdas": [1, 2')
