@@ -1,5 +1,7 @@
 """ops.attention beside torch's scaled_dot_product_attention: causal, and a chunk on a long cache.
 
+On CUDA beside each of its backends that takes the inputs (flash, cuDNN, memory-efficient), also
+for decoding, and forward with backward.
 Rates count the operations that a causal mask leaves: 4 * head_dim for each visible (query, key).
 """
 
@@ -7,45 +9,104 @@ from __future__ import annotations
 
 import torch
 from harness import compare, parser
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from longrope import ops
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def by_backend(function):
+    """Return `function` under each SDPA backend of CUDA that takes these inputs, by name."""
+
+    def under(backend):
+        def call():
+            with sdpa_kernel(backend):
+                return function()
+
+        return call
+
+    named = {}
+    for name, backend in BACKENDS.items():
+        try:
+            under(backend)()
+        except RuntimeError:
+            print(f"torch SDPA, {name}: not for these inputs")
+        else:
+            named[f"torch SDPA, {name}"] = under(backend)
+    return named
+
+
+def torch_attention(q, k, v):
+    """Return torch's own implementations by name: causal, aligned to the last key."""
+    grouped = {"enable_gqa": True} if k.shape[1] < q.shape[1] else {}
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys or queries == 1:
+        causal = {"is_causal": queries > 1}
+        call, name = (lambda: sdpa(q, k, v, **causal, **grouped)), "torch SDPA, is_causal"
+    else:
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril(keys - queries)
+        call, name = (lambda: sdpa(q, k, v, attn_mask=mask, **grouped)), "torch SDPA, mask"
+    return (by_backend(call) if q.is_cuda else {}) or {name: call}
 
 
 def setup(heads, kv_heads, queries, keys, head_dim, dtype, device):
     """Return named implementations, the first the baseline, checked against each other."""
     shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
     q, k, v = (torch.randn(1, h, n, head_dim, device=device).to(dtype) for h, n in shapes)
-    grouped = {"enable_gqa": True} if kv_heads < heads else {}
-    if queries == keys:
-        named = {"torch SDPA, is_causal": lambda: sdpa(q, k, v, is_causal=True, **grouped)}
-    else:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-        named = {"torch SDPA, mask": lambda: sdpa(q, k, v, attn_mask=mask, **grouped)}
-    named["ops.attention"] = lambda: ops.attention(q, k, v)
-    results = [f().float() for f in named.values()]
-    error = (results[0] - results[1]).abs().max().item()
+    named = {**torch_attention(q, k, v), "ops.attention": lambda: ops.attention(q, k, v)}
+    results = {name: f().float() for name, f in named.items()}
+    error = (next(iter(results.values())) - results["ops.attention"]).abs().max().item()
     print(f"\nlargest difference: {error:.2e}")
     assert error < (1e-4 if dtype == torch.float32 else 5e-2)
     return named
+
+
+def with_backward(heads, kv_heads, queries, head_dim, dtype, device):
+    """Return the same as a training step's forward and backward, causal."""
+    shapes = ((heads, queries), (kv_heads, queries), (kv_heads, queries))
+    inputs = [
+        torch.randn(1, h, n, head_dim, device=device).to(dtype).requires_grad_() for h, n in shapes
+    ]
+    named = {**torch_attention(*inputs), "ops.attention": lambda: ops.attention(*inputs)}
+    return {
+        name: (lambda f=f: torch.autograd.grad(f().float().square().sum(), inputs))
+        for name, f in named.items()
+    }
 
 
 def main():
     """Time every shape."""
     p = parser(__doc__)
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--only", choices=["forward", "backward"])
     args = p.parse_args()
+    cuda = args.device == "cuda"
     small = 8 if args.quick else 1
-    shapes = [(8, 8, 4096 // small, 4096 // small, 128), (8, 2, 512 // small, 16384 // small, 128)]
+    long, cache = (16384, 131072) if cuda else (4096, 16384)
+    shapes = [(8, 8, long // small, long // small, 128), (8, 2, 512 // small, cache // small, 128)]
+    if cuda:
+        shapes += [(32, 8, 1, cache // small, 128)]
+    dtypes = args.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
     for heads, kv_heads, queries, keys, head_dim in shapes:
         visible = queries * keys - queries * (queries - 1) / 2
         gigaflop = 4 * head_dim * heads * visible / 1e9
         case = f"H {heads}, Hk {kv_heads}, N {queries}, M {keys}, D {head_dim}"
-        for dtype in args.dtype or ["float32", "bfloat16"]:
-            named = setup(
-                heads, kv_heads, queries, keys, head_dim, getattr(torch, dtype), args.device
-            )
-            compare("attention", case, dtype, named, args, gigaflop, "GFLOP/s")
+        for dtype in dtypes:
+            shape = heads, kv_heads, queries, keys, head_dim, getattr(torch, dtype), args.device
+            if args.only in (None, "forward"):
+                compare("attention", case, dtype, setup(*shape), args, gigaflop, "GFLOP/s")
+            if args.only in (None, "backward") and queries == keys:
+                # Five products in the backward beside the two of the forward.
+                named = with_backward(heads, kv_heads, queries, head_dim, *shape[-2:])
+                op = "attention with backward"
+                compare(op, case, dtype, named, args, 3.5 * gigaflop, "GFLOP/s")
 
 
 if __name__ == "__main__":

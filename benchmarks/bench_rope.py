@@ -19,17 +19,18 @@ def hugging_face(q, k, cos, sin):
     return apply_rotary_pos_emb(q, k, cos, sin)
 
 
-def setup(heads, key_heads, tokens, head_dim, dtype, token_major=False):
+def setup(heads, key_heads, tokens, head_dim, dtype, device, token_major=False):
     """Return named implementations of one shape, checked against the reference."""
 
     def tensor(count):
         if token_major:
-            return torch.randn(1, tokens, count, head_dim).to(dtype).transpose(1, 2)
-        return torch.randn(1, count, tokens, head_dim).to(dtype)
+            return torch.randn(1, tokens, count, head_dim, device=device).to(dtype).transpose(1, 2)
+        return torch.randn(1, count, tokens, head_dim, device=device).to(dtype)
 
     q, k = tensor(heads), tensor(key_heads)
-    positions = torch.arange(tokens)
-    inv_freq = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    positions = torch.arange(tokens, device=device)
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
+    inv_freq = 10000.0 ** -(pairs / head_dim)
     angles = (positions[:, None] * inv_freq).repeat(1, 2)[None]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
@@ -68,7 +69,7 @@ def main():
         dtype = getattr(torch, name)
         for token_major in (False, True):
             order = "B,N,H,D" if token_major else "B,H,N,D"
-            implementations, gigabytes = setup(32, 8, tokens, 128, dtype, token_major)
+            implementations, gigabytes = setup(32, 8, tokens, 128, dtype, args.device, token_major)
             case = f"q[1,32,{tokens},128] k[1,8,{tokens},128] {order}"
             compare("rope", case, name, implementations, args, gigabytes, "GB/s")
 
