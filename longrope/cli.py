@@ -110,23 +110,46 @@ def search(
     data: Data,
     target_length: Annotated[int, typer.Option(help="The window to reach, in tokens.")],
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
-    method: Annotated[str, typer.Option(help="The search method: evolution.")] = "evolution",
+    method: Annotated[
+        str,
+        typer.Option(help="evolution (Algorithm 1 of the paper), gradient (fast) or hybrid."),
+    ] = "evolution",
     preset: Annotated[
         str, typer.Option(help="Settings: paper, paper-long (above 512k) or official-code.")
     ] = "paper",
-    iterations: Annotated[int | None, typer.Option(help="Generations (paper: 40).")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Generations of the evolution (paper: 40, hybrid: 5).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the descent (80).")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the descent at its begin (0.05).")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Search windows (paper: 5).")] = None,
     start_tokens: Annotated[str, typer.Option(help='A number, or "search".')] = "search",
-    attention_factor: Annotated[str, typer.Option(help='"yarn", "su" or a number.')] = "yarn",
+    attention_factor: Annotated[
+        str, typer.Option(help='"yarn", "su", a number, or "search" (gradient and hybrid).')
+    ] = "yarn",
+    validation: Annotated[
+        Path | None, typer.Option(help="Held-out text for the final choice; default: part of DATA.")
+    ] = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
 ) -> None:
-    """Search rescale factors for a longer window (Algorithm 1 of the paper)."""
+    """Search rescale factors for a longer window."""
     import longrope
 
-    options = {"iterations": iterations, "samples": samples}
+    options = {
+        "iterations": iterations,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "samples": samples,
+    }
     network, tokenizer = load_model(model, device)
+    if validation is not None:
+        options["validation"] = longrope.load_data(
+            validation, tokenizer=tokenizer, min_length=target_length
+        )
     result = longrope.search(
         network,
         longrope.load_data(data, tokenizer=tokenizer),
@@ -134,7 +157,9 @@ def search(
         method=method,
         preset=preset,
         start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
-        attention_factor=_number("--attention-factor", attention_factor, ("yarn", "su"), float),
+        attention_factor=_number(
+            "--attention-factor", attention_factor, ("yarn", "su", "search"), float
+        ),
         seed=seed,
         out=out,
         resume=resume,
@@ -142,6 +167,8 @@ def search(
         **{name: value for name, value in options.items() if value is not None},
     )
     print(f"perplexity {result.perplexity:.4f} on the search windows")
+    if result.validation_perplexity is not None:
+        print(f"perplexity {result.validation_perplexity:.4f} on held-out windows")
     print(f"start_tokens {result.factors.start_tokens}")
     print(f"factors in {out / 'factors.json'}")
 

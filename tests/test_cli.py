@@ -64,8 +64,15 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
     assert shown.stdout.strip() == f"{expected:.4f}"
 
 
-def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path):
-    options = {"target_length": 64, "samples": 1, "iterations": 2, "seed": 3}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"iterations": 2},
+        {"method": "gradient", "steps": 2, "learning_rate": 0.1, "attention_factor": "search"},
+    ],
+)
+def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path, options):
+    options = {"target_length": 64, "samples": 1, "seed": 3, **options}
     flags = [x for name, v in options.items() for x in (f"--{name.replace('_', '-')}", v)]
     call("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu", *flags)
     model, _ = longrope.cli.load_model(str(model_folder), "cpu")

@@ -1,8 +1,9 @@
 """The search for rescale factors.
 
-`space` holds the search space and its moves, `evolution` Algorithm 1 on any loss, `objective` the
-windows that are measured, `evaluator` the measuring, `ledger` and `journal` what was measured, and
-`run` puts them together as `longrope.search`.
+`space` holds the search space and its moves, `evolution` Algorithm 1 on any loss, `gradient` the
+descent and `ramps` where it can start; `objective` the windows that are measured, `evaluator` and
+`differentiation` the measuring, `ledger` and `journal` what was measured; `methods` puts the parts
+together in three ways, and `run` is `longrope.search`.
 """
 
 from longrope.factor_search.ledger import Evaluation

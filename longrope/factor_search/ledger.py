@@ -7,12 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
+from longrope.factor_search.gradient import Point
 from longrope.factor_search.journal import Journal, JournalError
 from longrope.factor_search.space import Candidate
+
+#: The origins of factors that need no search: a model that fails with them is at fault.
+BASELINES = ("pi", "ntk", "yarn")
 
 
 class OutOfBudgetError(Exception):
@@ -21,11 +27,25 @@ class OutOfBudgetError(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measured candidate.
+    """One measured candidate, or one step of a descent.
 
-    `role` says on which windows: `"search"` or `"validation"`; `origin` where the candidate came
-    from: `"pi"`, `"ntk"`, `"yarn"`, `"mutation"` or `"crossover"`; `nll` is the mean negative
-    log-likelihood in nats per token, infinite where the model's output was not finite.
+    Attributes
+    ----------
+    role
+        Which windows: `"screen"` (the first few search windows), `"search"`, `"validation"`, or
+        `"gradient"` for a step on random windows, where the gradient was computed too.
+    iteration
+        The generation or the number of the step; -1 at the end of a search.
+    origin
+        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"ramp"`, `"mutation"`,
+        `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`, `"finalist"`.
+    lambdas, start_tokens, attention_factor
+        The factors that were measured; on the grid except in a step.
+    nll
+        Mean negative log-likelihood in nats per token; infinite where the model's output was not
+        finite.
+    windows
+        How many windows were measured.
     """
 
     role: str
@@ -34,11 +54,18 @@ class Evaluation:
     lambdas: tuple[float, ...]
     start_tokens: int
     nll: float
+    attention_factor: float
+    windows: int
 
     @property
     def perplexity(self) -> float:
         """`exp(nll)`."""
         return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
+
+    @property
+    def forward_equivalents(self) -> int:
+        """The cost in forward passes of one window; a backward pass counts 2."""
+        return self.windows * (3 if self.role == "gradient" else 1)
 
 
 class Ledger:
@@ -56,6 +83,8 @@ class Ledger:
         Limit of the role `"search"`; None for no limit.
     on_batch
         Called with the new evaluations after every batch.
+    differentiate
+        Returns the loss and its gradient, for `step`.
     """
 
     def __init__(
@@ -66,12 +95,14 @@ class Ledger:
         *,
         max_evaluations: int | None = None,
         on_batch: Callable[[Sequence[Evaluation]], None] = lambda evaluations: None,
+        differentiate: LossGradient | None = None,
     ):
         self.evaluator = evaluator
         self.windows = windows
         self.journal = journal
         self.max_evaluations = sys.maxsize if max_evaluations is None else max_evaluations
         self.on_batch = on_batch
+        self.differentiate = differentiate
         self.history: list[Evaluation] = []
         self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in windows}
 
@@ -92,12 +123,64 @@ class Ledger:
                 raise OutOfBudgetError
         return losses
 
+    def step(
+        self, point: Point, iteration: int, start_tokens: int, windows: torch.Tensor
+    ) -> tuple[float, np.ndarray]:
+        """Return the NLL and the gradient at a point; they are in the journal before it returns.
+
+        Raises `ValueError` where they are not finite.
+        """
+        asked = {
+            "role": "gradient",
+            "iteration": iteration,
+            "lambdas": point.lambdas.tolist(),
+            "start_tokens": start_tokens,
+            "attention_factor": point.attention_factor,
+        }
+        entry = self._replay_step(asked)
+        if entry is None:
+            nll, gradient = self.differentiate(point, start_tokens, windows)
+            if not (math.isfinite(nll) and np.isfinite(gradient).all()):
+                raise ValueError(
+                    f"model: its mean NLL at {windows.shape[1]} tokens, or the gradient, is not "
+                    f"finite in step {iteration} (NLL {nll})"
+                )
+            entry = {**asked, "nll": nll, "gradient": gradient.tolist()}
+            if self.journal is not None:
+                self.journal.append([entry])
+        done = Evaluation(
+            "gradient", iteration, "gradient", tuple(entry["lambdas"]), start_tokens, entry["nll"],
+            point.attention_factor, len(windows),
+        )  # fmt: skip
+        self.history.append(done)
+        self.on_batch([done])
+        return entry["nll"], np.array(entry["gradient"])
+
+    def _replay_step(self, asked: dict) -> dict | None:
+        entries = [] if self.journal is None else self.journal.peek(1)
+        if not entries:
+            return None
+        if {**entries[0], "nll": None, "gradient": None} != {
+            **asked,
+            "nll": None,
+            "gradient": None,
+        }:
+            raise self._does_not_follow()
+        self.journal.skip(1)
+        return entries[0]
+
+    def _does_not_follow(self) -> JournalError:
+        return JournalError(
+            f"out: {self.journal.path} does not follow from its settings with this "
+            "version of longrope; choose another folder, or resume=False to start again"
+        )
+
     def _measure_batch(self, batch: Sequence[Proposal], role: str) -> list[float]:
         losses = self._replay(batch, role)
         if losses is None:
             losses = self.evaluator([p.candidate for p in batch], self.windows[role])
             for proposal, loss in zip(batch, losses, strict=True):
-                if not math.isfinite(loss) and proposal.origin not in ("mutation", "crossover"):
+                if not math.isfinite(loss) and proposal.origin in BASELINES:
                     raise ValueError(
                         f"model: its mean NLL at {self.windows[role].shape[1]} tokens is {loss} "
                         f"with the factors {proposal.origin!r}"
@@ -109,7 +192,14 @@ class Ledger:
                 )
         done = [
             Evaluation(
-                role, p.iteration, p.origin, p.candidate.lambdas, p.candidate.start_tokens, loss
+                role,
+                p.iteration,
+                p.origin,
+                p.candidate.lambdas,
+                p.candidate.start_tokens,
+                loss,
+                self.evaluator.to_factors(p.candidate).attention_factor,
+                len(self.windows[role]),
             )
             for p, loss in zip(batch, losses, strict=True)
         ]
@@ -134,10 +224,7 @@ class Ledger:
             return None
         for entry, proposal in zip(entries, batch, strict=True):
             if {**entry, "nll": None} != _entry(proposal, role, math.inf):
-                raise JournalError(
-                    f"out: {self.journal.path} does not follow from its settings with this "
-                    "version of longrope; choose another folder, or resume=False to start again"
-                )
+                raise self._does_not_follow()
         self.journal.skip(len(batch))
         return [math.inf if entry["nll"] is None else entry["nll"] for entry in entries]
 
@@ -149,5 +236,6 @@ def _entry(proposal: Proposal, role: str, loss: float) -> dict:
         "origin": proposal.origin,
         "hundredths": list(proposal.candidate.hundredths),
         "start_tokens": proposal.candidate.start_tokens,
+        "attention_factor": proposal.candidate.attention_factor,
         "nll": loss if math.isfinite(loss) else None,
     }

@@ -3,10 +3,84 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
+from longrope.documents import as_documents
+from longrope.evaluation import vocabulary
+
+
+@dataclass(frozen=True)
+class WindowsByRole:
+    """The windows of a search, and the documents that steps draw theirs from.
+
+    Attributes
+    ----------
+    windows
+        int64 `[S, length]` on the CPU, by role: `"search"`, and `"validation"` and `"screen"` (the
+        first of the search windows) where there are any.
+    documents
+        What the windows were drawn from.
+    held_out
+        Places in `documents` of validation windows.
+    """
+
+    windows: dict[str, torch.Tensor]
+    documents: list[torch.Tensor]
+    held_out: list[tuple[int, int]]
+    length: int
+
+    @classmethod
+    def draw(
+        cls,
+        model: nn.Module,
+        documents: Iterable[Any],
+        validation: Iterable[Any] | None,
+        length: int,
+        samples: int,
+        random: np.random.Generator,
+        random_validation: np.random.Generator,
+        *,
+        screened: int,
+    ) -> WindowsByRole:
+        """Draw the windows of each role.
+
+        With `screened` of 0 (evolution), validation takes what the search windows leave; else it
+        gets half of the windows where there are fewer than `2 * samples`.
+        """
+        vocab_size = vocabulary(model)
+        documents = as_documents(documents, min_length=length, vocab_size=vocab_size)
+        if validation is not None:
+            validation = as_documents(
+                validation, min_length=length, vocab_size=vocab_size, name="validation"
+            )
+            held_out = draw_windows(validation, length, len(validation), random_validation)
+            windows = {"search": draw_windows(documents, length, samples, random)}
+            windows["validation"] = held_out
+            places = []
+        else:
+            places = place_windows(documents, length, 2 * samples, random)
+            first = min(samples, (len(places) + 1) // 2) if screened else samples
+            windows = {"search": cut_windows(documents, length, places[:first])}
+            places = places[first:]
+            if places:
+                windows["validation"] = cut_windows(documents, length, places)
+        if 0 < screened < len(windows["search"]):
+            windows["screen"] = windows["search"][:screened]
+        return cls(windows, documents, places, length)
+
+    def random(self, random: np.random.Generator) -> RandomWindows:
+        """Return windows without end that share no token with a validation window."""
+        return RandomWindows(self.documents, self.length, self.held_out, random)
+
+    def digest(self) -> str:
+        """Return a hash of the documents."""
+        return hashlib.sha256(" ".join(digest(d) for d in self.documents).encode()).hexdigest()[:16]
 
 
 def draw_windows(
@@ -18,17 +92,78 @@ def draw_windows(
     has given a window does the next round begin, from those long enough to hold another. So a
     window after the first `len(documents)` shares its document with an earlier one, never a token.
     """
-    order = random.permutation(len(documents))
-    places = {index: _disjoint_starts(len(documents[index]), length, random) for index in order}
-    chosen: list[torch.Tensor] = []
-    for turn in range(max(map(len, places.values()))):
-        for index in order:
-            if len(chosen) == count:
-                return torch.stack(chosen)
-            if turn < len(places[index]):
-                start = places[index][turn]
-                chosen.append(documents[index][start : start + length])
-    return torch.stack(chosen)
+    return cut_windows(documents, length, place_windows(documents, length, count, random))
+
+
+def place_windows(
+    documents: Sequence[torch.Tensor], length: int, count: int, random: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Return `(document, start)` of the windows that `draw_windows` draws."""
+    order = [int(index) for index in random.permutation(len(documents))]
+    starts = {index: _disjoint_starts(len(documents[index]), length, random) for index in order}
+    rounds = range(max(map(len, starts.values())))
+    places = [
+        (index, starts[index][turn])
+        for turn in rounds
+        for index in order
+        if turn < len(starts[index])
+    ]
+    return places[:count]
+
+
+def cut_windows(
+    documents: Sequence[torch.Tensor], length: int, places: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Return the windows at places `(document, start)`: int64 `[S, length]`."""
+    return torch.stack([documents[index][start : start + length] for index, start in places])
+
+
+class RandomWindows:
+    """Windows without end: at random places of the documents, away from held-out windows.
+
+    Documents come in random order, and in another random order when all had their turn.
+
+    Parameters
+    ----------
+    documents
+        1-D token ids, at least one of which has room for a window beside the held-out ones.
+    length
+        Tokens of a window.
+    held_out
+        Places `(document, start)` of windows of the same length, no token of which may appear.
+    random
+        Source of the order and of the places.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[torch.Tensor],
+        length: int,
+        held_out: Sequence[tuple[int, int]],
+        random: np.random.Generator,
+    ):
+        self.length = length
+        self.random = random
+        self._order: list[int] = []
+        self._documents = []
+        for index, document in enumerate(documents):
+            starts = np.arange(len(document) - length + 1)
+            for where, start in held_out:
+                if where == index:
+                    starts = starts[(starts + length <= start) | (starts >= start + length)]
+            if len(starts):
+                self._documents.append((document, starts))
+
+    def draw(self, count: int) -> torch.Tensor:
+        """Return the next `count` windows: int64 `[count, length]`."""
+        windows = []
+        for _ in range(count):
+            if not self._order:
+                self._order = [int(i) for i in self.random.permutation(len(self._documents))]
+            document, starts = self._documents[self._order.pop()]
+            start = int(starts[self.random.integers(len(starts))])
+            windows.append(document[start : start + self.length])
+        return torch.stack(windows)
 
 
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
@@ -40,9 +175,7 @@ def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> lis
     return [int(start) for start in random.permutation(starts)]
 
 
-def digest(windows: torch.Tensor | None) -> str | None:
+def digest(windows: torch.Tensor) -> str:
     """Return a hash of the windows' tokens, by which a journal knows its data."""
-    if windows is None:
-        return None
     shape = repr(tuple(windows.shape)).encode()
     return hashlib.sha256(shape + windows.contiguous().numpy().tobytes()).hexdigest()[:16]

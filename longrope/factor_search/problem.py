@@ -53,6 +53,8 @@ class Problem:
     rotary_dim: int
     attention_factor: float
     space: SearchSpace
+    #: Whether the attention factor is learned; `attention_factor` is where that begins.
+    learn_attention: bool = False
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class Problem:
             rope_theta=rope.rope_theta,
             rotary_dim=rope.rotary_dim,
             attention_factor=_attention_factor(attention_factor, ratio, original_length),
+            learn_attention=attention_factor == "search",
             space=SearchSpace.of(
                 rope.rotary_dim // 2,
                 max_lambda,
@@ -109,10 +112,11 @@ class Problem:
 
     def factors(self, candidate: Candidate) -> RescaleFactors:
         """Return a candidate as factors."""
+        factor = candidate.attention_factor
         return RescaleFactors(
             candidate.lambdas,
             start_tokens=candidate.start_tokens,
-            attention_factor=self.attention_factor,
+            attention_factor=self.attention_factor if factor is None else factor,
             **self.lengths,
         )
 
@@ -130,13 +134,15 @@ class Problem:
 
 
 def _attention_factor(value: str | float, ratio: float, original_length: int) -> float:
-    if value == "yarn":
+    if value in ("yarn", "search"):
         return yarn_attention_factor(ratio)
     if value == "su":
         return su_attention_factor(ratio, original_length)
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
-    raise ValueError(f"attention_factor: expected 'yarn', 'su' or a positive number, got {value!r}")
+    raise ValueError(
+        f"attention_factor: expected 'yarn', 'su', 'search' or a positive number, got {value!r}"
+    )
 
 
 def _start_token_choices(

@@ -46,9 +46,8 @@ def progress_bar(show: bool, total: int) -> Iterator[Callable[[Sequence[Evaluati
             nonlocal best
             if evaluations[0].role == "search":
                 best = min(best, *(e.perplexity for e in evaluations))
-                progress.update(task, advance=len(evaluations), best=f"{best:.4f}")
-            else:
-                progress.update(task, advance=len(evaluations))
+                progress.update(task, best=f"{best:.4f}")
+            progress.update(task, advance=len(evaluations))
 
         yield update
         progress.update(task, total=progress.tasks[0].completed)

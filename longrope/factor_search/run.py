@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +15,21 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.documents import as_documents
-from longrope.evaluation import rows_per_batch, vocabulary
+from longrope.evaluation import rows_per_batch
 from longrope.factor_search import run_directory
+from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
-from longrope.factor_search.evolution import Proposal, evolve
+from longrope.factor_search.gradient import DescentSettings
 from longrope.factor_search.journal import Journal
-from longrope.factor_search.ledger import Evaluation, Ledger, OutOfBudgetError
-from longrope.factor_search.objective import digest, draw_windows
+from longrope.factor_search.ledger import Evaluation, Ledger
+from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
+from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
-from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rope_settings
 
-METHODS = ("evolution",)
 OBJECTIVES = ("perplexity",)
-
-#: How many of the best candidates the validation windows choose from, the baselines aside.
-FINALISTS = 8
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class SearchResult:
     validation_perplexity
         Of `factors` on the validation windows; None where there were none.
     history
-        Every evaluation, in order, as `Evaluation` (role, iteration, origin, lambdas,
-        start_tokens, nll, perplexity).
+        Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
+        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows).
     """
 
     factors: RescaleFactors
@@ -80,6 +77,10 @@ def search(
     iterations: int | None = None,
     parents: int | None = None,
     max_evaluations: int | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    windows_per_step: int | None = None,
+    activation_checkpointing: bool | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
     resume: bool = True,
@@ -87,17 +88,21 @@ def search(
 ) -> SearchResult:
     """Search the rescale factors that give the lowest perplexity at `target_length`.
 
-    Algorithm 1 of LongRoPE (arXiv 2402.13753): an evolutionary search over non-decreasing lambdas
-    on a grid of 0.01 and over the number of start tokens, that begins with PI, NTK and YaRN. The
-    model's weights are not changed, and neither is its rotary embedding: pass the result to
-    `longrope.apply`.
+    Over non-decreasing lambdas on a grid of 0.01 and the number of start tokens, by one of three
+    methods. `"evolution"` is Algorithm 1 of LongRoPE (arXiv 2402.13753), which begins with PI, NTK
+    and YaRN. `"gradient"` compares these and a family of ramps on a few windows, then descends from
+    the best of them by the gradient of the loss on random windows of the documents, then tries
+    other numbers of start tokens. `"hybrid"` takes the start of the descent, and the number of
+    start tokens, from a short evolution. The model's weights are not changed, and neither is its
+    rotary embedding: pass the result to `longrope.apply`.
 
-    Every candidate is measured on the same windows of `target_length` tokens, `samples` of them,
+    Candidates are measured on the same windows of `target_length` tokens, `samples` of them,
     drawn with `seed`: one of each document as far as the documents last, else further windows that
-    do not overlap. The final factors are the best by held-out windows among the best 8 on the
-    search windows, PI, NTK and YaRN: one window of each document in `validation`, or, without it,
-    up to `samples` further windows of `documents` (where these have enough text; otherwise the
-    best on the search windows wins).
+    do not overlap. The final factors are the best on held-out windows, which neither the evolution
+    nor a step of a descent sees: one window of each document in `validation`, or, without it, up to
+    `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
+    and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
+    worse there than YaRN. Where there is too little text, the search windows choose.
 
     Parameters
     ----------
@@ -108,7 +113,7 @@ def search(
     target_length
         The window to reach, in tokens; more than the original.
     method
-        `"evolution"`.
+        `"evolution"`, `"gradient"` or `"hybrid"`.
     objective
         `"perplexity"`.
     preset
@@ -118,8 +123,8 @@ def search(
     start_tokens
         `"search"`, or a fixed number of first tokens that keep the original angles.
     attention_factor
-        `"yarn"` (`0.1 ln s + 1`), `"su"` (`sqrt(1 + ln s / ln L0)`), or a number; the same for all
-        candidates.
+        `"yarn"` (`0.1 ln s + 1`), `"su"` (`sqrt(1 + ln s / ln L0)`), or a number, the same for all
+        candidates; or `"search"`: learned in the descent, from YaRN's.
     original_length
         The window the model was trained for; None: from its config.
     validation
@@ -132,10 +137,16 @@ def search(
     samples
         Search windows (paper: 5).
     population, mutations, crossovers, mutation_probability, iterations, parents
-        Sizes of Algorithm 1 (paper: 64, 16, 16, 0.3, 40, 32). `iterations` counts the populations
-        that are measured, the first included.
+        Sizes of Algorithm 1 (paper: 64, 16, 16, 0.3, 40, 32; hybrid: 16, 8, 8, 0.3, 5, 8).
+        `iterations` counts the populations that are measured, the first included.
     max_evaluations
-        Stop after this many candidates, baselines included.
+        End the evolution after this many candidates, baselines included.
+    steps, learning_rate, windows_per_step
+        Of the descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
+        random window each.
+    activation_checkpointing
+        Compute activations again in the backward pass instead of keeping them; None: where those
+        of one window would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
     out
@@ -143,9 +154,9 @@ def search(
         `factors.json`, `history.csv`, `search.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
-        factors and the history of an uninterrupted run, to the bit. `iterations` and
-        `max_evaluations` may be larger than before; any other difference is refused and named.
-        False: set an existing journal aside and start again.
+        factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
+        `iterations` and `max_evaluations` may be larger than before; any other difference is
+        refused and named. False: set an existing journal aside and start again.
     progress
         Show a progress bar.
 
@@ -160,10 +171,10 @@ def search(
         document shorter than `target_length`, an output that is not finite with PI, NTK or YaRN,
         a folder that cannot be written, or the journal of another search.
     """
-    _one_of("method", method, METHODS)
+    _one_of("method", method, tuple(METHODS))
     _one_of("objective", objective, OBJECTIVES)
     _one_of("preset", preset, tuple(PRESETS))
-    given = {
+    sizes = {
         "population": population,
         "mutations": mutations,
         "crossovers": crossovers,
@@ -171,9 +182,22 @@ def search(
         "iterations": iterations,
         "parents": parents,
     }
-    sizes = dataclasses.replace(
-        PRESETS[preset].sizes, **{name: v for name, v in given.items() if v is not None}
-    )
+    descent = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "windows_per_step": windows_per_step,
+    }
+    if method == "gradient":
+        _not_with(method, {**sizes, "max_evaluations": max_evaluations})
+    if method == "evolution":
+        _not_with(method, {**descent, "activation_checkpointing": activation_checkpointing})
+        if attention_factor == "search":
+            raise ValueError(
+                "attention_factor: expected 'yarn', 'su' or a number with method='evolution', got "
+                "'search', which method='gradient' and 'hybrid' know"
+            )
+    sizes = _replace(HYBRID_SIZES if method == "hybrid" else PRESETS[preset].sizes, sizes)
+    descent = _replace(DescentSettings(), descent)
     samples = PRESETS[preset].samples if samples is None else samples
     samples = _validation.integer("samples", samples, 1)
     seed = _validation.integer("seed", seed, 0)
@@ -189,31 +213,40 @@ def search(
         max_lambda=max_lambda,
         preset=PRESETS[preset],
     )
-    random_windows, random_validation, random_search = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)
-    )
-    windows = _windows(
-        model, documents, validation, problem.target_length, samples, random_windows,
-        random_validation,
+    randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)]
+    drawn = WindowsByRole.draw(
+        model, documents, validation, problem.target_length, samples, *randoms[:2],
+        screened=0 if method == "evolution" else SCREEN_WINDOWS,
     )  # fmt: skip
+    settings = {
+        "evolution": {"sizes": {k: v for k, v in vars(sizes).items() if k != "iterations"}},
+        "gradient": {"descent": vars(descent)},
+        "hybrid": {
+            "sizes": {**vars(sizes), "max_evaluations": max_evaluations},
+            "descent": vars(descent),
+        },
+    }
     header = {
         # The first difference is what a refusal names: what decides the windows before the windows.
         "method": method,
         "objective": objective,
         "problem": dataclasses.asdict(problem),
-        "sizes": {k: v for k, v in dataclasses.asdict(sizes).items() if k != "iterations"},
+        **settings[method],
         "batch_size": batch_size,
         "seed": seed,
         "model": fingerprint(model),
-        "data": {role: digest(w) for role, w in windows.items()},
+        "data": {role: digest(w) for role, w in drawn.windows.items()},
     }
+    if method != "evolution":
+        header["data"]["documents"] = drawn.digest()
     notes = {
         "rows": batch_size or rows_per_batch(model, problem.target_length),
+        "activation_checkpointing": needs_checkpointing(model, problem.target_length)
+        if activation_checkpointing is None
+        else activation_checkpointing,
         "torch": torch.__version__,
         "device": str(next(model.parameters()).device),
     }
-    most = min(sizes.most_evaluations, max_evaluations or sizes.most_evaluations)
-    most += FINALISTS + len(problem.seeds()) if "validation" in windows else 0
     with contextlib.ExitStack() as stack:
         journal = None
         if out is not None:
@@ -230,19 +263,24 @@ def search(
             )  # fmt: skip
         ledger = Ledger(
             PopulationEvaluator(model, problem.factors, notes["rows"]),
-            windows,
+            drawn.windows,
             journal,
             max_evaluations=max_evaluations,
-            on_batch=stack.enter_context(progress_bar(progress, most)),
         )
-        with contextlib.suppress(OutOfBudgetError):
-            evolve(problem.space, problem.seeds(), ledger.measure, sizes, random_search)
-        chosen, validation_nll = _choose(ledger, problem.seeds())
+        task = Task(problem, ledger, sizes, descent, randoms[2], None)
+        if method != "evolution":
+            ledger.differentiate = LossGradient(
+                model, problem.baselines()["pi"].base_inv_freq(), notes["activation_checkpointing"]
+            )
+            task.random_windows = drawn.random(randoms[3])
+        ledger.on_batch = stack.enter_context(progress_bar(progress, task.most_evaluations[method]))
+        chosen = METHODS[method](task)
         factors = problem.factors(chosen)
+        validated = ledger.losses(task.judge)[chosen] if task.judge == "validation" else None
         result = SearchResult(
             factors=factors,
-            perplexity=float(np.exp(ledger.losses("search")[chosen])),
-            validation_perplexity=None if validation_nll is None else float(np.exp(validation_nll)),
+            perplexity=math.exp(task.measure("search", [chosen], "finalist")[chosen]),
+            validation_perplexity=None if validated is None else math.exp(validated),
             history=tuple(ledger.history),
         )
         if out is not None:
@@ -250,39 +288,14 @@ def search(
     return result
 
 
-def _windows(
-    model, documents, validation, length, samples, random_windows, random_validation
-) -> dict[str, torch.Tensor]:
-    """Draw the windows of each role, int64 `[S, length]` on the CPU."""
-    vocab_size = vocabulary(model)
-    documents = as_documents(documents, min_length=length, vocab_size=vocab_size)
-    if validation is not None:
-        validation = as_documents(
-            validation, min_length=length, vocab_size=vocab_size, name="validation"
-        )
-        held_out = draw_windows(validation, length, len(validation), random_validation)
-        searched = draw_windows(documents, length, samples, random_windows)
-    else:
-        both = draw_windows(documents, length, 2 * samples, random_windows)
-        searched, held_out = both[:samples], both[samples:]
-    return {"search": searched} | ({"validation": held_out} if len(held_out) else {})
+def _replace(settings: Any, given: dict[str, Any]) -> Any:
+    return dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
 
 
-def _choose(ledger: Ledger, seeds: dict[str, Candidate]) -> tuple[Candidate, float | None]:
-    """Return the best of the finalists on the validation windows, else on the search windows."""
-    searched = ledger.losses("search")
-    ranked = sorted(searched, key=searched.__getitem__)
-    if "validation" not in ledger.windows:
-        return ranked[0], None
-    names = {candidate: name for name, candidate in seeds.items() if candidate in searched}
-    finalists = [c for c in ranked if c not in names][:FINALISTS]
-    proposals = [Proposal(c, "finalist", -1) for c in finalists]
-    proposals += [Proposal(c, name, -1) for c, name in names.items()]
-    losses = dict(
-        zip((p.candidate for p in proposals), ledger.measure(proposals, "validation"), strict=True)
-    )
-    best = min(losses, key=losses.__getitem__)
-    return best, losses[best]
+def _not_with(method: str, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with method={method!r}, got {value!r}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -52,11 +52,20 @@ def write_results(
     writer = csv.writer(table, lineterminator="\n")
     names = [f"lambda_{i}" for i in range(len(history[0].lambdas))]
     writer.writerow(
-        ["evaluation", "role", "iteration", "origin", "perplexity", "start_tokens", *names]
+        [
+            "evaluation",
+            "role",
+            "iteration",
+            "origin",
+            "perplexity",
+            "start_tokens",
+            "attention_factor",
+            *names,
+        ]
     )
     for number, e in enumerate(history):
         row = [number, e.role, e.iteration, e.origin, repr(e.perplexity), e.start_tokens]
-        writer.writerow([*row, *e.lambdas])
+        writer.writerow([*row, e.attention_factor, *e.lambdas])
     _write(out / HISTORY, table.getvalue())
     plot(out / PLOT, factors, history, baselines)
 
@@ -70,16 +79,22 @@ def plot(
     """Plot the convergence, and lambda by dimension against the factors that need no search."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    searched = [e for e in history if e.role == "search"]
-    values = [e.perplexity for e in searched]
-    reached = {e.origin: e.perplexity for e in searched if e.origin in _STYLE}
+    searched = [(n, e) for n, e in enumerate(history) if e.role == "search"]
+    steps = [(n, e.perplexity) for n, e in enumerate(history) if e.role == "gradient"]
+    values = [e.perplexity for _, e in searched]
+    reached = {e.origin: e.perplexity for _, e in searched if e.origin in _STYLE}
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    left.plot(values, ".", color="0.8", markersize=4, label="candidate")
-    left.plot(list(itertools.accumulate(values, min)), color=_OURS, linewidth=2.5, label="best")
+    if steps:
+        left.plot(*zip(*steps, strict=True), color="0.8", linewidth=1, label="step, random window")
+    at = [n for n, _ in searched]
+    left.plot(at, values, ".", color="0.6", markersize=4, label="candidate")
+    best = list(itertools.accumulate(values, min))
+    left.plot(at, best, color=_OURS, linewidth=2.5, label="best", drawstyle="steps-post")
     # Failures can be orders of magnitude worse: show the range in which the search works.
-    lowest, good = min(values), sorted(values)[len(values) * 3 // 4]
+    shown = sorted([*values, *(value for _, value in steps)])
+    lowest, good = shown[0], shown[len(shown) * 3 // 4]
     top = max(good, 1.1 * min(reached.values(), default=0))
     for name, value in reached.items():
         if value <= top:
@@ -98,7 +113,7 @@ def plot(
             label += f", {reached[name]:.2f}"
         right.plot(baseline.lambdas, color=color, label=label, linewidth=1.2)
     chosen = (tuple(factors.lambdas.tolist()), factors.start_tokens)
-    found = next((e for e in searched if (e.lambdas, e.start_tokens) == chosen), None)
+    found = next((e for _, e in searched if (e.lambdas, e.start_tokens) == chosen), None)
     label = f"searched, {found.perplexity:.2f}" if found else "searched"
     right.plot(factors.lambdas, "o-", color=_OURS, markersize=3, label=label)
     right.set(

@@ -26,12 +26,16 @@ REACH = 10
 BOUND_OVER_RATIO = 1.25
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Candidate:
-    """One point of the search space: lambda of each pair in hundredths, and n_hat."""
+    """One point of the search space: lambda of each pair in hundredths, and n_hat.
+
+    `attention_factor` is set where it was learned, and None where it is that of the problem.
+    """
 
     hundredths: tuple[int, ...]
     start_tokens: int = 0
+    attention_factor: float | None = None
 
     @property
     def lambdas(self) -> tuple[float, ...]:

@@ -309,7 +309,7 @@ def test_another_model_is_refused_and_starting_again_is_possible(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method": "annealing"}, "method: expected one of 'evolution', got 'annealing'"),
+        ({"method": "annealing"}, "method: expected one of 'evolution', 'gradient', 'hybrid', got"),
         ({"objective": "bleu"}, "objective: expected one of 'perplexity', got 'bleu'"),
         ({"preset": "mine"}, "preset: expected one of 'paper', 'paper-long', 'official-code', got"),
         ({"target_length": 16}, "target_length: expected more than the original length 16, got 16"),
@@ -320,8 +320,8 @@ def test_another_model_is_refused_and_starting_again_is_possible(
         ({"validation": []}, "validation: expected at least one document"),
         ({"start_tokens": "all"}, "start_tokens: expected 'search' or an integer"),
         ({"start_tokens": -1}, "start_tokens: expected 'search' or an integer"),
-        ({"attention_factor": "none"}, "attention_factor: expected 'yarn', 'su' or a positive"),
-        ({"attention_factor": 0.0}, "attention_factor: expected 'yarn', 'su' or a positive"),
+        ({"attention_factor": "none"}, "attention_factor: expected 'yarn', 'su', 'search' or a"),
+        ({"attention_factor": 0.0}, "attention_factor: expected 'yarn', 'su', 'search' or a"),
         ({"max_lambda": 1.0}, "max_lambda: expected a finite number above 1, got 1.0"),
         ({"max_lambda": math.nan}, "max_lambda: expected a finite number above 1, got nan"),
         ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),

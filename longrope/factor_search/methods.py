@@ -1,0 +1,159 @@
+"""The three methods of a search: how evaluations and steps lead to the factors returned."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from longrope.factor_search.evolution import EvolutionSettings, Proposal, evolve
+from longrope.factor_search.gradient import DescentSettings, Point, descend
+from longrope.factor_search.ledger import Ledger, OutOfBudgetError
+from longrope.factor_search.objective import RandomWindows
+from longrope.factor_search.problem import Problem
+from longrope.factor_search.ramps import ramps
+from longrope.factor_search.space import STEPS, Candidate
+
+#: How many of the best candidates the validation windows choose from, the baselines aside.
+FINALISTS = 8
+#: Search windows on which starts and start tokens are compared first.
+SCREEN_WINDOWS = 2
+#: Starts that pass the screen and are compared on all search windows.
+STARTS = 4
+#: Numbers of start tokens that pass the screen.
+START_TOKEN_FINALISTS = 2
+#: Digits of a learned attention factor.
+ATTENTION_DIGITS = 3
+
+#: Algorithm 1 as the first half of a hybrid search: to find n_hat and a start.
+HYBRID_SIZES = EvolutionSettings(population=16, mutations=8, crossovers=8, iterations=5, parents=8)
+
+
+@dataclass
+class Task:
+    """What a method works with."""
+
+    problem: Problem
+    ledger: Ledger
+    sizes: EvolutionSettings
+    descent: DescentSettings
+    random: np.random.Generator
+    random_windows: RandomWindows | None
+
+    @property
+    def few(self) -> str:
+        """The role of the first few search windows."""
+        return "screen" if "screen" in self.ledger.windows else "search"
+
+    @property
+    def judge(self) -> str:
+        """The role of the windows that decide: held-out ones, where there are any."""
+        return "validation" if "validation" in self.ledger.windows else "search"
+
+    @property
+    def most_evaluations(self) -> dict[str, int]:
+        """How many evaluations and steps each method makes at most."""
+        held_out = self.judge == "validation"
+        seeds, family = len(self.problem.seeds()), len(ramps(self.problem))
+        evolved = min(self.sizes.most_evaluations, self.ledger.max_evaluations)
+        descent = self.descent.steps + self.descent.checkpoints + 2
+        return {
+            "evolution": evolved + (FINALISTS + seeds if held_out else 0),
+            "gradient": seeds + family + STARTS + descent + len(self.problem.space.start_tokens)
+            + START_TOKEN_FINALISTS + 1,
+            "hybrid": family + evolved + descent + 1,
+        }  # fmt: skip
+
+    def measure(self, role: str, candidates: Iterable[Candidate], origin: str, iteration: int = -1):
+        """Return the NLL of candidates by candidate; what the role knows is not measured again."""
+        known = self.ledger.losses(role)
+        names = {candidate: name for name, candidate in self.problem.seeds().items()}
+        candidates = list(dict.fromkeys(candidates))
+        fresh = [c for c in candidates if c not in known]
+        proposals = [Proposal(c, names.get(c, origin), iteration) for c in fresh]
+        known.update(zip(fresh, self.ledger.measure(proposals, role), strict=True))
+        return {c: known[c] for c in candidates}
+
+
+def evolution(task: Task) -> Candidate:
+    """Algorithm 1; the validation windows choose among the best and the baselines."""
+    with contextlib.suppress(OutOfBudgetError):
+        evolve(
+            task.problem.space, task.problem.seeds(), task.ledger.measure, task.sizes, task.random
+        )
+    searched = task.ledger.losses("search")
+    ranked = sorted(searched, key=searched.__getitem__)
+    if task.judge == "search":
+        return ranked[0]
+    seeds = [c for c in task.problem.seeds().values() if c in searched]
+    finalists = [c for c in ranked if c not in seeds][:FINALISTS]
+    return _best(task.measure("validation", [*finalists, *seeds], "finalist"))
+
+
+def gradient(task: Task) -> Candidate:
+    """A descent from the best of the baselines and of a family of ramps, then a sweep of n_hat."""
+    family = [*task.problem.seeds().values(), *ramps(task.problem)]
+    screened = _ranked(task.measure(task.few, family, "ramp", 0))
+    start = _best(task.measure("search", screened[:STARTS], "ramp", 0))
+    chosen, loss = _descended(task, start)
+    variants = [
+        dataclasses.replace(chosen, start_tokens=n) for n in task.problem.space.start_tokens
+    ]
+    screened = task.measure(task.few, [chosen, *variants], "start tokens")
+    better = [c for c in _ranked(screened) if screened[c] < screened[chosen]]
+    judged = task.measure(task.judge, better[:START_TOKEN_FINALISTS], "start tokens")
+    return _best({chosen: loss, **judged})
+
+
+def hybrid(task: Task) -> Candidate:
+    """A short Algorithm 1, which also sees the best ramp, for n_hat and a start; then a descent."""
+    ramp = _best(task.measure(task.few, ramps(task.problem), "ramp", 0))
+    seeds = {**task.problem.seeds(), "ramp": ramp}
+    with contextlib.suppress(OutOfBudgetError):
+        evolve(task.problem.space, seeds, task.ledger.measure, task.sizes, task.random)
+    return _descended(task, _best(task.ledger.losses("search")))[0]
+
+
+METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}
+
+
+def _descended(task: Task, start: Candidate) -> tuple[Candidate, float]:
+    """Descend from a start and return the best of the points on the way, and its NLL.
+
+    The points are put on the grid before they are judged, so the factors that are returned are the
+    ones that were measured. The start and YaRN are judged with them.
+    """
+    space = task.problem.space
+
+    def loss_and_gradient(point: Point, step: int) -> tuple[float, np.ndarray]:
+        windows = task.random_windows.draw(task.descent.windows_per_step)
+        return task.ledger.step(point, step, start.start_tokens, windows)
+
+    kept = descend(
+        Point(np.log(start.lambdas), task.problem.attention_factor),
+        space.upper / STEPS,
+        loss_and_gradient,
+        task.descent,
+        task.problem.learn_attention,
+    )
+    yarn = task.problem.seeds()["yarn"]
+    judged = task.measure(task.judge, [yarn, start], "start")
+    for step, point in kept:
+        candidate = space.snap(point.lambdas, start.start_tokens)
+        if task.problem.learn_attention:
+            factor = round(point.attention_factor, ATTENTION_DIGITS)
+            candidate = dataclasses.replace(candidate, attention_factor=factor)
+        judged |= task.measure(task.judge, [candidate], "gradient", step)
+    best = _best(judged)
+    return best, judged[best]
+
+
+def _ranked(losses: dict[Candidate, float]) -> list[Candidate]:
+    return sorted(losses, key=losses.__getitem__)
+
+
+def _best(losses: dict[Candidate, float]) -> Candidate:
+    return min(losses, key=losses.__getitem__)

@@ -1,0 +1,312 @@
+"""`longrope.search` by gradient and hybrid: results, resuming, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import longrope
+from longrope.factor_search import differentiation, run, run_directory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {
+    "target_length": 32,
+    "samples": 3,
+    "steps": 6,
+    "learning_rate": 0.2,
+    "progress": False,
+}
+SIZES = {"population": 6, "mutations": 2, "crossovers": 2, "iterations": 2, "parents": 3}
+OPTIONS = {"gradient": SMALL, "hybrid": SMALL | SIZES}
+
+
+def search(model, documents, method, **changes):
+    return longrope.search(model, documents, method=method, **OPTIONS[method] | changes)
+
+
+def journal_of(out):
+    return Path(out) / "journal.jsonl"
+
+
+def of_role(result, role):
+    return [e for e in result.history if e.role == role]
+
+
+@pytest.fixture(scope="module", params=["gradient", "hybrid"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(method, shared_model, documents, tmp_path_factory):
+    """A finished run: its folder and its result."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = search(shared_model, documents, method, out=out, attention_factor="search")
+    torch.set_num_threads(before)
+    return out, result
+
+
+def test_the_result_is_the_best_on_the_validation_windows(uninterrupted):
+    _, result = uninterrupted
+    best = min(of_role(result, "validation"), key=lambda e: e.nll)
+    factors = result.factors
+    found = (tuple(factors.lambdas), factors.start_tokens, factors.attention_factor)
+    assert found == (best.lambdas, best.start_tokens, best.attention_factor)
+    assert result.validation_perplexity == pytest.approx(best.perplexity)
+    origins = {e.origin for e in of_role(result, "validation")}
+    assert {"yarn", "gradient"} <= origins
+    searched = [e for e in of_role(result, "search") if e.lambdas == best.lambdas]
+    assert result.perplexity == pytest.approx(min(e.perplexity for e in searched))
+
+
+def test_the_perplexity_is_that_of_the_factors(shared_model, documents, uninterrupted):
+    _, result = uninterrupted
+    held_out = [d[:32] for d in documents[5:]]
+    result = search(shared_model, documents[:5], "gradient", validation=held_out)
+    longrope.apply(shared_model, result.factors)
+    measured = longrope.perplexity(shared_model, held_out, length=32, stride=32)
+    longrope.remove(shared_model)
+    assert result.validation_perplexity == pytest.approx(measured, rel=1e-4)
+
+
+def test_the_result_is_on_the_grid_monotone_and_bounded(uninterrupted):
+    _, result = uninterrupted
+    lambdas = result.factors.lambdas
+    assert np.abs(lambdas * 100 - np.rint(lambdas * 100)).max() < 1e-9
+    for e in result.history:
+        assert (np.diff(e.lambdas) >= 0).all()
+        assert min(e.lambdas) >= 1
+        assert max(e.lambdas) <= 2.5 * (1 + 1e-12)
+
+
+def test_the_descent_improves_on_its_start(shared_model, documents):
+    """On the windows that it sees: tokens are random here, and nothing carries over."""
+    documents = [d[:32] for d in documents[:1]]
+    result = search(
+        shared_model, documents, "gradient", steps=40, learning_rate=0.02, start_tokens=0
+    )
+    assert result.validation_perplexity is None
+    steps = of_role(result, "gradient")
+    assert steps[-1].nll < steps[0].nll - 0.01
+    start = min(e.nll for e in of_role(result, "search") if e.origin != "gradient")
+    assert np.log(result.perplexity) < start - 0.01
+
+
+def test_every_step_and_evaluation_is_in_the_history_and_in_the_journal(uninterrupted):
+    out, result = uninterrupted
+    lines = journal_of(out).read_text().splitlines()
+    assert len(lines) == 1 + len(result.history)
+    assert len(of_role(result, "gradient")) == 6
+    assert {e.windows for e in of_role(result, "gradient")} == {1}
+    assert {e.forward_equivalents for e in of_role(result, "gradient")} == {3}
+    for line, e in zip(lines[1:], result.history, strict=True):
+        assert json.loads(line)["nll"] == e.nll
+    assert longrope.RescaleFactors.load(out / "factors.json") == result.factors
+    assert (out / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "history.csv").read_text().splitlines()) == len(lines)
+
+
+def test_steps_never_see_a_validation_window(shared_model, documents, monkeypatch):
+    seen = {"gradient": set(), "validation": set()}
+    step, measure = differentiation.LossGradient.__call__, run.PopulationEvaluator.__call__
+
+    def stepping(self, point, start_tokens, windows):
+        seen["gradient"] |= set(windows.flatten().tolist())
+        return step(self, point, start_tokens, windows)
+
+    def measuring(self, candidates, windows):
+        if len(windows) == 4:
+            seen["validation"] |= set(windows.flatten().tolist())
+        return measure(self, candidates, windows)
+
+    monkeypatch.setattr(differentiation.LossGradient, "__call__", stepping)
+    monkeypatch.setattr(run.PopulationEvaluator, "__call__", measuring)
+    # Two documents whose tokens are all different, so that a token tells its place.
+    long = [torch.arange(0, 20), torch.arange(20, 40)]
+    search(shared_model, long, "gradient", target_length=17, steps=40, samples=1)
+    search(shared_model, [torch.arange(40)], "gradient", target_length=17, steps=10, samples=4)
+    assert seen["gradient"]
+    assert not seen["gradient"] & seen["validation"]
+
+
+def test_start_tokens_are_swept_or_fixed(shared_model, documents):
+    swept = search(shared_model, documents, "gradient")
+    tried = {e.start_tokens for e in of_role(swept, "screen") if e.origin == "start tokens"}
+    assert tried == {1, 2, 4, 8, 12, 16}
+    fixed = search(shared_model, documents, "gradient", start_tokens=3)
+    assert {e.start_tokens for e in fixed.history} == {3}
+
+
+def test_the_attention_factor_is_learned_where_asked(shared_model, documents, uninterrupted):
+    _, learned = uninterrupted
+    steps = of_role(learned, "gradient")
+    assert len({e.attention_factor for e in steps}) == len(steps)
+    fixed = search(shared_model, documents, "gradient", attention_factor=1.25)
+    assert {e.attention_factor for e in fixed.history} == {1.25}
+
+
+def test_seeds_decide(method, shared_model, documents, uninterrupted):
+    again = search(shared_model, documents, method, attention_factor="search")
+    assert again == uninterrupted[1]
+    assert search(shared_model, documents, method, seed=1).history != again.history
+
+
+def test_never_worse_than_yarn_even_with_steps_that_only_harm(
+    method, shared_model, documents, monkeypatch
+):
+    step = differentiation.LossGradient.__call__
+
+    def uphill(self, point, start_tokens, windows):
+        nll, gradient = step(self, point, start_tokens, windows)
+        return nll, -gradient
+
+    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    result = search(shared_model, documents, method, learning_rate=0.5)
+    yarn = [e for e in of_role(result, "validation") if e.origin == "yarn"]
+    assert result.validation_perplexity <= yarn[0].perplexity
+
+
+# --- resuming ---------------------------------------------------------------------------------
+
+
+def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
+    method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_directory, "plot", lambda *args: None)
+    out, expected = uninterrupted
+    content = journal_of(out).read_bytes()
+    lines = content.splitlines(keepends=True)
+    for count in range(0, len(lines) + 1, 3):
+        # Cut after `count` lines, and in the middle of the next one.
+        for part in (0, 20):
+            cut = b"".join(lines[:count]) + (lines[count][:part] if count < len(lines) else b"")
+            journal_of(tmp_path).write_bytes(cut)
+            result = search(
+                shared_model, documents, method, out=tmp_path, attention_factor="search"
+            )
+            assert result == expected
+            assert journal_of(tmp_path).read_bytes() == content
+
+
+def test_a_finished_run_measures_nothing_again(
+    method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
+):
+    out, expected = uninterrupted
+    journal_of(tmp_path).write_bytes(journal_of(out).read_bytes())
+    monkeypatch.setattr(run.PopulationEvaluator, "__call__", None)
+    monkeypatch.setattr(differentiation.LossGradient, "__call__", None)
+    again = search(shared_model, documents, method, out=tmp_path, attention_factor="search")
+    assert again == expected
+
+
+def test_a_killed_process_loses_nothing(method, shared_model, documents, uninterrupted, tmp_path):
+    """SIGKILL in the fourth step, when its gradient is known and its line half written."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import os, signal, sys
+            sys.path[:0] = [{str(Path(longrope.__file__).parents[1])!r},
+                            {str(Path(__file__).parent)!r}]
+            import torch
+            torch.set_num_threads(1)
+            import conftest
+            import longrope
+            from longrope.factor_search.journal import Journal
+
+            append = Journal.append
+
+            def append_and_die(self, entries):
+                if entries[0]["role"] == "gradient" and entries[0]["iteration"] == 3:
+                    self._file.write(b'{{"role": "gradient", "itera')
+                    self._file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                append(self, entries)
+
+            Journal.append = append_and_die
+            documents = torch.load({str(tmp_path / "documents.pt")!r}, weights_only=True)
+            longrope.search(
+                conftest.build_model(), documents, method={method!r}, out={str(tmp_path)!r},
+                attention_factor="search", **{OPTIONS[method]!r}
+            )
+        """)
+    )
+    torch.save(documents, tmp_path / "documents.pt")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ}
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert journal_of(tmp_path).read_text().endswith('"itera')
+    result = search(shared_model, documents, method, out=tmp_path, attention_factor="search")
+    assert result == uninterrupted[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"steps": 7}, "descent.steps: 6 there, 7 here"),
+        ({"learning_rate": 0.1}, "descent.learning_rate: 0.2 there, 0.1 here"),
+        ({"attention_factor": "yarn"}, "problem.learn_attention: true there, false here"),
+        ({"method": "evolution"}, "method: "),
+    ],
+)
+def test_the_journal_of_another_search_is_refused(
+    shared_model, documents, uninterrupted, method, changes, difference
+):
+    out, _ = uninterrupted
+    options = OPTIONS[method] | {"method": method, "attention_factor": "search"} | changes
+    if options["method"] == "evolution":
+        options = {"target_length": 32, "progress": False, "method": "evolution"}
+    with pytest.raises(ValueError, match=difference):
+        longrope.search(shared_model, documents, out=out, **options)
+
+
+def test_other_documents_are_refused_even_where_the_windows_are_the_same(
+    shared_model, documents, tmp_path
+):
+    held_out = [d[:32] for d in documents[5:]]
+    given = [d[:32] for d in documents[:3]]
+    search(shared_model, given, "gradient", out=tmp_path, validation=held_out)
+    with pytest.raises(ValueError, match="another search"):
+        search(shared_model, documents[:4], "gradient", out=tmp_path, validation=held_out)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "gradient", "steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"method": "gradient", "learning_rate": 0}, "learning_rate: expected a finite number"),
+        ({"method": "gradient", "windows_per_step": 1.5}, "windows_per_step: expected an integer"),
+        ({"method": "gradient", "population": 8}, "population: expected None with method='grad"),
+        ({"method": "gradient", "max_evaluations": 8}, "max_evaluations: expected None with"),
+        ({"method": "evolution", "steps": 8}, "steps: expected None with method='evolution'"),
+        ({"method": "evolution", "attention_factor": "search"}, "attention_factor: expected 'yarn"),
+        ({"method": "hybrid", "iterations": 0}, "iterations: expected an integer of at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(shared_model, documents, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        longrope.search(shared_model, documents, target_length=32, progress=False, **options)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_step(
+    shared_model, documents, monkeypatch
+):
+    monkeypatch.setattr(
+        differentiation.LossGradient,
+        "__call__",
+        lambda self, point, start_tokens, windows: (1.0, np.full(9, np.nan)),
+    )
+    with pytest.raises(ValueError, match="not finite in step 0"):
+        search(shared_model, documents, "gradient")
