@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/bfloat16_product.h"
 #include "common/dtype.h"
 
 namespace longrope {
@@ -60,6 +61,7 @@ struct AttentionParams {
   double scale;
   double softcap;  // 0: none
   AttentionRotation rotate_q, rotate_k;
+  BFloat16Product bfloat16_product;  // CPU; nullptr: products are in float32
 };
 
 // Gradients of q, k and v from those of out and lse. With P = exp(score - lse):
@@ -78,11 +80,13 @@ struct AttentionGradParams {
 // where those are few, a part of the keys: then the parts are merged afterwards.
 struct AttentionPlan {
   int64_t tasks;
-  int64_t row_blocks;  // of the rows (queries times heads that share keys) of one key/value head
-  int64_t splits;      // of the keys, `split_keys` each
+  int64_t block_rows;  // of the rows (queries times heads that share keys) of one key/value head
+  int64_t row_blocks;
+  int64_t splits;  // of the keys, `split_keys` each
   int64_t split_keys;
-  size_t scratch;    // bytes for every thread, aligned to 64
-  size_t workspace;  // bytes for the call, aligned to 64; may be 0
+  size_t scratch;          // bytes for every thread, aligned to 64
+  size_t workspace;        // bytes for the call, aligned to 64; may be 0
+  bool bfloat16_products;  // the forward pass multiplies by bfloat16_product
 };
 
 AttentionPlan attention_plan(const AttentionParams& params);

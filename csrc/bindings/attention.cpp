@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/bfloat16_product.h"
 #include "bindings/check.h"
 #include "bindings/cuda.h"
 
@@ -194,6 +195,7 @@ void run_tasks(const AttentionPlan& plan, double work, const Run& run) {
       for (int64_t task = next++; task < plan.tasks; task = next++) {
         run(task, memory + worker * scratch_bytes);
       }
+      if (plan.bfloat16_products) release_bfloat16_product();
     }
   });
 }
@@ -226,6 +228,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   p.out = view_of(out);
   p.lse = lse.data_ptr();
   if (out.numel() == 0) return {out, lse};
+  if (p.dtype == DType::kBFloat16) p.bfloat16_product = bfloat16_product();
 
   const AttentionPlan plan = attention_plan(p);
   const Tensor workspace =

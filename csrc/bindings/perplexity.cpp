@@ -11,6 +11,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "bindings/bfloat16_product.h"
 #include "bindings/check.h"
 
 namespace longrope {
@@ -24,50 +25,6 @@ void float_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, in
                static_cast<const float*>(b), c, /*is_vnni=*/false);
 }
 
-void bfloat16_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                      bool add, const void* a, const void* b, float* c) {
-  blas::brgemm(m, n, k, lda, ldb, ldc, add, static_cast<const at::BFloat16*>(a),
-               static_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
-}
-
-// Whether oneDNN multiplies bfloat16 natively and reads B in pairs of rows as we write it. Torch
-// does not tell (could_pack is true for AMX alone), so a small product is tried once.
-bool bfloat16_works() {
-#if defined(__x86_64__)
-  static const bool works = [] {
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
-    constexpr int64_t kSize = 32;
-    std::array<at::BFloat16, kSize * kSize> a, b;
-    std::array<float, kSize * kSize> c;
-    const auto value = [](int64_t i, int64_t j) { return static_cast<float>((3 * i + j) % 7 - 3); };
-    for (int64_t i = 0; i < kSize; ++i) {
-      for (int64_t j = 0; j < kSize; ++j) {
-        a[i * kSize + j] = value(i, j);
-        b[(i / 2 * kSize + j) * 2 + i % 2] = value(j, i) + 1.0f;
-      }
-    }
-    try {
-      bfloat16_product(kSize, kSize, kSize, kSize, kSize, kSize, false, a.data(), b.data(),
-                       c.data());
-      blas::brgemm_release(true);
-    } catch (const std::exception&) {
-      return false;
-    }
-    for (int64_t i = 0; i < kSize; ++i) {
-      for (int64_t j = 0; j < kSize; ++j) {
-        float sum = 0.0f;  // small integers: exact
-        for (int64_t k = 0; k < kSize; ++k) sum += value(i, k) * (value(j, k) + 1.0f);
-        if (c[i * kSize + j] != sum) return false;
-      }
-    }
-    return true;
-  }();
-  return works;
-#else
-  return false;
-#endif
-}
-
 Runtime runtime_for(DType dtype) {
   Runtime runtime;
   runtime.threads = at::get_num_threads();
@@ -77,10 +34,9 @@ Runtime runtime_for(DType dtype) {
     });
   };
   runtime.float_product = float_product;
-  const bool native = dtype == DType::kBFloat16 && bfloat16_works();
-  runtime.bfloat16_product = native ? bfloat16_product : nullptr;
+  runtime.bfloat16_product = dtype == DType::kBFloat16 ? bfloat16_product() : nullptr;
   // The tile registers' configuration belongs to whoever multiplies next.
-  if (native) runtime.end_of_task = [] { blas::brgemm_release(true); };
+  if (runtime.bfloat16_product) runtime.end_of_task = release_bfloat16_product;
   return runtime;
 }
 

@@ -3,29 +3,36 @@ namespace attention {
 
 #include "attention/cpu/common_body.h"
 #include "attention/cpu/forward_body.h"
+#include "attention/cpu/library_forward_body.h"
+#include "attention/cpu/tile_forward_body.h"
+// forward_body.h first
 #include "attention/cpu/merge_body.h"
+#include "attention/cpu/splits_body.h"
 
-inline size_t forward_scratch_bytes(const AttentionParams& p) {
-  size_t bytes = 0;
-  if (p.dtype == DType::kFloat64) {
-    ForwardScratch<double>(nullptr, p.head_dim, &bytes);
+inline void forward_sizes(const AttentionParams& p, AttentionPlan* plan) {
+  if (plan->bfloat16_products) {
+    LibraryProducts<BFloat16>(p, *plan, nullptr, &plan->scratch);
+  } else if (p.dtype == DType::kFloat64) {
+    TileProducts<double>(p, *plan, nullptr, &plan->scratch);
   } else {
-    ForwardScratch<float>(nullptr, p.head_dim, &bytes);
+    TileProducts<float>(p, *plan, nullptr, &plan->scratch);
   }
-  return bytes;
 }
 
 inline void forward(const AttentionParams& p, const AttentionPlan& plan, int64_t task,
                     void* workspace, void* scratch) {
+  if (plan.bfloat16_products) {
+    return forward_task<BFloat16, LibraryProducts>(p, plan, task, workspace, scratch);
+  }
   switch (p.dtype) {
     case DType::kFloat32:
-      return forward_task<float>(p, plan, task, workspace, scratch);
+      return forward_task<float, TileProducts>(p, plan, task, workspace, scratch);
     case DType::kBFloat16:
-      return forward_task<BFloat16>(p, plan, task, workspace, scratch);
+      return forward_task<BFloat16, TileProducts>(p, plan, task, workspace, scratch);
     case DType::kFloat16:
-      return forward_task<Float16>(p, plan, task, workspace, scratch);
+      return forward_task<Float16, TileProducts>(p, plan, task, workspace, scratch);
     case DType::kFloat64:
-      return forward_task<double>(p, plan, task, workspace, scratch);
+      return forward_task<double, TileProducts>(p, plan, task, workspace, scratch);
   }
 }
 

@@ -4,7 +4,7 @@
 constexpr int64_t kMaxHeadDim = 256;
 // A multiple of every instruction set's rows of a tile (12, 6, 4) and of its columns (up to 32).
 // Larger blocks pack keys less often; these keep a task within a second-level cache of 1 MiB.
-constexpr int64_t kBlockRows = 192;
+constexpr int64_t kBlockRows = 384;  // at most
 constexpr int64_t kBlockKeys = 256;
 
 // Indices [begin, end); empty when end <= begin.
@@ -74,8 +74,8 @@ inline Task locate(const AttentionParams& p, const AttentionPlan& plan, int64_t 
   task /= plan.row_blocks;
   t.kv_head = task % p.kv_heads;
   t.batch = task / p.kv_heads;
-  const int64_t end = (block + 1) * kBlockRows, rows = p.queries * t.group;
-  t.rows = Range{block * kBlockRows, end < rows ? end : rows};
+  const int64_t end = (block + 1) * plan.block_rows, rows = p.queries * t.group;
+  t.rows = Range{block * plan.block_rows, end < rows ? end : rows};
   t.keys = Range{t.split * plan.split_keys, (t.split + 1) * plan.split_keys};
   return t;
 }

@@ -22,6 +22,11 @@ struct Vector<double> {
   static constexpr int kLanes = LONGROPE_ISA_BYTES / sizeof(double);
 };
 
+typedef uint32_t Bits __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(LONGROPE_ISA_BYTES / 2)));
+typedef uint16_t HalfBitsUnaligned
+    __attribute__((vector_size(LONGROPE_ISA_BYTES / 2), aligned(2), may_alias));
+
 template <typename Real>
 using VectorOf = typename Vector<Real>::Type;
 
@@ -35,9 +40,21 @@ inline void store_vector(Real* y, VectorOf<Real> value) {
   *reinterpret_cast<typename Vector<Real>::Unaligned*>(y) = value;
 }
 
+// Probabilities to bfloat16, to nearest. NaN may become zero here: the sum of the row keeps it.
+inline void store_vector(BFloat16* y, VectorOf<float> value) {
+  const Bits bits = (reinterpret_cast<Bits>(value) + 0x8000) >> 16;
+  *reinterpret_cast<HalfBitsUnaligned*>(y) = __builtin_convertvector(bits, HalfBits);
+}
+
 template <typename Real>
 inline VectorOf<Real> broadcast(Real x) {
   return x - VectorOf<Real>{};
+}
+
+// The greater of two in every lane; NaN of b survives.
+template <typename Real>
+inline VectorOf<Real> greater(VectorOf<Real> a, VectorOf<Real> b) {
+  return a > b ? a : b;
 }
 
 template <typename Real>
@@ -54,23 +71,38 @@ inline Real horizontal_sum(VectorOf<Real> x) {
   return sum;
 }
 
-// 2^x for x <= 127; 0 below -126. Relative error 1e-7.
+#if LONGROPE_ISA_BYTES == 64
+// What the compiler does not find behind the loops above: one instruction, and trees.
+template <>
+inline VectorOf<float> greater<float>(VectorOf<float> a, VectorOf<float> b) {
+  return _mm512_max_ps(a, b);
+}
+template <>
+inline float horizontal_max<float>(VectorOf<float> x) {
+  return _mm512_reduce_max_ps(x);
+}
+template <>
+inline float horizontal_sum<float>(VectorOf<float> x) {
+  return _mm512_reduce_add_ps(x);
+}
+#endif
+
+// 2^x for x <= 127; 0 below -126.5. Relative error 1.6e-7.
 inline VectorOf<float> exp2(VectorOf<float> x) {
   using V = VectorOf<float>;
-  using I = Vector<float>::Integer;
-  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = greater<float>(broadcast(-127.0f), x);
+  // 1.5 * 2^23 + 127: adding it rounds to an integer, whose exponent then lies in the low bits.
+  const V magic = broadcast(12583039.0f);
   const V rounded = x + magic;
   const V f = x - (rounded - magic);
-  // Minimax of degree 6 for the relative error on [-1/2, 1/2] (Remez exchange).
-  V y = broadcast(1.5345812e-4f);
-  y = y * f + broadcast(1.33999312e-3f);
-  y = y * f + broadcast(9.61848896e-3f);
-  y = y * f + broadcast(5.55032878e-2f);
-  y = y * f + broadcast(2.40226469e-1f);
-  y = y * f + broadcast(6.93147206e-1f);
+  // Minimax of degree 5 for the relative error on [-1/2, 1/2], exact at 0 (Lawson's iteration).
+  V y = broadcast(1.32647273e-3f);
+  y = y * f + broadcast(9.67151299e-3f);
+  y = y * f + broadcast(5.55073358e-2f);
+  y = y * f + broadcast(2.40222424e-1f);
+  y = y * f + broadcast(6.93147004e-1f);
   y = y * f + broadcast(1.0f);
-  const I power = (reinterpret_cast<I>(rounded) - reinterpret_cast<I>(magic) + 127) << 23;
-  return x < broadcast(-126.0f) ? V{} : y * reinterpret_cast<V>(power);
+  return y * reinterpret_cast<V>(reinterpret_cast<Bits>(rounded) << 23);
 }
 
 inline VectorOf<double> exp2(VectorOf<double> x) {
