@@ -11,6 +11,7 @@
 
 #include "bindings/check.h"
 #include "bindings/cuda.h"
+#include "bindings/huge_pages.h"
 #include "bindings/overlap.h"
 
 namespace longrope {
@@ -45,10 +46,11 @@ RopeTensor view_of(const Tensor& t) {
 // [B, H, N, D] otherwise. The fake kernels follow the same rule.
 Tensor fresh(const Tensor& like) {
   const auto s = like.sizes();
-  if (like.stride(1) < like.stride(2)) {
-    return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
-  }
-  return at::empty(s, like.options());
+  const bool token_major = like.stride(1) < like.stride(2);
+  const Tensor memory = token_major ? at::empty({s[0], s[2], s[1], s[3]}, like.options())
+                                    : at::empty(s, like.options());
+  prefer_huge_pages(memory);
+  return token_major ? memory.transpose(1, 2) : memory;
 }
 
 void check_heads(const char* name, const Tensor& t, const Tensor& q) {

@@ -115,6 +115,20 @@ def test_strided_views_of_poisoned_memory(backend, dtype, token_major):
     assert torch.equal(restored, before)
 
 
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, 48), (torch.bfloat16, 64)])
+def test_results_larger_than_a_cache(isa, dtype, pairs, token_major):
+    """Large results are written past the caches: the same bits as in place, which are not."""
+    tokens = 2**22 // torch.empty((), dtype=dtype).element_size() // 128  # 32 MiB of 8 heads
+    q, k = torch.randn(1, 8, tokens, 128, dtype=dtype), torch.randn(1, 1, tokens, 128, dtype=dtype)
+    if token_major:
+        q, k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
+    turned_by = torch.arange(tokens), frequencies(pairs)
+    results = ops.rope(q, k, *turned_by)
+    for result, in_place in zip(results, ops.rope_(q, k, *turned_by), strict=True):
+        assert torch.equal(result, in_place)
+
+
 def test_not_finite_values_stay_in_their_pair(backend):
     q = torch.randn(1, 1, 3, 16)
     q[0, 0, 0, 2], q[0, 0, 1, 5], q[0, 0, 2, 15] = math.nan, math.inf, -math.inf
@@ -124,6 +138,24 @@ def test_not_finite_values_stay_in_their_pair(backend):
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got[~got.isnan()].isinf(), expected[~expected.isnan()].isinf())
     assert got.isfinite().sum() == q.numel() - 6 + 1  # both of each pair; 15 is not turned
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_every_bfloat16(isa, interleaved):
+    """Every bit pattern: finite where the reference is, and rounded once after float32."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    q, positions, inv_freq = every.view(1, 1, 1024, 64), torch.arange(1024), frequencies(32)
+    got = ops.rope(q, q, positions, inv_freq, interleaved=interleaved)[0]
+    turned_by = positions, inv_freq, 0, None, 1.0, interleaved
+    exact = ops.reference.rope(q.double(), q.double(), *turned_by)[0]
+    expected = exact.to(q.dtype)
+    assert torch.equal(got.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    torch.testing.assert_close(got[~finite], expected[~finite], equal_nan=True)
+    terms = q.double().abs().unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    of_pair = terms.sum(-1 if interleaved else -2, keepdim=True).expand_as(terms).flatten(-2)
+    limit = 2**-7.99 * exact.abs() + 2**-22 * of_pair + 2**-134  # the least step is 2**-133
+    assert ((got.double() - exact).abs() <= limit)[finite].all()
 
 
 def test_gradients(backend):

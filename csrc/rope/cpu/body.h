@@ -3,6 +3,8 @@
 //
 #include "rope/cpu/table_body.h"
 //
+#include "rope/cpu/rotate_body.h"
+//
 #include "rope/cpu/rope_body.h"
 //
 #include "rope/cpu/rope_grad_body.h"

@@ -1,45 +1,26 @@
-// The kernels of rope.h for one instruction set: see common/cpu/foreach_isa.h. Loops over pairs are
-// plain and left to the compiler's vectoriser; only float16 needs instructions by name.
+// The kernels of rope.h for one instruction set: see common/cpu/foreach_isa.h.
 //
 // One block of tokens of one row at a time: its table of cosines and sines first, then every head
 // of q and k with it, along memory. Each input byte is read once and each output byte written once.
 
-// y = rotation(x) of one token and head; x and y may be the same memory.
-template <bool kInterleaved, typename X, typename Y, typename Value>
-void rotate_pairs(const X* x, Y* y, const Value* cos, const Value* sin, int64_t pairs) {
-#pragma omp simd
-  for (int64_t i = 0; i < pairs; ++i) {
-    const int64_t first = kInterleaved ? 2 * i : i;
-    const int64_t second = kInterleaved ? 2 * i + 1 : i + pairs;
-    const Value x1 = load(x[first]), x2 = load(x[second]);
-    store(&y[first], x1 * cos[i] - x2 * sin[i]);
-    store(&y[second], x2 * cos[i] + x1 * sin[i]);
-  }
-}
-
-// As rotate_pairs; `row` is room for the 2 * pairs values of one row.
-template <bool kInterleaved, typename T, typename Value>
-void rotate_row(const T* x, T* y, const Value* cos, const Value* sin, int64_t pairs, Value*) {
-  rotate_pairs<kInterleaved>(x, y, cos, sin, pairs);
-}
-template <bool kInterleaved>
-void rotate_row(const Float16* x, Float16* y, const float* cos, const float* sin, int64_t pairs,
-                float* row) {
-  load_row(x, row, 2 * pairs);
-  rotate_pairs<kInterleaved>(row, row, cos, sin, pairs);
-  store_row(row, y, 2 * pairs);
-}
-
-// Calls visit(head, token) for the heads and the tokens [0, count), along memory.
+// Calls visit(head, token, ahead) for the heads and the tokens [0, count), along memory. `ahead` is
+// the offset of a row to come: far enough to be fetched in time, also where the next head begins,
+// which the processor's own prefetchers do not foresee.
 template <typename Visit>
 void for_heads_and_tokens(const RopeTensor& t, int64_t count, const Visit& visit) {
-  if (t.head_stride < t.token_stride) {
-    for (int64_t token = 0; token < count; ++token) {
-      for (int64_t head = 0; head < t.heads; ++head) visit(head, token);
-    }
-  } else {
-    for (int64_t head = 0; head < t.heads; ++head) {
-      for (int64_t token = 0; token < count; ++token) visit(head, token);
+  constexpr int64_t kAhead = 8;
+  const bool token_major = t.head_stride < t.token_stride;
+  const int64_t outer_count = token_major ? count : t.heads;
+  const int64_t inner_count = token_major ? t.heads : count;
+  const int64_t outer_stride = token_major ? t.token_stride : t.head_stride;
+  const int64_t inner_stride = token_major ? t.head_stride : t.token_stride;
+  for (int64_t outer = 0; outer < outer_count; ++outer) {
+    for (int64_t inner = 0; inner < inner_count; ++inner) {
+      const bool here = inner + kAhead < inner_count;
+      const int64_t next = here || outer + 1 == outer_count ? outer : outer + 1;
+      const int64_t within = here ? inner + kAhead : (inner + kAhead) % inner_count;
+      visit(token_major ? inner : outer, token_major ? outer : inner,
+            next * outer_stride + within * inner_stride);
     }
   }
 }
@@ -55,11 +36,16 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
   Value* values = static_cast<Value*>(scratch.row);
   const int64_t pairs = p.pairs;
   const int64_t rest = p.head_dim - 2 * pairs;
-  for_heads_and_tokens(in, count, [&](int64_t head, int64_t token) {
+  const int64_t bytes = p.head_dim * sizeof(T);
+  const bool streamed = rope_streams(p, in, out, sizeof(T));
+  for_heads_and_tokens(in, count, [&](int64_t head, int64_t token, int64_t ahead) {
+    prefetch_row(x0 + ahead, bytes);
     const T* x = x0 + head * in.head_stride + token * in.token_stride;
-    T* y = y0 + head * out.head_stride + token * out.token_stride;
+    T* const result = y0 + head * out.head_stride + token * out.token_stride;
+    T* y = streamed ? static_cast<T*>(scratch.turned) : result;
     rotate_row<kInterleaved>(x, y, cos + token * pairs, sin + token * pairs, pairs, values);
     if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
+    if (streamed) stream_row(y, result, bytes);
   });
 }
 
@@ -77,9 +63,11 @@ inline bool rows_share_table(const RopeParams& p) {
 
 // Calls visit(row, block's first token, its tokens) for items [begin, end), with the table made. A
 // block's rows follow one another, so that rows which turn alike share its table.
-template <typename Value, typename Visit>
+//
+// slot(pairs, i) is where pair i stands in the table.
+template <typename Value, typename Slot, typename Visit>
 void for_items(const RopeParams& p, const RopeScratch& scratch, int64_t begin, int64_t end,
-               bool with_factor, const Visit& visit) {
+               bool with_factor, const Slot& slot, const Visit& visit) {
   const int64_t block_tokens = rope_block_tokens(p);
   const bool share = rows_share_table(p) && !(with_factor && p.attention_factor_rows);
   int64_t frequencies_row = -1, table_block = -1;
@@ -89,7 +77,7 @@ void for_items(const RopeParams& p, const RopeScratch& scratch, int64_t begin, i
     const int64_t count = p.tokens - first < block_tokens ? p.tokens - first : block_tokens;
     if (!(share && block == table_block)) {
       if (!(rows_share_table(p) ? frequencies_row >= 0 : frequencies_row == row)) {
-        row_frequencies(p, row, scratch.frequencies);
+        row_frequencies(p, row, slot, scratch.frequencies);
         frequencies_row = row;
       }
       const Value factor = static_cast<Value>(with_factor ? factor_of(p, row) : 1.0);
@@ -107,7 +95,8 @@ void rope_typed(const RopeParams& p, const RopeScratch& scratch, int64_t begin, 
     rotate_block<T, kInterleaved>(p, p.q, p.q_out, row, first, count, scratch);
     rotate_block<T, kInterleaved>(p, p.k, p.k_out, row, first, count, scratch);
   };
-  for_items<typename ValueOf<T>::type>(p, scratch, begin, end, true, visit);
+  for_items<typename ValueOf<T>::type>(p, scratch, begin, end, true, table_slot<T, kInterleaved>,
+                                       visit);
 }
 
 // Calls visit with a zero of the element type.

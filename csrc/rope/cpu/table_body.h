@@ -38,20 +38,22 @@ inline int64_t start_tokens_of(const RopeFrequencies& f, int64_t row) {
   return f.start_tokens_rows ? f.start_tokens_rows[row] : f.start_tokens;
 }
 
-// Adds (sign 1) or subtracts (sign -1) the fixed point frequencies of one row, [pairs].
-inline void add_frequencies(const RopeFrequencies& f, int64_t row, bool base, bool subtract,
-                            int64_t pairs, uint64_t* total) {
+// Adds or subtracts the fixed point frequencies of one row, [pairs], pair i at slot(pairs, i).
+template <typename Slot>
+void add_frequencies(const RopeFrequencies& f, int64_t row, bool base, bool subtract, int64_t pairs,
+                     const Slot& slot, uint64_t* total) {
   const double* inv_freq =
       base ? f.base_inv_freq + row * f.base_inv_freq_stride : f.inv_freq + row * f.inv_freq_stride;
   for (int64_t i = 0; i < pairs; ++i) {
     const uint64_t turns = turns_per_token(inv_freq[i]);
-    total[i] += subtract ? -turns : turns;
+    total[slot(pairs, i)] += subtract ? -turns : turns;
   }
 }
 
 // [4, pairs] net frequencies of a row: 1 is added to the index of positions below the start tokens
 // of `turn`, 2 below those of `undo`. Sets that no position can use are left alone.
-inline void row_frequencies(const RopeParams& p, int64_t row, uint64_t* frequencies) {
+template <typename Slot>
+void row_frequencies(const RopeParams& p, int64_t row, const Slot& slot, uint64_t* frequencies) {
   for (int set = 0; set < 4; ++set) {
     const bool below_turn = set & 1, below_undo = set & 2;
     if ((below_turn && start_tokens_of(p.turn, row) <= 0) ||
@@ -60,8 +62,8 @@ inline void row_frequencies(const RopeParams& p, int64_t row, uint64_t* frequenc
     }
     uint64_t* total = frequencies + set * p.pairs;
     std::memset(total, 0, p.pairs * sizeof(uint64_t));
-    if (p.turn.inv_freq) add_frequencies(p.turn, row, below_turn, false, p.pairs, total);
-    if (p.undo.inv_freq) add_frequencies(p.undo, row, below_undo, true, p.pairs, total);
+    if (p.turn.inv_freq) add_frequencies(p.turn, row, below_turn, false, p.pairs, slot, total);
+    if (p.undo.inv_freq) add_frequencies(p.undo, row, below_undo, true, p.pairs, slot, total);
   }
 }
 
