@@ -122,7 +122,13 @@ struct AttentionMergeParams {
 // Rows [begin, end) of the batch * heads * queries.
 void attention_merge_cpu(const AttentionMergeParams& params, int64_t begin, int64_t end);
 
-// On a CUDA device: every pointer is device memory, `stream` a cudaStream_t. float64 is refused.
+// On a CUDA device: every pointer is device memory (the rows of the bounds too, which are not
+// checked there: keys are taken from those that exist), `stream` a cudaStream_t. float64 is
+// refused. Workspaces have so many bytes, aligned to 128.
+size_t attention_cuda_workspace(const AttentionParams& params);
+void attention_cuda(const AttentionParams& params, void* workspace, void* stream);
+size_t attention_grad_cuda_workspace(const AttentionGradParams& params);
+void attention_grad_cuda(const AttentionGradParams& params, void* workspace, void* stream);
 void attention_merge_cuda(const AttentionMergeParams& params, void* stream);
 
 }  // namespace longrope

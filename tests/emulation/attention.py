@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 
 import torch
 
-from emulation.library import DTYPES, call, fresh, poisoned
+from emulation.library import DTYPES, call, fresh, poisoned, runtime
 
 
 class AttentionTensor(ctypes.Structure):
@@ -24,6 +24,53 @@ class AttentionTensor(ctypes.Structure):
         return cls(tensor.data_ptr(), *tensor.stride()[:3])
 
 
+class AttentionBound(ctypes.Structure):
+    """As csrc/attention/attention.h says."""
+
+    _fields_ = [("rows", c_void_p), ("all", c_int64)]
+
+
+class AttentionRotation(ctypes.Structure):
+    """As csrc/attention/attention.h says."""
+
+    _fields_ = [
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        *((name, c_int64) for name in ("batch_stride", "token_stride", "pairs")),
+        ("interleaved", c_bool),
+    ]
+
+
+class AttentionParams(ctypes.Structure):
+    """As csrc/attention/attention.h says."""
+
+    _fields_ = [
+        *((name, AttentionTensor) for name in ("q", "k", "v", "out")),
+        ("lse", c_void_p),
+        ("dtype", c_int),
+        *((n, c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")),
+        *((name, AttentionBound) for name in ("query_start", "key_start", "key_length")),
+        ("causal", c_bool),
+        ("window", c_int64),
+        ("scale", c_double),
+        ("softcap", c_double),
+        ("rotate_q", AttentionRotation),
+        ("rotate_k", AttentionRotation),
+        ("bfloat16_product", c_void_p),
+    ]
+
+
+class AttentionGradParams(ctypes.Structure):
+    """As csrc/attention/attention.h says."""
+
+    _fields_ = [
+        ("forward", AttentionParams),
+        ("grad_out", AttentionTensor),
+        ("grad_lse", c_void_p),
+        *((name, AttentionTensor) for name in ("grad_q", "grad_k", "grad_v")),
+    ]
+
+
 class AttentionMergeParams(ctypes.Structure):
     """As csrc/attention/attention.h says."""
 
@@ -33,6 +80,74 @@ class AttentionMergeParams(ctypes.Structure):
         ("dtype", c_int),
         *((name, c_int64) for name in ("batch", "heads", "queries", "head_dim")),
     ]
+
+
+def params_of(held, q, k, v, causal, *options):
+    """Fill in everything but the outputs and the rotations; `held` keeps what they point to."""
+    bounds = []
+    for all_rows, rows in zip(options[:6:2], options[1:6:2], strict=True):
+        held.append(None if rows is None else rows.contiguous())
+        bounds.append(AttentionBound(None if rows is None else held[-1].data_ptr(), all_rows))
+    held += [q, k, v]
+    window, scale, softcap = options[6:]
+    return AttentionParams(
+        q=AttentionTensor.of(q), k=AttentionTensor.of(k), v=AttentionTensor.of(v),
+        dtype=DTYPES[q.dtype], batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1],
+        queries=q.shape[2], keys=k.shape[2], head_dim=q.shape[3],
+        query_start=bounds[0], key_start=bounds[1], key_length=bounds[2],
+        causal=causal, window=window, scale=scale, softcap=softcap,
+    )  # fmt: skip
+
+
+def rotation_of(held, cos, sin, interleaved):
+    """Describe tables of cosines and sines."""
+    if cos is None:
+        return AttentionRotation()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    held += [cos, sin]
+    batch, tokens, pairs = cos.shape
+    return AttentionRotation(
+        cos.data_ptr(), sin.data_ptr(), 0 if batch == 1 else tokens * pairs, pairs, pairs,
+        interleaved,
+    )  # fmt: skip
+
+
+def workspace_of(name, params):
+    """Ask how many bytes the kernels need beside their arguments."""
+    function = getattr(runtime().library, name)
+    function.restype = c_int64
+    return function(ctypes.byref(params))
+
+
+def attention(q, k, v, *arguments):
+    """longrope::attention."""
+    held = []
+    *options, query_cos, query_sin, key_cos, key_sin, interleaved = arguments
+    p = params_of(held, q, k, v, *options)
+    p.rotate_q = rotation_of(held, query_cos, query_sin, interleaved)
+    p.rotate_k = rotation_of(held, key_cos, key_sin, interleaved)
+    out, lse = fresh(q), poisoned(tuple(q.shape[:3]), torch.float32)
+    p.out, p.lse = AttentionTensor.of(out), lse.data_ptr()
+    workspace = workspace_of("emulated_attention_workspace", p)
+    call("emulated_attention", p, (out, lse), max(workspace, 1))
+    return out, lse
+
+
+def attention_grad(grad_out, grad_lse, q, k, v, out, lse, *options):
+    """longrope::attention_grad."""
+    held = [out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()]
+    p = params_of(held, q, k, v, *options)
+    p.out, p.lse = AttentionTensor.of(out), held[1].data_ptr()
+    grads = fresh(q), fresh(k), fresh(v)
+    params = AttentionGradParams(
+        p, AttentionTensor.of(grad_out), None if grad_lse is None else held[2].data_ptr(),
+        *map(AttentionTensor.of, grads),
+    )  # fmt: skip
+    if 0 in (grads[0].numel(), grads[1].numel()):  # as csrc/bindings/attention.cpp does
+        return tuple(grad.zero_() for grad in grads)
+    workspace = workspace_of("emulated_attention_grad_workspace", params)
+    call("emulated_attention_grad", params, grads, workspace)
+    return grads
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
@@ -49,4 +164,4 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return out, lse
 
 
-IMPLEMENTATIONS = {f.__name__: f for f in (merge_attention,)}
+IMPLEMENTATIONS = {f.__name__: f for f in (attention, attention_grad, merge_attention)}

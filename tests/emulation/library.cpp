@@ -38,6 +38,22 @@ int64_t emulated_rope_grad_blocks(const longrope::RopeGradParams* params) {
   return longrope::rope_grad_cuda_blocks(*params);
 }
 
+int64_t emulated_attention_workspace(const longrope::AttentionParams* params) {
+  return static_cast<int64_t>(longrope::attention_cuda_workspace(*params));
+}
+
+const char* emulated_attention(const longrope::AttentionParams* params, void* workspace) {
+  return guarded([&] { longrope::attention_cuda(*params, workspace, nullptr); });
+}
+
+int64_t emulated_attention_grad_workspace(const longrope::AttentionGradParams* params) {
+  return static_cast<int64_t>(longrope::attention_grad_cuda_workspace(*params));
+}
+
+const char* emulated_attention_grad(const longrope::AttentionGradParams* params, void* workspace) {
+  return guarded([&] { longrope::attention_grad_cuda(*params, workspace, nullptr); });
+}
+
 const char* emulated_attention_merge(const longrope::AttentionMergeParams* params) {
   return guarded([&] { longrope::attention_merge_cuda(*params, nullptr); });
 }
@@ -54,6 +70,8 @@ const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params)
   return guarded([&] { longrope::candidate_sums_cuda(*params, nullptr); });
 }
 
+int64_t sizeof_AttentionParams() { return sizeof(longrope::AttentionParams); }
+int64_t sizeof_AttentionGradParams() { return sizeof(longrope::AttentionGradParams); }
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
 int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }
 int64_t sizeof_NllGradChunkParams() { return sizeof(longrope::NllGradChunkParams); }

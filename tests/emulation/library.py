@@ -15,6 +15,10 @@ from emulation.build import HERE, ROOT, Runtime, build
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+POISON = 0xFF  # NaN in every floating-point type
+WORKSPACE_ALIGNMENT = 128
+
+
 @cache
 def runtime() -> Runtime:
     """Build (once) and load the emulated kernels."""
@@ -22,7 +26,9 @@ def runtime() -> Runtime:
     return Runtime(build("kernels", (*kernels, HERE / "library.cpp")))
 
 
-def call(name: str, params: ctypes.Structure, outputs: tuple[torch.Tensor, ...]) -> None:
+def call(
+    name: str, params: ctypes.Structure, outputs: tuple[torch.Tensor, ...], workspace: int = 0
+) -> None:
     """Run `name` of library.cpp in three thread orders, which must agree in every bit.
 
     Parameters
@@ -33,6 +39,8 @@ def call(name: str, params: ctypes.Structure, outputs: tuple[torch.Tensor, ...])
         Its argument.
     outputs
         What it writes; restored before each run, so they may be inputs too.
+    workspace
+        Bytes that it takes as a second argument, poison before each run; none where 0.
 
     Raises
     ------
@@ -45,18 +53,24 @@ def call(name: str, params: ctypes.Structure, outputs: tuple[torch.Tensor, ...])
     function = getattr(runtime().library, name)
     function.restype = ctypes.c_char_p
     before = [t.clone() for t in outputs]
+    room = torch.empty(workspace + 2 * WORKSPACE_ALIGNMENT, dtype=torch.uint8)
+    begin = -room.data_ptr() % WORKSPACE_ALIGNMENT
+    arguments = (ctypes.byref(params), *([c_void_p(room.data_ptr() + begin)] if workspace else []))
     first = None
     for order in Runtime.ORDERS:
         for tensor, content in zip(outputs, before, strict=True):
             tensor.copy_(content)
+        room.fill_(POISON)
         runtime().set_order(order, seed=len(before))
-        error = function(ctypes.byref(params))
+        error = function(*arguments)
         if error is not None:
             raise RuntimeError(error.decode())
         bits = [_bits(t) for t in outputs]
         first = first or bits
         same = all(torch.equal(a, b) for a, b in zip(first, bits, strict=True))
         assert same, f"{name}: the result depends on the order of threads ({order})"
+        behind = room[begin + workspace :]
+        assert (behind == POISON).all(), f"{name}: wrote behind its workspace"
     for margin, poison in _margins:
         assert torch.equal(margin, poison), f"{name}: wrote beside its output"
     _margins.clear()

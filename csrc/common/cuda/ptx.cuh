@@ -332,6 +332,18 @@ __device__ __forceinline__ void sincos_pi(float x, float& sin, float& cos) {
 #endif
 }
 
+// 1 / x within 1 ulp; of subnormal numbers infinite, subnormal results are zero.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = 1.0f / (std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x);
+  return std::fabs(y) < 0x1p-126f ? std::copysign(0.0f, y) : y;
+#endif
+}
+
 // 2^x within 2 ulp; subnormal results are zero.
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef __CUDACC__

@@ -1,0 +1,55 @@
+// The launchers that csrc/attention/cuda/attention.cu puts together. Each chooses its kernel by
+// p.dtype and p.head_dim.
+#pragma once
+
+#include "attention/cuda/splits.cuh"
+
+namespace longrope::cuda {
+
+// Calls f(head_dim) with the smallest instantiation that holds p.head_dim.
+template <typename F>
+auto for_head_dim(int64_t head_dim, const F& f) {
+  if (head_dim <= 64) return f(std::integral_constant<int, 64>());
+  if (head_dim <= 96) return f(std::integral_constant<int, 96>());
+  if (head_dim <= 128) return f(std::integral_constant<int, 128>());
+  if (head_dim <= 256) return f(std::integral_constant<int, 256>());
+  throw std::invalid_argument("head_dim: expected at most 256");
+}
+
+// Whether rows of `x`, 16-bit elements, can be written 16 bytes at a time.
+inline bool writes_packed(const AttentionTensor& x, const AttentionParams& p) {
+  return packs<bf16>(x) && p.head_dim % 8 == 0;
+}
+
+// Forward. bf16 and f16: rows of q, k and v begin at multiples of 16 bytes. Without rotation.
+void forward_16_bit(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
+int forward_16_bit_splits(const AttentionParams& p);
+void forward_float(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
+int forward_float_splits(const AttentionParams& p);
+
+// out and lse from those of the parts.
+void merge_splits(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
+
+// out = x turned, or a copy where rotation.cos is nullptr. x and out: [batch, heads, tokens,
+// head_dim] of `dtype`, apart.
+struct Turn {
+  AttentionTensor x, out;
+  AttentionRotation rotation;
+  int64_t batch, heads, tokens, head_dim;
+};
+void turn(const Turn& turn, DType dtype, cudaStream_t stream);
+
+// What the gradient of a row needs of the forward pass, [batch, heads, queries].
+struct RowTerms {
+  float* log2_sum;  // lse in powers of two; +inf for rows whose lse is -inf: their weights are 0
+  float* delta;     // dOut . out - dLse; 0 for those rows
+};
+void row_terms(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+
+// Gradients of the keys and values, and of the queries. Alignment as in the forward pass, of
+// grad_out too.
+void grad_keys_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_queries_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_float(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+
+}  // namespace longrope::cuda

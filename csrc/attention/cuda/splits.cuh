@@ -1,0 +1,59 @@
+// Split over the keys: where there are few rows, several blocks share a tile of rows, each with a
+// part of the keys, and a second kernel joins their results in the order of the keys.
+#pragma once
+
+#include "attention/cuda/visible.cuh"
+
+namespace longrope::cuda {
+
+// Results of the parts, normalised as if no other keys existed. count 1: no parts.
+struct Splits {
+  int count;
+  float* out;  // [count, batch, heads, queries, head_dim]
+  float* lse;  // [count, batch, heads, queries]
+};
+
+// The work of one block: rows from first_row on against the keys. Blocks run with the tiles of a
+// head fastest, so that those at work at one time share keys in the cache, and the last tile, which
+// sees the most keys, first.
+struct Assignment {
+  Head head;
+  int first_row, split;
+  Keys keys;
+
+  __device__ __forceinline__ Assignment(const AttentionParams& p, int rows, int keys_at_once,
+                                        int splits)
+      : Assignment(
+            p, rows, keys_at_once, static_cast<unsigned>(splits),
+            static_cast<unsigned>(ceil_div<int64_t>(p.queries * (p.heads / p.kv_heads), rows))) {}
+
+ private:
+  __device__ __forceinline__ Assignment(const AttentionParams& p, int rows, int keys_at_once,
+                                        unsigned splits, unsigned tiles)
+      : head(p, blockIdx.x / tiles / splits),
+        first_row(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * rows),
+        split(static_cast<int>(blockIdx.x / tiles % splits)),
+        keys(head.keys(first_row, rows)) {
+    if (keys.begin >= keys.end || splits == 1) return;
+    const int64_t steps = ceil_div(keys.end - keys.begin, keys_at_once);
+    const auto from = static_cast<int>(steps * split / splits);
+    const auto to = static_cast<int>(steps * (split + 1) / splits);
+    const int end = keys.begin + to * keys_at_once;
+    keys = {keys.begin + from * keys_at_once, end < keys.end ? end : keys.end};
+  }
+};
+
+inline int64_t row_tiles(const AttentionParams& p, int rows) {
+  return ceil_div<int64_t>(p.queries * (p.heads / p.kv_heads), rows) * p.kv_heads * p.batch;
+}
+
+// As many parts as make two blocks for every multiprocessor of a large GPU (132 on H100 and H200),
+// but none of less than two steps. The number depends on the shapes alone: results are the same on
+// every device.
+inline int split_count(const AttentionParams& p, int rows, int keys_at_once) {
+  constexpr int64_t kBlocks = 264;
+  const int64_t steps = ceil_div<int64_t>(p.keys, keys_at_once);
+  return static_cast<int>(std::max<int64_t>(1, std::min(kBlocks / row_tiles(p, rows), steps / 2)));
+}
+
+}  // namespace longrope::cuda

@@ -1,0 +1,144 @@
+"""ops.attention where kernels cut their work: several tiles, parts of the keys, unaligned rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.criterion import assert_as_accurate
+
+from longrope import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def results(function, tensors, device="cpu", **arguments):
+    """Out, lse and the gradients of q, k and v of sums that weigh every element differently."""
+    leaves = [t.detach().to(device).requires_grad_() for t in tensors]
+    arguments = {n: a.to(device) if torch.is_tensor(a) else a for n, a in arguments.items()}
+    out, lse = function(*leaves, **arguments, return_lse=True)
+    seen = lse.isfinite()
+    weights = torch.linspace(-1, 1, out.numel(), dtype=lse.dtype, device=device).view(out.shape)
+    loss = (out.to(lse.dtype) * weights).sum() + (lse.masked_fill(~seen, 0) * weights[..., 0]).sum()
+    loss.backward()
+    return out.detach(), lse.detach(), *(t.grad for t in leaves)
+
+
+def assert_accurate(backend, tensors, **arguments):
+    exact = results(ops.reference.attention, [t.double() for t in tensors], **arguments)
+    low = results(ops.reference.attention, tensors, **arguments)
+    got = results(ops.attention, tensors, backend.device, **arguments)
+    names = ("out", "lse", "gradient of q", "gradient of k", "gradient of v")
+    for name, *three in zip(names, got, low, exact, strict=True):
+        # Sums pass through values as large as the largest: the order of their terms is luck.
+        size = three[2].masked_fill(~three[2].isfinite(), 0).abs()
+        eps = torch.finfo(three[0].dtype).eps
+        floor = (2 * eps * size + eps * size.max())[three[2].isfinite()]
+        assert_as_accurate(*three, floor=floor, name=name)
+
+
+def inputs(heads, kv_heads, queries, keys, head_dim, dtype, batch=1):
+    shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    return [torch.randn(batch, h, n, head_dim).to(dtype) for h, n in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 200])
+def test_several_tiles_of_rows_and_keys(backend, head_dim, dtype):
+    """Rows of three heads in one tile; the last tiles are not full."""
+    assert_accurate(backend, inputs(3, 1, 49, 141, head_dim, dtype))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"window": 20},
+        {"window": 70, "causal": False},
+        {"query_start": torch.tensor([-40, 90]), "key_length": torch.tensor([64, 129])},
+        {"key_start": torch.tensor([65, 3]), "softcap": 2.0},
+        {"scale": -0.2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_that_see_little(backend, arguments, dtype):
+    """Tiles before, on and behind every bound."""
+    assert_accurate(backend, inputs(2, 2, 80, 131, 24, dtype, batch=2), **arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_of_zero(backend, dtype):
+    """The mean of the values seen."""
+    if not backend.is_cuda:
+        pytest.xfail("the CPU kernels multiply the -inf of masked keys by the scale")
+    assert_accurate(backend, inputs(1, 1, 20, 70, 24, dtype), scale=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_queries_on_a_long_cache(backend, dtype):
+    """The keys are cut into parts; those beyond a row's length are empty."""
+    arguments = {"query_start": 690, "key_length": torch.tensor([700, 30, 0])}
+    assert_accurate(backend, inputs(4, 2, 2, 700, 64, dtype, batch=3), **arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_and_expanded_views(backend, dtype):
+    """Rows that begin at any element, keys shared by the batch, gradients with gaps."""
+    q = torch.randn(2, 4, 11, 47).to(dtype)[..., 3:43]
+    k, v = torch.randn(2, 1, 2, 39, 53).to(dtype)[..., 1:41].expand(2, 2, 2, 39, 40)
+    exact = ops.reference.attention(*(t.double() for t in (q, k, v)))
+    low = ops.reference.attention(q, k, v)
+    leaves = [t.to(backend.device).detach().requires_grad_() for t in (q, k, v)]
+    out = ops.attention(*leaves)
+    assert_as_accurate(out, low, exact)
+    grad = torch.randn(2, 4, 11, 45).to(dtype)[..., 5:].to(backend.device)
+    got = torch.autograd.grad(out, leaves, grad)
+    leaves = [t.detach().contiguous().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(ops.attention(*leaves), leaves, grad.contiguous())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_positions_far_away(backend):
+    """Beyond the range of 32 bits, and where sums would overflow 64."""
+    tensors = inputs(1, 1, 5, 9, 16, torch.float32)
+    moved = [t.to(backend.device) for t in tensors]
+    everything = ops.attention(*moved, causal=False, return_lse=True)
+    for start in (2**33, 2**61, 2**63 - 1):
+        for got, expected in zip(
+            ops.attention(*moved, query_start=start, return_lse=True), everything, strict=True
+        ):
+            assert torch.equal(got, expected)
+        for arguments in ({"query_start": -start}, {"query_start": start, "window": 100}):
+            out, lse = ops.attention(*moved, **arguments, return_lse=True)
+            assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_bounds_of_rows_beyond_the_keys(backend):
+    """On CUDA they are not checked, which would wait for the device; nor is memory outside read."""
+    if not backend.is_cuda:
+        pytest.skip("refused on the CPU")
+    tensors = [t.to(backend.device) for t in inputs(2, 1, 3, 70, 16, torch.bfloat16, batch=2)]
+    rows = {"key_start": torch.tensor([-5, 80]), "key_length": torch.tensor([71, 2**40])}
+    out, lse = ops.attention(
+        *tensors, **{n: r.to(backend.device) for n, r in rows.items()}, return_lse=True
+    )
+    whole = ops.attention(*tensors, return_lse=True)
+    assert torch.equal(out[0], whole[0][0]) and torch.equal(lse[0], whole[1][0])
+    assert (out[1] == 0).all() and (lse[1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_scores(backend, dtype):
+    """All -inf: as if nothing were seen. One +inf: no output, and lse is +inf."""
+    q, k, v = inputs(1, 1, 3, 6, 16, dtype)
+    q[...], k[...] = 1, 1
+    k[0, 0, :4, 0] = -math.inf
+    k[0, 0, 5, 0] = math.inf
+    out, lse = ops.attention(*(t.to(backend.device) for t in (q, k, v)), return_lse=True)
+    assert (out[0, 0, 0] == 0).all() and lse[0, 0, 0] == -math.inf
+    assert torch.equal(out[0, 0, 1].cpu(), v[0, 0, 4]) and lse[0, 0, 1].isfinite()
+    assert out[0, 0, 2].isnan().all()
+    if backend.is_cuda:  # the CPU kernels give NaN
+        assert lse[0, 0, 2] == math.inf
