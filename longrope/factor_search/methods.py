@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope.factor_search.evolution import EvolutionSettings, Proposal, evolve
-from longrope.factor_search.gradient import DescentSettings, Point, descend
+from longrope.factor_search.gradient import Descent, DescentSettings, Point
 from longrope.factor_search.ledger import Ledger, OutOfBudgetError
 from longrope.factor_search.objective import RandomWindows
 from longrope.factor_search.problem import Problem
@@ -25,6 +25,8 @@ SCREEN_WINDOWS = 2
 STARTS = 4
 #: Numbers of start tokens that pass the screen.
 START_TOKEN_FINALISTS = 2
+#: A descent that ended worse than it began goes on with this share of its learning rate.
+SLOWER = 0.3
 #: Digits of a learned attention factor.
 ATTENTION_DIGITS = 3
 
@@ -59,7 +61,7 @@ class Task:
         held_out = self.judge == "validation"
         seeds, family = len(self.problem.seeds()), len(ramps(self.problem))
         evolved = min(self.sizes.most_evaluations, self.ledger.max_evaluations)
-        descent = self.descent.steps + self.descent.checkpoints + 2
+        descent = self.descent.steps + 2 * self.descent.checkpoints + 2
         return {
             "evolution": evolved + (FINALISTS + seeds if held_out else 0),
             "gradient": seeds + family + STARTS + descent + len(self.problem.space.start_tokens)
@@ -123,32 +125,41 @@ METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}
 def _descended(task: Task, start: Candidate) -> tuple[Candidate, float]:
     """Descend from a start and return the best of the points on the way, and its NLL.
 
-    The points are put on the grid before they are judged, so the factors that are returned are the
-    ones that were measured. The start and YaRN are judged with them.
+    The points are put on the grid before they are measured, so the factors that are returned are
+    the ones that were. Where one is worse on the search windows than the best so far, the descent
+    goes back to that and on with smaller steps. The start and YaRN are judged with the points.
     """
-    space = task.problem.space
+    problem, settings = task.problem, task.descent
+    descent = Descent(
+        np.minimum(1, 1 / problem.turns()),
+        problem.space.upper / STEPS,
+        settings,
+        problem.attention_factor,
+        problem.learn_attention,
+    )
 
     def loss_and_gradient(point: Point, step: int) -> tuple[float, np.ndarray]:
-        windows = task.random_windows.draw(task.descent.windows_per_step)
+        windows = task.random_windows.draw(settings.windows_per_step)
         return task.ledger.step(point, step, start.start_tokens, windows)
 
-    kept = descend(
-        Point(np.log(start.lambdas), task.problem.attention_factor),
-        space.upper / STEPS,
-        loss_and_gradient,
-        task.descent,
-        task.problem.learn_attention,
-    )
-    yarn = task.problem.seeds()["yarn"]
-    judged = task.measure(task.judge, [yarn, start], "start")
-    for step, point in kept:
-        candidate = space.snap(point.lambdas, start.start_tokens)
-        if task.problem.learn_attention:
+    best, slow = Point(np.log(start.lambdas), problem.attention_factor), 1.0
+    least = task.measure("search", [start], "start")[start]
+    kept = [problem.seeds()["yarn"], start]
+    for steps in settings.segments:
+        point = descent.run(best, loss_and_gradient, steps, slow)
+        candidate = problem.space.snap(point.lambdas, start.start_tokens)
+        if problem.learn_attention:
             factor = round(point.attention_factor, ATTENTION_DIGITS)
             candidate = dataclasses.replace(candidate, attention_factor=factor)
-        judged |= task.measure(task.judge, [candidate], "gradient", step)
-    best = _best(judged)
-    return best, judged[best]
+        loss = task.measure("search", [candidate], "gradient", steps.stop)[candidate]
+        if loss < least:
+            best, least = point, loss
+            kept.append(candidate)
+        else:
+            slow *= SLOWER
+    judged = task.measure(task.judge, kept, "finalist")
+    chosen = _best(judged)
+    return chosen, judged[chosen]
 
 
 def _ranked(losses: dict[Candidate, float]) -> list[Candidate]:

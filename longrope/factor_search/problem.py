@@ -7,6 +7,8 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from longrope import _validation
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import (
@@ -109,6 +111,12 @@ class Problem:
             "rope_theta": self.rope_theta,
             "rotary_dim": self.rotary_dim,
         }
+
+    def turns(self) -> np.ndarray:
+        """Return how often each pair turns in the original window, unrescaled: float64 `[dims]`."""
+        pairs = np.arange(self.space.dims)
+        inv_freq = self.rope_theta ** (-2 * pairs / self.rotary_dim)
+        return self.original_length * inv_freq / (2 * math.pi)
 
     def factors(self, candidate: Candidate) -> RescaleFactors:
         """Return a candidate as factors."""

@@ -9,29 +9,32 @@ from hypothesis import strategies as st
 
 from longrope.factor_search.gradient import (
     ATTENTION_REACH,
+    Descent,
     DescentSettings,
     Point,
-    descend,
     isotonic,
 )
 
 numbers = st.floats(-5, 5)
 
 
+WEIGHTS = np.geomspace(100, 1, 20)
+
+
 @given(st.lists(numbers, min_size=1, max_size=20), st.lists(numbers, min_size=20, max_size=20))
 def test_isotonic_is_the_nearest_non_decreasing_sequence(values, other):
-    values = np.array(values)
-    projected = isotonic(values)
+    values, weights = np.array(values), WEIGHTS[: len(values)]
+    projected = isotonic(values, weights)
     assert (np.diff(projected) >= 0).all()
-    assert projected.sum() == pytest.approx(values.sum(), abs=1e-9)
+    assert weights @ projected == pytest.approx(weights @ values, abs=1e-7)
     # The projection onto a convex set: no other member lies on the near side of it.
     other = np.sort(other[: len(values)])
-    assert (values - projected) @ (other - projected) <= 1e-9
+    assert ((values - projected) * weights) @ (other - projected) <= 1e-7
 
 
 def test_isotonic_leaves_what_is_in_order():
     values = np.array([0.0, 0.0, 1.0, 1.5])
-    assert (isotonic(values) == values).all()
+    assert (isotonic(values, WEIGHTS[:4]) == values).all()
 
 
 def bowl(optimum, noise=0.0, attention=0.0):
@@ -48,8 +51,10 @@ def bowl(optimum, noise=0.0, attention=0.0):
 START = Point(np.full(16, math.log(4.0)), 1.2)
 
 
-def last(settings, loss, **options):
-    return descend(START, 10.0, loss, settings, **options)[-1][1]
+def last(settings, loss, start=START, scales=None, learn_attention=False):
+    scales = np.ones(16) if scales is None else scales
+    descent = Descent(scales, 10.0, settings, start.attention_factor, learn_attention)
+    return descent.run(start, loss, range(settings.steps))
 
 
 def test_the_descent_ends_at_the_optimum():
@@ -91,12 +96,35 @@ def test_the_mean_of_iterates_is_less_noisy_than_the_last():
         seen.append(point.log_lambdas)
         return noisy(point, step)
 
-    settings = DescentSettings(steps=400, checkpoints=2)
-    kept = descend(Point(optimum, 1.0), 10.0, loss_and_gradient, settings)
-    assert [steps for steps, _ in kept] == [200, 400]
-    # At half way the rate is still high.
+    # Half of the steps: the rate is still high.
+    descent = Descent(np.ones(16), 10.0, DescentSettings(steps=400), 1.0)
+    point = descent.run(Point(optimum, 1.0), loss_and_gradient, range(200))
     late = [np.linalg.norm(seen[step] - optimum) for step in range(100, 200)]
-    assert np.linalg.norm(kept[0][1].log_lambdas - optimum) < 0.8 * np.mean(late)
+    assert np.linalg.norm(point.log_lambdas - optimum) < 0.8 * np.mean(late)
+
+
+def test_pairs_move_in_units_of_their_scales():
+    scales = np.geomspace(0.01, 1, 16)
+    start = Point(np.linspace(0.5, 2, 16), 1.0)
+
+    def loss_and_gradient(point, step):
+        return 0.0, -np.append(1 / scales, 0.0)
+
+    point = last(DescentSettings(steps=1), loss_and_gradient, start, scales)
+    moved = (point.log_lambdas - start.log_lambdas) / scales
+    assert moved == pytest.approx(np.full(16, moved[0]))
+    assert moved[0] > 0.03
+
+
+def test_a_fast_pair_is_not_pulled_along_by_slow_ones():
+    scales = np.array([0.01, 1.0, 1.0])
+
+    def loss_and_gradient(point, step):
+        return 0.0, np.array([0.0, 1.0, 1.0, 0.0])
+
+    start = Point(np.ones(3), 1.0)
+    point = last(DescentSettings(steps=20), loss_and_gradient, start, scales)
+    assert point.log_lambdas == pytest.approx(np.ones(3), abs=1e-2)
 
 
 def test_the_attention_factor_is_learned_within_its_reach():
@@ -126,8 +154,10 @@ def test_a_gradient_of_zero_moves_nothing():
 
 
 @pytest.mark.parametrize(
-    ("steps", "checkpoints", "expected"),
+    ("steps", "checkpoints", "ends"),
     [(80, 4, [20, 40, 60, 80]), (3, 5, [1, 2, 3]), (1, 1, [1]), (7, 2, [4, 7])],
 )
-def test_checkpoints_are_spread_evenly(steps, checkpoints, expected):
-    assert DescentSettings(steps=steps, checkpoints=checkpoints).checkpoint_steps == expected
+def test_segments_are_even_and_cover_all_steps(steps, checkpoints, ends):
+    segments = DescentSettings(steps=steps, checkpoints=checkpoints).segments
+    assert [segment.stop for segment in segments] == ends
+    assert [step for segment in segments for step in segment] == list(range(steps))

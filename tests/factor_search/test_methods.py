@@ -62,8 +62,7 @@ def test_the_result_is_the_best_on_the_validation_windows(uninterrupted):
     found = (tuple(factors.lambdas), factors.start_tokens, factors.attention_factor)
     assert found == (best.lambdas, best.start_tokens, best.attention_factor)
     assert result.validation_perplexity == pytest.approx(best.perplexity)
-    origins = {e.origin for e in of_role(result, "validation")}
-    assert {"yarn", "gradient"} <= origins
+    assert "yarn" in {e.origin for e in of_role(result, "validation")}
     searched = [e for e in of_role(result, "search") if e.lambdas == best.lambdas]
     assert result.perplexity == pytest.approx(min(e.perplexity for e in searched))
 
@@ -99,6 +98,24 @@ def test_the_descent_improves_on_its_start(shared_model, documents):
     assert steps[-1].nll < steps[0].nll - 0.01
     start = min(e.nll for e in of_role(result, "search") if e.origin != "gradient")
     assert np.log(result.perplexity) < start - 0.01
+
+
+def test_a_descent_goes_back_to_its_best_point(shared_model, documents, monkeypatch):
+    """With gradients that lead uphill every segment begins at the start again, more slowly."""
+    step = differentiation.LossGradient.__call__
+
+    def uphill(self, point, start_tokens, windows):
+        nll, gradient = step(self, point, start_tokens, windows)
+        return nll, -gradient
+
+    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    one = [documents[0][:32]]
+    result = search(shared_model, one, "gradient", steps=10, start_tokens=0, learning_rate=0.3)
+    steps = of_role(result, "gradient")
+    begins = [steps[i].lambdas for i in (0, 2, 4, 6, 8)]
+    assert begins[1:] == begins[:-1]
+    away = [np.abs(np.log(steps[i + 1].lambdas) - np.log(begins[0])).max() for i in (0, 2, 4)]
+    assert away[0] > 2 * away[1] > 4 * away[2] > 0
 
 
 def test_every_step_and_evaluation_is_in_the_history_and_in_the_journal(uninterrupted):
@@ -149,7 +166,7 @@ def test_start_tokens_are_swept_or_fixed(shared_model, documents):
 def test_the_attention_factor_is_learned_where_asked(shared_model, documents, uninterrupted):
     _, learned = uninterrupted
     steps = of_role(learned, "gradient")
-    assert len({e.attention_factor for e in steps}) == len(steps)
+    assert len({e.attention_factor for e in steps}) > 1
     fixed = search(shared_model, documents, "gradient", attention_factor=1.25)
     assert {e.attention_factor for e in fixed.history} == {1.25}
 

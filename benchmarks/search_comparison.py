@@ -1,0 +1,228 @@
+"""The search methods side by side: cost, and perplexity on files that no search has seen.
+
+For every seed each method searches on the same documents with the same held-out ones, and the
+factors are measured on test documents. Costs are forward passes of one window (a backward counts 2,
+validation counts) and wall time.
+
+The row "algorithm 1, as published" is Algorithm 1 with one Hugging Face forward and loss per
+candidate. Its evaluations are those of the row "algorithm 1" up to rounding, so it is not run to
+its end: its time is the measured time of a few of these candidates, scaled to all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from harness import RESULTS, commit, device_name
+
+import longrope
+from longrope.cli import load_model
+from longrope.demo import run as demo
+
+METHODS = ("evolution", "gradient", "gradient, attention factor learned", "hybrid")
+PUBLISHED = "algorithm 1, as published"
+#: Documents from the packaged model's files for the search; 8 more are held out in it.
+SEARCH_FILES, VALIDATION_FILES = 24, 8
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", help="folder of a model (default: the packaged one)")
+    p.add_argument("--search-data", type=Path, help="text to search on (default: the demo's files)")
+    p.add_argument("--test-data", type=Path, help="text to test on, in other files")
+    p.add_argument("--target-length", type=int, default=demo.TARGET_LENGTH)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--samples", type=int, default=5, help="search windows")
+    p.add_argument("--test-samples", type=int, default=16, help="test documents")
+    p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
+    p.add_argument("--population", type=int, default=64)
+    p.add_argument("--steps", type=int, default=80, help="steps of the descent")
+    p.add_argument("--published", type=int, default=6, help="candidates timed as published")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    return p.parse_args()
+
+
+def load(args):
+    """Return the model and a function that gives search, validation and test documents by seed."""
+    if args.model is None:
+        model, tokenizer = demo.load_packaged_model().to(args.device), None
+    else:
+        model, tokenizer = load_model(args.model, args.device)
+    if args.search_data is None:
+
+        def documents(seed):
+            found = demo.excerpts("search", SEARCH_FILES + VALIDATION_FILES, seed)
+            test = demo.excerpts("test", args.test_samples, seed)
+            return found[:SEARCH_FILES], found[SEARCH_FILES:], test
+
+        return model, documents
+    searched, tested = (
+        longrope.load_data(path, tokenizer=tokenizer, min_length=args.target_length)
+        for path in (args.search_data, args.test_data)
+    )
+    quarter = max(1, len(searched) // 4)
+    return model, lambda seed: (searched[quarter:], searched[:quarter], tested[: args.test_samples])
+
+
+@contextlib.contextmanager
+def plain_factors(model, factors):
+    """Put factors into the model's own rotary module: float32 angles, cos and sin in its dtype."""
+    rotary = model.base_model.rotary_emb
+    device = next(model.parameters()).device
+    base, rescaled = (
+        torch.tensor(values, dtype=torch.float32, device=device)
+        for values in (factors.base_inv_freq(), factors.inv_freq())
+    )
+
+    def forward(x, position_ids):
+        positions = position_ids[..., None]
+        early = positions < factors.start_tokens
+        angles = positions.float() * torch.where(early, base, rescaled)
+        angles = torch.cat([angles, angles], dim=-1)
+        return tuple(
+            (f(angles) * factors.attention_factor).to(x.dtype) for f in (torch.cos, torch.sin)
+        )
+
+    rotary.forward = forward
+    try:
+        yield
+    finally:
+        del rotary.forward
+
+
+def seconds_as_published(model, candidates, windows):
+    """Return seconds per window of one Hugging Face forward and loss per candidate."""
+    longrope.apply(model, candidates[0])
+    length = windows.shape[1]
+    expected = longrope.perplexity(model, list(windows), length=length, stride=length)
+    longrope.remove(model)
+    losses = []
+    started = time.perf_counter()
+    for factors in candidates:
+        with torch.inference_mode(), plain_factors(model, factors):
+            losses.append(model(input_ids=windows, labels=windows, use_cache=False).loss.item())
+    seconds = time.perf_counter() - started
+    assert abs(math.exp(losses[0]) / expected - 1) < 0.02  # rounding in the model's dtype
+    return seconds / (len(candidates) * len(windows))
+
+
+def options_of(method, args):
+    """Return the arguments of `longrope.search` for one row."""
+    name = method.split(",")[0]
+    options = {"method": name, "samples": args.samples}
+    if name == "evolution":
+        options |= {"iterations": args.iterations, "population": args.population}
+    else:
+        options |= {"steps": args.steps}
+    if "learned" in method:
+        options["attention_factor"] = "search"
+    return options
+
+
+def one_seed(model, documents, seed, args):
+    """Return `{row: (forward equivalents, seconds, test perplexity)}`."""
+    searched, validation, test = documents(seed)
+    test = [d[: args.target_length] for d in test]
+
+    def tested(factors):
+        longrope.apply(model, factors)
+        try:
+            return longrope.perplexity(
+                model, test, length=args.target_length, stride=args.target_length
+            )
+        finally:
+            longrope.remove(model)
+
+    rows = {}
+    for method in args.methods:
+        started = time.perf_counter()
+        result = longrope.search(
+            model, searched, validation=validation, target_length=args.target_length, seed=seed,
+            progress=False, **options_of(method, args),
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        cost = sum(e.forward_equivalents for e in result.history)
+        perplexity = tested(result.factors)
+        name = method.replace("evolution", "algorithm 1")
+        rows[name] = (cost, seconds, perplexity)
+        print(f"  seed {seed} {name:36s} {cost:6d} {seconds:7.1f} s  {perplexity:.4f}", flush=True)
+        if method == "evolution" and args.published:
+            windows = torch.stack([torch.as_tensor(d) for d in test[: args.samples]])
+            some = [e for e in result.history if e.role == "search"][: args.published]
+            candidates = [
+                result.factors.replace(lambdas=e.lambdas, start_tokens=e.start_tokens) for e in some
+            ]
+            each = seconds_as_published(model, candidates, windows.to(args.device))
+            rows[PUBLISHED] = (cost, cost * each, perplexity)
+    yarn = longrope.RescaleFactors.yarn(
+        **{
+            name: getattr(result.factors, name)
+            for name in ("original_length", "target_length", "rope_theta", "rotary_dim")
+        }
+    )
+    rows["YaRN, no search"] = (0, 0.0, tested(yarn))
+    return rows
+
+
+def report(seeds: list[dict], args: argparse.Namespace) -> None:
+    """Print the median and the spread over seeds, and append them to a CSV where asked."""
+    device = device_name(args.device)
+    budget = (
+        f"{args.population} individuals, {args.iterations} generations; {args.steps} steps; "
+        f"{args.samples} windows of {args.target_length}; {len(seeds)} seeds"
+    )
+    print(f"\n{budget}; {device}, {torch.get_num_threads()} threads")
+    print(f"{'':38s}{'forwards':>9s} {'seconds':>9s}  test perplexity: median, least, most")
+    rows = []
+    for name in seeds[0]:
+        costs, seconds, values = zip(*(rows_of_seed[name] for rows_of_seed in seeds), strict=True)
+        row = {
+            "method": name,
+            "forward_equivalents": round(statistics.median(costs)),
+            "seconds": f"{statistics.median(seconds):.1f}",
+            "perplexity_median": f"{statistics.median(values):.4f}",
+            "perplexity_least": f"{min(values):.4f}",
+            "perplexity_most": f"{max(values):.4f}",
+        }
+        rows.append(row)
+        print("{:38s}{:>9} {:>9}  {}  {}  {}".format(*row.values()))
+    if args.save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / "search_comparison.csv"
+        about = {
+            "budget": budget,
+            "model": Path(args.model).name if args.model else "packaged",
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *about])
+            if new:
+                writer.writeheader()
+            writer.writerows({**row, **about} for row in rows)
+
+
+def main() -> None:
+    """Run every seed and report."""
+    args = arguments()
+    if (args.search_data is None) != (args.test_data is None):
+        raise SystemExit("--search-data and --test-data go together")
+    model, documents = load(args)
+    report([one_seed(model, documents, seed, args) for seed in range(args.seeds)], args)
+
+
+if __name__ == "__main__":
+    main()
