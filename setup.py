@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,15 +49,35 @@ CPP_SOURCES = sources("csrc/**/cpu/*.cpp", "csrc/bindings/*.cpp")
 CUDA_SOURCES = sources("csrc/**/cuda/*.cu")
 
 
+def find_toolkit() -> str | None:
+    """Return the folder of the CUDA toolkit, and tell torch's build of it where it looked wrong.
+
+    torch takes the parent of the folder in which nvcc is found, which may hold no more than a
+    script that calls the nvcc of a toolkit: nvcc itself knows.
+    """
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    if not home or Path(home, "include", "cuda_runtime.h").exists():
+        return home
+    command = [str(Path(home, "bin", "nvcc")), "--dryrun", "-x", "cu", os.devnull]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        return home
+    if top := re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE):
+        home = os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(Path(top[1]).resolve())
+    return home
+
+
 def with_cuda() -> bool:
     """Decide whether to compile the CUDA kernels; refuse where that is asked for and impossible."""
     import torch
-    from torch.utils import cpp_extension
 
     choice = os.environ.get("LONGROPE_CUDA", "auto").strip().lower() or "auto"
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"longrope: LONGROPE_CUDA: expected 0, 1 or auto, got {choice!r}")
-    home = cpp_extension.CUDA_HOME
+    home = find_toolkit()
     nvcc = Path(home, "bin", "nvcc") if home else None
     obstacle = None
     if torch.version.cuda is None:
@@ -130,12 +151,10 @@ def extension() -> Extension:
     cxx = ["-O3", "-g0", "-fvisibility=hidden"]
     if not with_cuda():
         return CppExtension(sources=CPP_SOURCES, extra_compile_args={"cxx": cxx}, **common)
-    # The headers that torch's own CUDA packages bring (nvidia/cu13/include), for what the toolkit
-    # of this machine lacks.
-    packages = Path(torch.__file__).parents[1] / "nvidia"
-    bundled = packages / f"cu{torch.version.cuda.split('.')[0]}" / "include"
-    if bundled.is_dir():
-        common["include_dirs"].append(str(bundled))
+    # Behind the toolkit's headers, which it must not replace in part, those that torch's own CUDA
+    # packages bring (nvidia/cu13/include): torch includes some that a small toolkit lacks.
+    bundled = Path(torch.__file__).parents[1] / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
+    cxx += ["-idirafter", str(bundled / "include")]
     return CUDAExtension(
         sources=CPP_SOURCES + CUDA_SOURCES,
         define_macros=[("LONGROPE_CUDA", f'"{torch.version.cuda}"')],

@@ -27,13 +27,6 @@ mkdir -p "$logs" || exit 2
 logs=$(realpath "$logs")
 python=$(command -v python3 || command -v python) || { echo "gpu_check: no python3" >&2; exit 2; }
 
-# The toolkit that nvcc belongs to, where the environment does not say it.
-if [ -z "${CUDA_HOME:-}" ]; then
-  found=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2> /dev/null || true)
-  [ -n "$found" ] && CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$found")")") &&
-    export CUDA_HOME
-fi
-
 echo "== what is here"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
   echo "(nvidia-smi does not answer)"
@@ -55,7 +48,7 @@ if torch.version.cuda is None:
     stop(f"torch {torch.__version__} was built without CUDA: install a CUDA build of it")
 if not torch.cuda.is_available():
     stop("torch sees no GPU")
-home = os.environ.get("CUDA_HOME")
+from torch.utils.cpp_extension import CUDA_HOME as home
 if not home or not os.path.exists(f"{home}/bin/nvcc"):
     stop("no nvcc: install the CUDA toolkit or set CUDA_HOME")
 major, minor = torch.cuda.get_device_capability()

@@ -9,13 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 torch_version=${TORCH_VERSION:-2.13.0}
 
-nvcc=$(command -v nvcc || ls "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" 2> /dev/null || true)
-if [ -z "$nvcc" ]; then
+if ! command -v "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" nvcc > /dev/null; then
   echo "cuda_link_check: SKIPPED: no nvcc on this machine (set CUDA_HOME)"
   exit 77
 fi
-CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
-export CUDA_HOME
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

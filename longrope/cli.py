@@ -94,13 +94,14 @@ def demo(
     ),
     seed: Seed = 0,
     iterations: Annotated[
-        int | None, typer.Option(help="Search iterations; the default fits two CPU cores.")
+        int | None, typer.Option(help="Of Algorithm 1; the default fits two CPU cores.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the search by gradient, likewise.")] = None,
 ) -> None:
     """Extend the packaged tiny model's window 8x on this Python's own library sources."""
     from longrope.demo.run import run
 
-    run(out, seed=seed, iterations=iterations)
+    run(out, seed=seed, iterations=iterations, steps=steps)
 
 
 @app.command()

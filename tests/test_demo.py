@@ -69,14 +69,17 @@ def test_search_and_test_excerpts_come_from_different_files():
 
 
 def test_the_demo_beats_every_baseline_and_saves_what_it_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "SEARCH_BUDGET", {"population": 8, "mutations": 4, "crossovers": 4})
+    evolution, gradient = run.SEARCHES
+    small = {"method": "evolution", "population": 8, "mutations": 4, "crossovers": 4}
+    monkeypatch.setitem(run.SEARCHES, evolution, small)
     monkeypatch.setattr(run, "SEARCH_SAMPLES", 1)
     monkeypatch.setattr(run, "TEST_SAMPLES", 2)
-    table = run.run(tmp_path / "out", seed=0, iterations=2)
-    assert list(table) == ["none", "PI", "NTK", "YaRN", "LongRoPE"]
+    table = run.run(tmp_path / "out", seed=0, iterations=2, steps=2)
+    assert list(table) == ["none", "PI", "NTK", "YaRN", evolution, gradient]
     at_target = {name: row[-1] for name, row in table.items()}
     assert at_target["none"] > 2 * table["none"][0]  # past its window the model breaks down
-    assert at_target["LongRoPE"] < min(at_target["none"], at_target["PI"], at_target["NTK"])
+    assert at_target[evolution] < min(at_target["none"], at_target["PI"], at_target["NTK"])
+    assert at_target[gradient] < 0.95 * at_target["YaRN"]
     with (tmp_path / "out" / "perplexity.csv").open() as file:
         saved = {row[0]: [float(v) for v in row[1:]] for row in list(csv.reader(file))[1:]}
     assert saved == {name: pytest.approx(row, abs=1e-5) for name, row in table.items()}
