@@ -26,7 +26,7 @@ LENGTHS = tuple(ORIGINAL_LENGTH * ratio for ratio in (1, 2, 4, 8))
 #: and 5 documents.
 SEARCHES = {
     "LongRoPE, Algorithm 1": {
-        "method": "evolution", "population": 32, "mutations": 16, "crossovers": 16, "iterations": 4,
+        "method": "evolution", "population": 32, "mutations": 16, "crossovers": 16, "iterations": 3,
     },
     "LongRoPE, gradient": {"method": "gradient", "steps": 40, "attention_factor": "search"},
 }  # fmt: skip
