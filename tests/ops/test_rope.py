@@ -116,11 +116,14 @@ def test_strided_views_of_poisoned_memory(backend, dtype, token_major):
 
 
 @pytest.mark.parametrize("token_major", [False, True])
-@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, 48), (torch.bfloat16, 64)])
-def test_results_larger_than_a_cache(isa, dtype, pairs, token_major):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "pairs"),
+    [(torch.float32, 128, 48), (torch.bfloat16, 128, 64), (torch.bfloat16, 96, 48)],
+)
+def test_results_larger_than_a_cache(isa, dtype, head_dim, pairs, token_major):
     """Large results are written past the caches: the same bits as in place, which are not."""
-    tokens = 2**22 // torch.empty((), dtype=dtype).element_size() // 128  # 32 MiB of 8 heads
-    q, k = torch.randn(1, 8, tokens, 128, dtype=dtype), torch.randn(1, 1, tokens, 128, dtype=dtype)
+    tokens = 2**22 // (torch.finfo(dtype).bits // 8) // head_dim + 1  # 32 MiB of 8 heads
+    q, k = (torch.randn(1, heads, tokens, head_dim).to(dtype) for heads in (8, 1))
     if token_major:
         q, k = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k))
     turned_by = torch.arange(tokens), frequencies(pairs)

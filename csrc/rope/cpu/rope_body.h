@@ -42,6 +42,13 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
     prefetch_row(x0 + ahead, bytes);
     const T* x = x0 + head * in.head_stride + token * in.token_stride;
     T* const result = y0 + head * out.head_stride + token * out.token_stride;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (streamed && rest == 0 && pairs % 32 == 0) {
+        rotate_row<kInterleaved, true>(x, result, cos + token * pairs, sin + token * pairs, pairs,
+                                       values);
+        return;
+      }
+    }
     T* y = streamed ? static_cast<T*>(scratch.turned) : result;
     rotate_row<kInterleaved>(x, y, cos + token * pairs, sin + token * pairs, pairs, values);
     if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));

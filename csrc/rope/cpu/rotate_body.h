@@ -20,6 +20,26 @@ inline void store_as(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// Stores a register past the caches; the address is on a register's boundary.
+inline void stream_words(void* p, Words v) {
+#if LONGROPE_ISA_BYTES == 64
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif LONGROPE_ISA_BYTES == 32
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  store_as(p, v);
+#endif
+}
+
+// Copies whole cache lines past the caches, to a line's boundary.
+inline void stream_row(const void* from, void* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += LONGROPE_ISA_BYTES) {
+    stream_words(static_cast<char*>(to) + i, load_as<Words>(static_cast<const char*>(from) + i));
+  }
+}
+
 // Where the cosine and sine of pair i stand in a row of the table.
 template <typename T, bool kInterleaved>
 int64_t table_slot(int64_t, int64_t i) {
@@ -74,16 +94,25 @@ inline Words rounded_words(Floats even, Floats odd) {
   return low | (high & 0xffff0000u);
 }
 
-template <bool kInterleaved>
+// With kStream, registers go past the caches: then y is on a cache line and the pairs elements of
+// either half are whole lines.
+template <bool kInterleaved, bool kStream = false>
 void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* sin, int64_t pairs,
                 float*) {
+  const auto put = [](BFloat16* p, Words words) {
+    if constexpr (kStream) {
+      stream_words(p, words);
+    } else {
+      store_as(p, words);
+    }
+  };
   int64_t i = 0;
   if constexpr (kInterleaved) {
     for (; i + kLanes <= pairs; i += kLanes) {
       const Words both = load_as<Words>(x + 2 * i);
       const Floats x1 = even_values(both), x2 = odd_values(both);
       const Floats c = load_as<Floats>(cos + i), s = load_as<Floats>(sin + i);
-      store_as(y + 2 * i, rounded_words(x1 * c - x2 * s, x2 * c + x1 * s));
+      put(y + 2 * i, rounded_words(x1 * c - x2 * s, x2 * c + x1 * s));
     }
   } else {
     for (; i + 2 * kLanes <= pairs; i += 2 * kLanes) {
@@ -93,8 +122,8 @@ void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* s
       const Floats even1 = x1 * c - x2 * s, even2 = x2 * c + x1 * s;
       c = load_as<Floats>(cos + i + kLanes), s = load_as<Floats>(sin + i + kLanes);
       x1 = odd_values(first), x2 = odd_values(second);
-      store_as(y + i, rounded_words(even1, x1 * c - x2 * s));
-      store_as(y + i + pairs, rounded_words(even2, x2 * c + x1 * s));
+      put(y + i, rounded_words(even1, x1 * c - x2 * s));
+      put(y + i + pairs, rounded_words(even2, x2 * c + x1 * s));
     }
   }
   rotate_pairs<kInterleaved>(x, y, cos, sin, i, pairs);
@@ -102,21 +131,4 @@ void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* s
 
 inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
-
-// Copies whole cache lines past the caches, between addresses on a line's boundary.
-inline void stream_row(const void* from, void* to, int64_t bytes) {
-  const char* source = static_cast<const char*>(from);
-  char* target = static_cast<char*>(to);
-  for (int64_t i = 0; i < bytes; i += LONGROPE_ISA_BYTES) {
-#if LONGROPE_ISA_BYTES == 64
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), load_as<__m512i>(source + i));
-#elif LONGROPE_ISA_BYTES == 32
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i), load_as<__m256i>(source + i));
-#elif defined(__x86_64__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i), load_as<__m128i>(source + i));
-#else
-    __builtin_memcpy(target + i, source + i, LONGROPE_ISA_BYTES);
-#endif
-  }
 }

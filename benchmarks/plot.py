@@ -1,0 +1,76 @@
+"""Draw the rows of benchmarks/results/*.csv as ratios to their peer: `python benchmarks/plot.py`.
+
+Of rows that were measured twice (device, threads, op, case, dtype, implementation) the last counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
+    """Return {(device, threads, op): {case and dtype: {implementation: ratio}}}."""
+    found: dict[tuple, dict] = {}
+    for path in files:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                threads = f"threads: {row['threads']}" if row["isa"] else ""  # a CPU
+                panel = found.setdefault((row["device"], threads, row["op"]), {})
+                group = panel.setdefault(f"{row['case']}\n{row['dtype']}", {})
+                group[row["implementation"]] = float(row["ratio_to_baseline"])
+    return found
+
+
+def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
+    """Draw one op: a group of bars per case, ours in colour, its first bar the baseline."""
+    at, ticks = 0.0, []
+    for group, ratios in groups.items():
+        first = at
+        for name, ratio in ratios.items():
+            colour = "tab:blue" if "ops." in name or name == "linear_nll" else "0.75"
+            axis.barh(at, ratio, color=colour, height=0.85)
+            axis.text(ratio, at, f" {ratio:.2f}  {name}", va="center", fontsize=7)
+            at += 1
+        ticks.append(((first + at - 1) / 2, group))
+        at += 0.8
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(low, high * 12)  # room for the names
+    axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=9, loc="left")
+
+
+def main() -> None:
+    """Write the figure."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("files", nargs="*", type=Path, help="CSV files (default: benchmarks/results/)")
+    p.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.png")
+    args = p.parse_args()
+    files = args.files or sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+    panels = measurements(files)
+    if not panels:
+        p.error("no rows: run a benchmark with --save first")
+    bars = [sum(len(g) + 0.8 for g in groups.values()) for groups in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9, sum(bars) * 0.2 + len(panels) * 0.6), squeeze=False,
+        height_ratios=bars, layout="constrained",
+    )  # fmt: skip
+    for axis, ((device, threads, op), groups) in zip(axes[:, 0], panels.items(), strict=True):
+        draw_panel(axis, ", ".join(part for part in (op, device, threads) if part), groups)
+    axes[-1, 0].set_xlabel("times as fast as (memory: times less than) the first of its group")
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
