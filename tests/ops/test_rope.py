@@ -144,10 +144,12 @@ def test_not_finite_values_stay_in_their_pair(backend):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_every_bfloat16(isa, interleaved):
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_every_bfloat16(isa, head_dim, interleaved):
     """Every bit pattern: finite where the reference is, and rounded once after float32."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    q, positions, inv_freq = every.view(1, 1, 1024, 64), torch.arange(1024), frequencies(32)
+    q, inv_freq = every.view(1, 1, -1, head_dim), frequencies(head_dim // 2)
+    positions = torch.arange(q.shape[2])
     got = ops.rope(q, q, positions, inv_freq, interleaved=interleaved)[0]
     turned_by = positions, inv_freq, 0, None, 1.0, interleaved
     exact = ops.reference.rope(q.double(), q.double(), *turned_by)[0]

@@ -177,3 +177,58 @@ def test_fuzz():
         accepted += 1
         torch.testing.assert_close(got, ops.reference.rope(*arguments))
     assert accepted > 20 and refused > 20
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_fuzz_of_the_bindings():
+    """Any shapes, dtypes, layouts, devices and overlaps are computed or refused by every op."""
+    choose = random.Random(1).choice
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.complex64]
+
+    def tensor(*shape, dtypes=dtypes):
+        """Mostly as asked."""
+        size = [choose([n] * 30 + [0, 1, 5]) for n in shape]
+        size = size[choose([0] * 30 + [1]) :]
+        t = torch.randint(-3, 4, size).to(choose(dtypes))
+        if choose([False] * 9 + [True]) and t.dim() > 1:
+            t = t.transpose(0, -1)
+        if choose([False] * 9 + [True]) and t.dim():
+            t = t[:1].expand(t.shape)
+        kind = choose(["dense"] * 40 + ["meta", "sparse", "csr"])
+        if kind == "meta":
+            return t.to("meta")
+        if kind == "csr" and t.dim() == 2:
+            return t.to_sparse_csr()
+        return t.to_sparse() if kind == "sparse" else t
+
+    op = torch.ops.longrope
+    double, integer = [torch.float64] * 12 + dtypes, [torch.int64] * 12 + dtypes
+    refused = computed = 0
+    for _ in range(500):
+        batch, tokens, head_dim = choose([1, 2]), choose([1, 3]), choose([2, 6, 8])
+        same = [choose(dtypes[:3])] * 20 + dtypes
+        pairs = choose([1, head_dim // 2, head_dim // 2])
+        q, gq = (tensor(batch, 2, tokens, head_dim, dtypes=same) for _ in range(2))
+        k, gk = (tensor(batch, 1, tokens, head_dim, dtypes=same) for _ in range(2))
+        k = choose([k] * 9 + [q])
+        positions = tensor(tokens, dtypes=integer)
+        frequencies = tensor(pairs, dtypes=double)
+        base = choose([None, tensor(batch, pairs, dtypes=double)])
+        rows = choose([None, None, tensor(batch, dtypes=integer)])
+        factor_rows = choose([None, None, tensor(batch, dtypes=double)])
+        turned_by = (positions, frequencies, base, choose([0, 0, 2, -1]), rows, 1.0, factor_rows)
+        sets = (positions, frequencies, base, 0, tensor(pairs, dtypes=double), None, 0, 1.0, True)
+        for call, arguments in (
+            (op.rope, (q, k, *turned_by, True, False)),
+            (op.rope_, (q, k, *turned_by, False)),
+            (op.rope_grad, (gq, gk, q, k, *turned_by, False, True)),
+            (op.rerotate, (k, *sets)),
+            (op.rerotate_, (k, *sets)),
+            (op.rerotate_out, (k, *sets, choose([gk, k]))),
+        ):
+            try:
+                call(*arguments)
+                computed += 1
+            except (ValueError, RuntimeError, NotImplementedError, IndexError):
+                refused += 1
+    assert computed > 300 and refused > 300, (computed, refused)

@@ -4,9 +4,24 @@
 // that widening and narrowing need no permutation. Even and odd pairs then lie in different
 // registers, and the table is stored in that order (table_slot).
 
-typedef float Floats __attribute__((vector_size(LONGROPE_ISA_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+template <int kWidth>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(kWidth * 4)));
+  typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+};
 constexpr int kLanes = LONGROPE_ISA_BYTES / 4;
+using Floats = Lanes<kLanes>::Floats;
+using Words = Lanes<kLanes>::Words;
+
+template <typename V>
+inline auto bits_as_floats(V words) {
+  return (typename Lanes<sizeof(V) / 4>::Floats) words;
+}
+template <typename V>
+inline auto bits_as_words(V floats) {
+  return (typename Lanes<sizeof(V) / 4>::Words) floats;
+}
 
 template <typename V>
 inline V load_as(const void* p) {
@@ -82,16 +97,54 @@ void rotate_row(const Float16* x, Float16* y, const float* cos, const float* sin
   store_row(row, y, 2 * pairs);
 }
 
-inline Floats even_values(Words x) { return (Floats)(x << 16); }
-inline Floats odd_values(Words x) { return (Floats)(x & 0xffff0000u); }
+template <typename V>
+inline auto even_values(V words) {
+  return bits_as_floats(words << 16);
+}
+template <typename V>
+inline auto odd_values(V words) {
+  return bits_as_floats(words & 0xffff0000u);
+}
 
-// Two vectors rounded to nearest even. NaN stays NaN without a test: what arithmetic makes of a
-// widened bfloat16, or makes anew, has no bits that rounding would carry from.
-inline Words rounded_words(Floats even, Floats odd) {
-  const Words e = (Words)even, o = (Words)odd;
-  const Words low = (e + 0x7fffu + (e >> 16 & 1u)) >> 16;
-  const Words high = o + 0x7fffu + (o >> 16 & 1u);
-  return low | (high & 0xffff0000u);
+// To nearest even, the result in the upper half. NaN stays NaN without a test: what arithmetic
+// makes of a widened bfloat16, or makes anew, has no bits that rounding would carry from.
+template <typename V>
+inline auto rounded(V values) {
+  const auto words = bits_as_words(values);
+  return words + 0x7fffu + (words >> 16 & 1u);
+}
+
+template <typename V>
+inline auto rounded_words(V even, V odd) {
+  return rounded(even) >> 16 | (rounded(odd) & 0xffff0000u);
+}
+
+// kWidth interleaved pairs.
+template <int kWidth>
+inline typename Lanes<kWidth>::Words rotated_words(const BFloat16* x, const float* cos,
+                                                   const float* sin) {
+  using Floats = typename Lanes<kWidth>::Floats;
+  const auto both = load_as<typename Lanes<kWidth>::Words>(x);
+  const Floats x1 = even_values(both), x2 = odd_values(both);
+  const Floats c = load_as<Floats>(cos), s = load_as<Floats>(sin);
+  return rounded_words(x1 * c - x2 * s, x2 * c + x1 * s);
+}
+
+// kWidth pairs (x[i], x[i + pairs]) in their own order.
+template <int kWidth>
+inline void rotate_columns(const BFloat16* x, BFloat16* y, const float* cos, const float* sin,
+                           int64_t pairs) {
+  using Floats = typename Lanes<kWidth>::Floats;
+  using Words = typename Lanes<kWidth>::Words;
+  using Halves = typename Lanes<kWidth>::Halves;
+  const auto widened = [](const BFloat16* from) {
+    return even_values(__builtin_convertvector(load_as<Halves>(from), Words));
+  };
+  const Floats x1 = widened(x), x2 = widened(x + pairs);
+  const Floats c = load_as<Floats>(cos), s = load_as<Floats>(sin);
+  const Floats y1 = x1 * c - x2 * s, y2 = x2 * c + x1 * s;
+  store_as(y, __builtin_convertvector(rounded(y1) >> 16, Halves));
+  store_as(y + pairs, __builtin_convertvector(rounded(y2) >> 16, Halves));
 }
 
 // With kStream, registers go past the caches: then y is on a cache line and the pairs elements of
@@ -106,13 +159,14 @@ void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* s
       store_as(p, words);
     }
   };
+  constexpr int kHalf = kLanes / 2;
   int64_t i = 0;
   if constexpr (kInterleaved) {
     for (; i + kLanes <= pairs; i += kLanes) {
-      const Words both = load_as<Words>(x + 2 * i);
-      const Floats x1 = even_values(both), x2 = odd_values(both);
-      const Floats c = load_as<Floats>(cos + i), s = load_as<Floats>(sin + i);
-      put(y + 2 * i, rounded_words(x1 * c - x2 * s, x2 * c + x1 * s));
+      put(y + 2 * i, rotated_words<kLanes>(x + 2 * i, cos + i, sin + i));
+    }
+    for (; i + kHalf <= pairs; i += kHalf) {
+      store_as(y + 2 * i, rotated_words<kHalf>(x + 2 * i, cos + i, sin + i));
     }
   } else {
     for (; i + 2 * kLanes <= pairs; i += 2 * kLanes) {
@@ -122,8 +176,11 @@ void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* s
       const Floats even1 = x1 * c - x2 * s, even2 = x2 * c + x1 * s;
       c = load_as<Floats>(cos + i + kLanes), s = load_as<Floats>(sin + i + kLanes);
       x1 = odd_values(first), x2 = odd_values(second);
-      put(y + i, rounded_words(even1, x1 * c - x2 * s));
-      put(y + i + pairs, rounded_words(even2, x2 * c + x1 * s));
+      put(y + i, rounded_words<Floats>(even1, x1 * c - x2 * s));
+      put(y + i + pairs, rounded_words<Floats>(even2, x2 * c + x1 * s));
+    }
+    for (; i + kHalf <= pairs; i += kHalf) {
+      rotate_columns<kHalf>(x + i, y + i, cos + i, sin + i, pairs);
     }
   }
   rotate_pairs<kInterleaved>(x, y, cos, sin, i, pairs);
