@@ -68,7 +68,7 @@ inline void check_heads(const char* name, const Tensor& t, const Tensor& like, i
     const auto size = [](int64_t wanted, const char* open) {
       return wanted < 0 ? std::string(open) : std::to_string(wanted);
     };
-    expected << toString(like.scalar_type()) << " [" << size(batch, "B") << ", "
+    expected << dtype_name(like.scalar_type()) << " [" << size(batch, "B") << ", "
              << size(heads, "heads") << ", " << size(tokens, "tokens") << ", "
              << size(head_dim, "D") << "]";
     LONGROPE_EXPECT(ok, name, expected.str(), describe(t));

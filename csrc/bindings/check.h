@@ -9,32 +9,30 @@
 
 namespace longrope {
 
+// Python's name of a type.
+inline std::string dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kLong:
+      return "int64";
+    case at::kInt:
+      return "int32";
+    default:
+      return toString(type);
+  }
+}
+
 // "float32 [2, 8, 16, 64]"
 inline std::string describe(const at::Tensor& tensor) {
   std::ostringstream text;
-  switch (tensor.scalar_type()) {  // Python's names
-    case at::kFloat:
-      text << "float32";
-      break;
-    case at::kDouble:
-      text << "float64";
-      break;
-    case at::kBFloat16:
-      text << "bfloat16";
-      break;
-    case at::kHalf:
-      text << "float16";
-      break;
-    case at::kLong:
-      text << "int64";
-      break;
-    case at::kInt:
-      text << "int32";
-      break;
-    default:
-      text << tensor.scalar_type();
-  }
-  text << " " << tensor.sizes();
+  text << dtype_name(tensor.scalar_type()) << " " << tensor.sizes();
   return text.str();
 }
 

@@ -22,6 +22,25 @@ def expect(condition: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Check that all are dense tensors on the device of the first."""
+    device = None
+    for name, tensor in tensors.items():
+        expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor))
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {tensor.layout}")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def is_int64(value: object) -> bool:
+    """Return whether this is an int that fits 64 bits, or a symbol for one."""
+    if isinstance(value, torch.SymInt):
+        return True
+    return isinstance(value, int) and -(2**63) <= value < 2**63
+
+
 def check_frequencies(
     inv_freq: Tensor,
     start_tokens: int | Tensor,

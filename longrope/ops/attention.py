@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
-from longrope.ops._arguments import check_positions, expect
+from longrope.ops._arguments import check_positions, check_tensors, expect, is_int64
 from longrope.ops.rope import Rotation, _fresh, rope
 
 __all__ = ["attention", "merge_attention"]
@@ -80,19 +80,20 @@ def attention(
     ValueError
         Where a shape, dtype, device, stride or range is not as above.
     """
+    check_tensors(q=q, k=k, v=v)
+    expect(isinstance(causal, bool), "causal", "a bool", causal)
     keys = k.shape[2] if k.dim() == 4 else 0
     queries = q.shape[2] if q.dim() == 4 else 0
     if window is not None:
-        expect(
-            isinstance(window, (int, torch.SymInt)) and window >= 1, "window",
-            "an int of 1 or more, or None", window,
-        )  # fmt: skip
+        expect(is_int64(window) and window >= 1, "window", "an int of 1 or more, or None", window)
     if softcap is not None:
         expect(
             isinstance(softcap, (int, float)) and softcap > 0, "softcap",
             "a positive number, or None", softcap,
         )  # fmt: skip
-    if scale is None:
+    if scale is not None:
+        expect(isinstance(scale, (int, float)), "scale", "a finite number, or None", scale)
+    else:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() == 4 and q.shape[-1] else 1.0
     tables = (None, None, None, None)
     interleaved = False
@@ -146,6 +147,7 @@ def merge_attention(
     ValueError
         Where a shape, dtype, device or stride is not as above.
     """
+    check_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.ops.longrope.merge_attention(out_a, lse_a, out_b, lse_b)
 
 
@@ -155,7 +157,7 @@ def _bound(name: str, value: int | Tensor | None, default: int) -> tuple[int, Te
         return default, None
     if isinstance(value, Tensor):
         return 0, value
-    expect(isinstance(value, (int, torch.SymInt)), name, "an int or int64 [B]", value)
+    expect(is_int64(value), name, "an int or int64 [B]", value)
     return value, None
 
 

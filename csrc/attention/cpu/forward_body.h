@@ -39,15 +39,16 @@ struct RowState {
 // How scores become probabilities.
 template <typename Real>
 struct Softmax {
-  // Scores are compared before scaling: a negative scale goes into the queries.
+  // Scores are compared before scaling, so that what is negative or zero in the scale goes into the
+  // queries (and -inf, the score of what is not visible, is never multiplied by zero).
   Real sign;
   Softcap<Real> cap;
   Real factor;  // takes scores to powers of two
 
   explicit Softmax(const AttentionParams& p)
-      : sign(p.scale < 0 ? -1 : 1),
-        cap(p.scale * sign, p.softcap),
-        factor((cap.on ? 1 : p.scale * sign) * 1.4426950408889634) {}  // log2(e)
+      : sign((static_cast<Real>(p.scale) > 0) - (static_cast<Real>(p.scale) < 0)),
+        cap(sign == 0 ? 1 : p.scale * sign, p.softcap),
+        factor((cap.on || sign == 0 ? 1 : p.scale * sign) * 1.4426950408889634) {}  // log2(e)
 
   // One row of scores, visible in `row`, to probabilities there and zeros in the rest of `written`.
   // The probabilities may take the place of the scores.

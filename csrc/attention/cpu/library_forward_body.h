@@ -39,8 +39,8 @@ struct LibraryProducts {
       if (state.range[i].begin < state.range[i].end) {
         const RowIndex index(p, t, i);
         read(Tokens<T>(p.q, p.rotate_q, head_dim, index.batch, index.head), index.query, row);
-        if (sign < 0) {
-          for (int64_t d = 0; d < head_dim; ++d) row[d].bits ^= 0x8000;
+        if (sign != 1) {
+          for (int64_t d = 0; d < head_dim; ++d) store(row + d, load(row[d]) * sign);
         }
       } else {
         __builtin_memset(row, 0, padded * sizeof(BFloat16));
