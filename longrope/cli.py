@@ -115,6 +115,12 @@ def search(
         str,
         typer.Option(help="evolution (Algorithm 1 of the paper), gradient (fast) or hybrid."),
     ] = "evolution",
+    objective: Annotated[
+        str, typer.Option(help="perplexity, or needle: the loss of answers far from their needle.")
+    ] = "perplexity",
+    last_tokens: Annotated[
+        int | None, typer.Option(help="Score only so many tokens at the end of each window.")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="Settings: paper, paper-long (above 512k) or official-code.")
     ] = "paper",
@@ -142,6 +148,7 @@ def search(
 
     options = {
         "iterations": iterations,
+        "last_tokens": last_tokens,
         "steps": steps,
         "learning_rate": learning_rate,
         "samples": samples,
@@ -156,6 +163,7 @@ def search(
         longrope.load_data(data, tokenizer=tokenizer),
         target_length=target_length,
         method=method,
+        objective=objective,
         preset=preset,
         start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
         attention_factor=_number(

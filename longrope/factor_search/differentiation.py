@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longrope.evaluation import NextTokenNLL, evaluating
 from longrope.factor_search.gradient import Point
+from longrope.factor_search.objective import scored_tokens
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.models import decoder
 
@@ -39,12 +40,19 @@ class LossGradient:
     activation_checkpointing
         Keep only the input of each layer for the backward pass and compute the rest again there:
         a third more work for a fraction of the memory.
+    last_tokens
+        Only the last tokens of each window are scored; None: all but the first.
     """
 
     def __init__(
-        self, model: nn.Module, base_inv_freq: np.ndarray, activation_checkpointing: bool = False
+        self,
+        model: nn.Module,
+        base_inv_freq: np.ndarray,
+        activation_checkpointing: bool = False,
+        last_tokens: int | None = None,
     ):
         self.model = model
+        self.last_tokens = last_tokens
         self.base_inv_freq = torch.from_numpy(base_inv_freq)
         self.activation_checkpointing = activation_checkpointing
         with evaluating(model):
@@ -58,7 +66,7 @@ class LossGradient:
         The gradient is with respect to log lambda and, last, to the log of the attention factor.
         `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
-        scored = windows.shape[1] - 1
+        scored = scored_tokens(windows, self.last_tokens)
         with differentiating(self.model):
             log_lambdas = torch.tensor(point.log_lambdas, requires_grad=True)
             log_factor = torch.tensor(
@@ -127,7 +135,7 @@ def checkpointing_layers(model: nn.Module, active: bool = True) -> Iterator[None
 def needs_checkpointing(model: nn.Module, length: int) -> bool:
     """Say whether the activations of one window would take more than half of the free memory."""
     parameter = next(model.parameters())
-    config = model.config
+    config = decoder(model).config
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = config.num_hidden_layers

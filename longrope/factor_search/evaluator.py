@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
@@ -35,12 +36,19 @@ class PopulationEvaluator:
         Turns a candidate into `RescaleFactors`.
     rows
         Rows of one forward pass, at least 1.
+    last_tokens
+        Only the last tokens of each window are scored; None: all but the first.
     """
 
     def __init__(
-        self, model: nn.Module, to_factors: Callable[[Candidate], RescaleFactors], rows: int
+        self,
+        model: nn.Module,
+        to_factors: Callable[[Candidate], RescaleFactors],
+        rows: int,
+        last_tokens: int | None = None,
     ):
         self.model = model
+        self.last_tokens = last_tokens
         self.to_factors = to_factors
         self.rows = rows
         with evaluating(model):
@@ -51,7 +59,7 @@ class PopulationEvaluator:
         return max(1, self.rows // len(windows))
 
     def __call__(self, candidates: Sequence[Candidate], windows: torch.Tensor) -> list[float]:
-        """Return the mean NLL over all tokens but each window's first, in nats, per candidate.
+        """Return the mean NLL over the scored tokens of all windows, in nats, per candidate.
 
         `windows` is int64 `[S, N]`. Not finite where the model's output is not.
         """
@@ -62,6 +70,7 @@ class PopulationEvaluator:
         # Row r is candidate r // S on window r % S.
         of_candidate = torch.arange(len(factors)).repeat_interleave(len(windows))
         of_window = torch.arange(len(windows)).repeat(len(factors))
+        scored = scored_tokens(windows, self.last_tokens)
         sums = []
         with evaluating(self.model):
             for which, window in zip(
@@ -70,10 +79,10 @@ class PopulationEvaluator:
                 with rows_with_factors(
                     self.model, inv_freq[which], start_tokens[which], attention_factor[which]
                 ):
-                    nll = self._score(windows[window], windows.shape[1] - 1)
+                    nll = self._score(windows[window], scored)
                 sums.append(nll.double().sum(1))
         per_row = torch.cat(sums).cpu().view(len(factors), len(windows))
-        return (per_row.sum(1) / (len(windows) * (windows.shape[1] - 1))).tolist()
+        return (per_row.sum(1) / (len(windows) * scored)).tolist()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from longrope.documents import as_documents
 from longrope.evaluation import vocabulary
+from longrope.factor_search.needles import plant
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class WindowsByRole:
         What the windows were drawn from.
     held_out
         Places in `documents` of validation windows.
+    needles
+        Where random numbers for needles come from; None: windows of plain text.
     """
 
     windows: dict[str, torch.Tensor]
     documents: list[torch.Tensor]
     held_out: list[tuple[int, int]]
     length: int
+    needles: np.random.Generator | None = None
 
     @classmethod
     def draw(
@@ -47,8 +51,9 @@ class WindowsByRole:
         random_validation: np.random.Generator,
         *,
         screened: int,
+        needles: np.random.Generator | None = None,
     ) -> WindowsByRole:
-        """Draw the windows of each role.
+        """Draw the windows of each role, and plant needles where asked.
 
         With `screened` of 0 (evolution), validation takes what the search windows leave; else it
         gets half of the windows where there are fewer than `2 * samples`.
@@ -70,13 +75,15 @@ class WindowsByRole:
             places = places[first:]
             if places:
                 windows["validation"] = cut_windows(documents, length, places)
+        if needles is not None:
+            windows = {role: plant(text, needles) for role, text in windows.items()}
         if 0 < screened < len(windows["search"]):
             windows["screen"] = windows["search"][:screened]
-        return cls(windows, documents, places, length)
+        return cls(windows, documents, places, length, needles)
 
     def random(self, random: np.random.Generator) -> RandomWindows:
-        """Return windows without end that share no token with a validation window."""
-        return RandomWindows(self.documents, self.length, self.held_out, random)
+        """Return windows without end that share no text with a validation window."""
+        return RandomWindows(self.documents, self.length, self.held_out, random, self.needles)
 
     def digest(self) -> str:
         """Return a hash of the documents."""
@@ -133,6 +140,8 @@ class RandomWindows:
         Places `(document, start)` of windows of the same length, no token of which may appear.
     random
         Source of the order and of the places.
+    needles
+        Source of needles; None: plain text.
     """
 
     def __init__(
@@ -141,8 +150,10 @@ class RandomWindows:
         length: int,
         held_out: Sequence[tuple[int, int]],
         random: np.random.Generator,
+        needles: np.random.Generator | None = None,
     ):
         self.length = length
+        self.needles = needles
         self.random = random
         self._order: list[int] = []
         self._documents = []
@@ -163,7 +174,8 @@ class RandomWindows:
             document, starts = self._documents[self._order.pop()]
             start = int(starts[self.random.integers(len(starts))])
             windows.append(document[start : start + self.length])
-        return torch.stack(windows)
+        drawn = torch.stack(windows)
+        return drawn if self.needles is None else plant(drawn, self.needles)
 
 
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
@@ -173,6 +185,12 @@ def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> lis
     gaps = np.sort(random.integers(0, size - fitting * length, size=fitting, endpoint=True))
     starts = gaps + length * np.arange(fitting)
     return [int(start) for start in random.permutation(starts)]
+
+
+def scored_tokens(windows: torch.Tensor, last_tokens: int | None) -> int:
+    """Return how many tokens at the end of each window are scored: at most all but the first."""
+    most = windows.shape[1] - 1
+    return most if last_tokens is None else min(last_tokens, most)
 
 
 def digest(windows: torch.Tensor) -> str:

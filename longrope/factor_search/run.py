@@ -16,7 +16,7 @@ from torch import nn
 
 from longrope import _validation
 from longrope.evaluation import rows_per_batch
-from longrope.factor_search import run_directory
+from longrope.factor_search import needles, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
@@ -29,7 +29,7 @@ from longrope.factor_search.progress import progress_bar
 from longrope.factors import RescaleFactors
 from longrope.patching import rope_settings
 
-OBJECTIVES = ("perplexity",)
+OBJECTIVES = ("perplexity", "needle")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def search(
     target_length: int,
     method: str = "evolution",
     objective: str = "perplexity",
+    last_tokens: int | None = None,
     preset: str = "paper",
     start_tokens: str | int = "search",
     attention_factor: str | float = "yarn",
@@ -115,7 +116,11 @@ def search(
     method
         `"evolution"`, `"gradient"` or `"hybrid"`.
     objective
-        `"perplexity"`.
+        `"perplexity"` of the windows; or `"needle"` (LongRoPE2, arXiv 2502.20082): of 16 random
+        tokens at the end of each window, which also stand in its first tenth, after the same 8.
+    last_tokens
+        Score only so many tokens at the end of each window, those with the most context; None: all
+        but the first. With `"perplexity"` only.
     preset
         Where the defaults below come from: `"paper"`; `"paper-long"`, the paper's halved sizes
         and 3 documents for targets above 512k; or `"official-code"`, the released code's bound
@@ -188,9 +193,11 @@ def search(
         "windows_per_step": windows_per_step,
     }
     if method == "gradient":
-        _not_with(method, {**sizes, "max_evaluations": max_evaluations})
+        _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
     if method == "evolution":
-        _not_with(method, {**descent, "activation_checkpointing": activation_checkpointing})
+        _not_with(
+            f"method={method!r}", {**descent, "activation_checkpointing": activation_checkpointing}
+        )
         if attention_factor == "search":
             raise ValueError(
                 "attention_factor: expected 'yarn', 'su' or a number with method='evolution', got "
@@ -204,6 +211,8 @@ def search(
     for name, value in (("batch_size", batch_size), ("max_evaluations", max_evaluations)):
         if value is not None:
             _validation.integer(name, value, 1)
+    if last_tokens is not None:
+        _validation.integer("last_tokens", last_tokens, 1)
     problem = Problem.of(
         rope_settings(model),
         target_length=target_length,
@@ -213,10 +222,19 @@ def search(
         max_lambda=max_lambda,
         preset=PRESETS[preset],
     )
-    randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)]
+    if objective == "needle":
+        _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
+        if problem.target_length < needles.SHORTEST:
+            raise ValueError(
+                f"target_length: expected at least {needles.SHORTEST} tokens with "
+                f"objective='needle', got {problem.target_length}"
+            )
+        last_tokens = needles.ANSWER_TOKENS
+    randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)]
     drawn = WindowsByRole.draw(
         model, documents, validation, problem.target_length, samples, *randoms[:2],
         screened=0 if method == "evolution" else SCREEN_WINDOWS,
+        needles=randoms[4] if objective == "needle" else None,
     )  # fmt: skip
     settings = {
         "evolution": {"sizes": {k: v for k, v in vars(sizes).items() if k != "iterations"}},
@@ -230,6 +248,7 @@ def search(
         # The first difference is what a refusal names: what decides the windows before the windows.
         "method": method,
         "objective": objective,
+        "last_tokens": last_tokens,
         "problem": dataclasses.asdict(problem),
         **settings[method],
         "batch_size": batch_size,
@@ -262,7 +281,7 @@ def search(
                  "max_evaluations": max_evaluations, "notes": notes},
             )  # fmt: skip
         ledger = Ledger(
-            PopulationEvaluator(model, problem.factors, notes["rows"]),
+            PopulationEvaluator(model, problem.factors, notes["rows"], last_tokens),
             drawn.windows,
             journal,
             max_evaluations=max_evaluations,
@@ -270,7 +289,10 @@ def search(
         task = Task(problem, ledger, sizes, descent, randoms[2], None)
         if method != "evolution":
             ledger.differentiate = LossGradient(
-                model, problem.baselines()["pi"].base_inv_freq(), notes["activation_checkpointing"]
+                model,
+                problem.baselines()["pi"].base_inv_freq(),
+                notes["activation_checkpointing"],
+                last_tokens,
             )
             task.random_windows = drawn.random(randoms[3])
         ledger.on_batch = stack.enter_context(progress_bar(progress, task.most_evaluations[method]))
@@ -292,10 +314,10 @@ def _replace(settings: Any, given: dict[str, Any]) -> Any:
     return dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
 
 
-def _not_with(method: str, given: dict[str, Any]) -> None:
+def _not_with(setting: str, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}: expected None with method={method!r}, got {value!r}")
+            raise ValueError(f"{name}: expected None with {setting}, got {value!r}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

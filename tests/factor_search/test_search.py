@@ -310,7 +310,7 @@ def test_another_model_is_refused_and_starting_again_is_possible(
     ("changes", "sentence"),
     [
         ({"method": "annealing"}, "method: expected one of 'evolution', 'gradient', 'hybrid', got"),
-        ({"objective": "bleu"}, "objective: expected one of 'perplexity', got 'bleu'"),
+        ({"objective": "bleu"}, "objective: expected one of 'perplexity', 'needle', got 'bleu'"),
         ({"preset": "mine"}, "preset: expected one of 'paper', 'paper-long', 'official-code', got"),
         ({"target_length": 16}, "target_length: expected more than the original length 16, got 16"),
         ({"target_length": 32.5}, "target_length: expected an integer of at least 2, got 32.5"),
