@@ -36,6 +36,8 @@ def assert_accurate(backend, tensors, **arguments):
         eps = torch.finfo(three[0].dtype).eps
         floor = (2 * eps * size + eps * size.max())[three[2].isfinite()]
         assert_as_accurate(*three, floor=floor, name=name)
+    # In float32 for every dtype: a key too many or too few among some hundreds shows.
+    torch.testing.assert_close(got[1].cpu(), exact[1].float(), rtol=1e-4, atol=1e-4)
 
 
 def inputs(heads, kv_heads, queries, keys, head_dim, dtype, batch=1):
@@ -65,6 +67,19 @@ def test_several_tiles_of_rows_and_keys(backend, head_dim, dtype):
 def test_tiles_that_see_little(backend, arguments, dtype):
     """Tiles before, on and behind every bound."""
     assert_accurate(backend, inputs(2, 2, 80, 131, 24, dtype, batch=2), **arguments)
+
+
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_offset_of_a_bound_in_a_tile(backend, dtype, window):
+    arguments = {"query_start": torch.arange(70), "window": window}
+    assert_accurate(backend, inputs(1, 1, 3, 75, 16, dtype, batch=70), **arguments)
+
+
+def test_rows_of_a_block_that_begin_behind_its_first_keys(backend):
+    """With a window, from the one key before to the one key behind the end of a tile of 64."""
+    arguments = {"query_start": torch.arange(54, 59), "window": 40, "key_start": 50}
+    assert_accurate(backend, inputs(1, 1, 128, 190, 16, torch.bfloat16, batch=5), **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,3 +157,39 @@ def test_infinite_scores(backend, dtype):
     assert out[0, 0, 2].isnan().all()
     if backend.is_cuda:  # the CPU kernels give NaN
         assert lse[0, 0, 2] == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [3, 5, 7])
+def test_groups_that_are_no_power_of_two(backend, group, dtype):
+    """One query of every head of a group, and many."""
+    assert_accurate(backend, inputs(2 * group, 2, 1, 70, 24, dtype))
+    assert_accurate(backend, inputs(group, 1, 41, 70, 24, dtype), window=30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_growing_scores_rescale_what_was_summed(backend, dtype):
+    """Each tile of keys outweighs all before it, and the last takes nearly all."""
+    q, k, v = inputs(1, 1, 20, 400, 32, dtype)
+    q, k = q.abs(), k.abs() * torch.linspace(0, 6, 400)[:, None].to(dtype)
+    exact = ops.reference.attention(q.double(), k.double(), v.double())
+    got = ops.attention(*(t.to(backend.device) for t in (q, k, v)))
+    assert_as_accurate(got, ops.reference.attention(q, k, v), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_seen_may_be_nan(backend, dtype):
+    """Rows without keys and keys without rows, in tiles that others use; also gradients."""
+    q, k, v = inputs(2, 1, 100, 150, 24, dtype, batch=2)
+    arguments = {"query_start": -30, "key_start": torch.tensor([0, 5])}
+    expected = results(ops.attention, (q, k, v), backend.device, **arguments)
+    seen_rows, seen_keys = slice(35, None), slice(5, 70)
+    poisoned = [torch.full_like(t, math.nan) for t in (q, k, v)]
+    for t, p, seen in zip((q, k, v), poisoned, (seen_rows, seen_keys, seen_keys), strict=True):
+        p[:, :, seen] = t[:, :, seen]
+    poisoned[0][0, :, 30:35] = q[0, :, 30:35]
+    for p, t in zip(poisoned[1:], (k, v), strict=True):
+        p[0, :, :5] = t[0, :, :5]
+    got = results(ops.attention, poisoned, backend.device, **arguments)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)

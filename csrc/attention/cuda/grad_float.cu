@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(kFloatThreads)
   const int first_key = block_key + warp_key;
   const FloatScore score(p);
 
-  // Keys that some query of the row of the batch sees, and the rows that see keys of this block.
+  // Keys that some query of the row of the batch sees, and the rows that see keys of this block:
+  // what nobody sees, and rows that see nothing, may hold anything.
   const Keys used = head.visible.keys(0, head.last_query);
-  const bool is_used = block_key < used.end && block_key + kFloatRows > used.begin;
   const Keys queries = head.visible.queries(block_key, block_key + kFloatRows, head.last_query + 1);
-  const int end = is_used ? queries.end * head.group : 0;
+  const int end = queries.end * head.group;
   const auto key_at = [&](const AttentionTensor& x, int key) {
     key += block_key;
     return key >= used.begin && key < used.end ? head.key<const float>(x, key) : nullptr;
@@ -107,9 +107,7 @@ __global__ void __launch_bounds__(kFloatThreads)
   float dk[kRowsOfWarp][kFloatColumns] = {}, dv[kRowsOfWarp][kFloatColumns] = {};
   for (int begin = queries.begin * head.group; begin < end; begin += kFloatKeys) {
     const auto row_at = [&](const AttentionTensor& x, int r) {
-      const Keys seen = head.visible.keys(head.query(begin + r));
-      return begin + r < end && seen.begin < seen.end ? head.row<const float>(x, begin + r)
-                                                      : nullptr;
+      return begin + r < end ? head.row<const float>(x, begin + r) : nullptr;
     };
     sync_threads();  // no warp needs the last tile
     read_rows(q, kFloatKeys, head_dim, [&](int r) { return row_at(p.q, r); });

@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kThreads)
   const int head_dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32;
   const int warp_key = threadIdx.x / 32 * 16;
   const Score score(p);
+  const Divider by_group(static_cast<unsigned>(head.group));
 
-  // Keys that some query of the row of the batch sees, and the rows that see keys of this tile.
+  // Keys that some query of the row of the batch sees, and the rows that see keys of this tile:
+  // what nobody sees, and rows that see nothing, may hold anything.
   const Keys used = head.visible.keys(0, head.last_query);
-  const bool is_used = first_key < used.end && first_key + kKeys > used.begin;
   const Keys queries = head.visible.queries(first_key, first_key + kKeys, head.last_query + 1);
-  const int begin = queries.begin * head.group;
-  const int end = is_used ? queries.end * head.group : begin;
+  const int begin = queries.begin * head.group, end = queries.end * head.group;
 
   const auto copy_keys = [&](T* tile, const AttentionTensor& x) {
     copy_tile<kKeys, kHeadDim, kThreads>(tile, head_dim, static_cast<const T*>(x.data), [&](int r) {
@@ -69,12 +69,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto copy_rows = [&](int buffer, int first) {
     const auto copy = [&](T* tile, const AttentionTensor& x) {
       copy_tile<kRows, kHeadDim, kThreads>(
-          tile + buffer * kTile, head_dim, static_cast<const T*>(x.data), [&](int r) {
-            // Queries without a key may hold anything.
-            if (first + r >= end) return static_cast<const T*>(nullptr);
-            const Keys seen = head.visible.keys(head.query(first + r));
-            return seen.begin < seen.end ? head.row<const T>(x, first + r) : nullptr;
-          });
+          tile + buffer * kTile, head_dim, static_cast<const T*>(x.data),
+          [&](int r) { return first + r < end ? head.row<const T>(x, first + r) : nullptr; });
     };
     copy(q, p.q);
     copy(grad_out, g.grad_out);

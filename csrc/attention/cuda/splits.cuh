@@ -52,7 +52,9 @@ inline int64_t row_tiles(const AttentionParams& p, int rows) {
 // every device.
 inline int split_count(const AttentionParams& p, int rows, int keys_at_once) {
   constexpr int64_t kBlocks = 264;
-  const int64_t steps = ceil_div<int64_t>(p.keys, keys_at_once);
+  const int64_t window = std::min(p.window, p.keys);
+  const int64_t seen = p.causal && window ? std::min(p.keys, p.queries + window) : p.keys;
+  const int64_t steps = ceil_div<int64_t>(seen, keys_at_once);
   return static_cast<int>(std::max<int64_t>(1, std::min(kBlocks / row_tiles(p, rows), steps / 2)));
 }
 

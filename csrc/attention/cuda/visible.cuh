@@ -37,11 +37,13 @@ struct Visible {
   }
   __device__ __forceinline__ Keys keys(int query) const { return keys(query, query); }
 
-  // The queries of [0, queries) that may see one of the keys [begin, end): those whose own keys
-  // overlap them, key_start and key_length aside.
-  __device__ __forceinline__ Keys queries(int begin, int end, int queries) const {
+  // The queries of [0, count) that see one of the keys [begin, end).
+  __device__ __forceinline__ Keys queries(int begin, int end, int count) const {
+    begin = begin > first ? begin : first;
+    end = end < limit ? end : limit;
+    if (begin >= end) return {0, 0};
     const int from = begin - high + 1, to = end - low;
-    return {from > 0 ? from : 0, to < queries ? to : queries};
+    return {from > 0 ? from : 0, to < count ? to : count};
   }
 
  private:
@@ -88,10 +90,31 @@ struct Head {
   __device__ __forceinline__ T* key(const AttentionTensor& x, int key) const {
     return row_of<T>(x, batch, kv_head, key);
   }
+  // The row of the query in head kv_head * group + member.
+  template <typename T>
+  __device__ __forceinline__ T* row(const AttentionTensor& x, int query, int member) const {
+    return row_of<T>(x, batch, kv_head * group + member, query);
+  }
   // Where the row stands in [batch, heads, queries].
   __device__ __forceinline__ int64_t flat(const AttentionParams& p, int r) const {
     return (batch * p.heads + kv_head * group + r % group) * p.queries + r / group;
   }
+};
+
+// x / divisor for 0 <= x < 2^31 by one multiplication (Granlund and Montgomery, 1994): multiplier =
+// ceil(2^(31 + s) / divisor), where 2^s is the smallest power of two that is not less than divisor.
+class Divider {
+ public:
+  __device__ __forceinline__ explicit Divider(unsigned divisor) : shift_(31) {
+    while (1ull << (shift_ - 31) < divisor) ++shift_;
+    multiplier_ = static_cast<unsigned>(((1ull << shift_) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ int quotient(int x) const {
+    return static_cast<int>(static_cast<unsigned long long>(x) * multiplier_ >> shift_);
+  }
+
+ private:
+  unsigned shift_, multiplier_;
 };
 
 }  // namespace longrope::cuda
