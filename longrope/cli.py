@@ -6,6 +6,7 @@ Bad input ends with one sentence on standard error and exit code 2, without a tr
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def one_sentence_errors(command):
             print(f"longrope: {sentence}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            print("longrope: interrupted; the same command resumes the run", file=sys.stderr)
+            print("longrope: interrupted; the same search resumes where it was", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -63,6 +64,10 @@ def _device(name: str | None) -> str:
     return name
 
 
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__
+
+
 def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
     import torch
@@ -77,12 +82,20 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"MODEL: the folder {name!r} has no config.json")
     device = _device(device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except Exception as error:  # many kinds, of transformers, safetensors and the hub
+        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
     if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
         model = model.float()  # CPUs without bf16 matrix units are slower in bf16 than in fp32
     tokenizer = None
     if model.config.vocab_size != 256:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
+            ) from None
     return model.to(device), tokenizer
 
 
@@ -199,7 +212,9 @@ def perplexity(
     model: Model,
     data: Data,
     length: Annotated[int, typer.Option(help="Window length in tokens.")],
-    stride: Annotated[int, typer.Option(help="Tokens between the starts of windows.")] = 256,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between the starts of windows, 256 or the length.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Random documents; default: all.")] = None,
     factors: Annotated[
         Path | None, typer.Option(help="Rescale factors (.json) to apply first.")
@@ -218,7 +233,7 @@ def perplexity(
         network,
         longrope.load_data(data, tokenizer=tokenizer),
         length=length,
-        stride=stride,
+        stride=min(256, length) if stride is None else stride,
         samples=samples,
         seed=seed,
     )

@@ -191,18 +191,21 @@ def _text_of(entry: Any, text_field: str, where: str) -> str | list[int]:
     value = entry
     if isinstance(entry, dict):
         value = entry.get("input_ids", entry.get(text_field))
-    if isinstance(value, list) and all(type(v) is int for v in value):
+    if isinstance(value, list) and all(type(v) is int and -(2**63) <= v < 2**63 for v in value):
         return value
     if isinstance(value, str):
         return value
-    raise ValueError(f"{where}: expected text, or an object with a field {text_field!r}")
+    raise ValueError(
+        f"{where}: expected text, a list of token ids, or an object with a field {text_field!r}"
+    )
 
 
 def _tokens(text: str | bytes | list[int], encode: Callable | None) -> np.ndarray:
     if isinstance(text, list):
         return np.asarray(text, np.int64)
     if encode is None:
-        data = text if isinstance(text, bytes) else text.encode()
+        # A lone half of a surrogate pair, which JSON can spell, has no bytes.
+        data = text if isinstance(text, bytes) else text.encode(errors="replace")
         return np.frombuffer(data, np.uint8).astype(np.int64)
     # A stray byte that is not UTF-8 must not end a long run over many files.
     return encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
@@ -222,4 +225,13 @@ def _encoder(tokenizer: Any) -> Callable[[str], np.ndarray] | None:
 
     else:
         encode = tokenizer
-    return lambda text: np.asarray(encode(text), np.int64)
+
+    def checked(text: str) -> np.ndarray:
+        ids = np.asarray(encode(text))
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(
+                f"tokenizer: expected a list of token ids, got {ids.dtype} {list(ids.shape)}"
+            )
+        return ids.astype(np.int64)
+
+    return checked

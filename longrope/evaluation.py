@@ -199,7 +199,14 @@ def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """Return the number of rows of the model's token embedding, None where it has none."""
+    """Return the number of rows of the model's token embedding, None where it has none.
+
+    Raises `ValueError` where this is no module at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: expected a Hugging Face causal language model, got {type(model).__name__}"
+        )
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     return None if weight is None else weight.shape[0]

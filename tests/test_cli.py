@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from support import tiny_models
@@ -97,6 +99,22 @@ def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert str(blocked) in sentence("demo", "--out", blocked / "out")
+
+
+def test_a_model_that_cannot_be_loaded_gets_one_sentence(model_folder, text, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    said = sentence("perplexity", folder, text, "--length", 128, "--device", "cpu")
+    assert said.startswith(f"longrope: MODEL: cannot load '{folder}': ")
+    (folder / "config.json").write_text('{"model_type": "unheard-of"}')
+    assert "MODEL: cannot load" in sentence("perplexity", folder, text, "--length", 128)
+
+
+def test_a_window_shorter_than_the_default_stride(model_folder, text):
+    short = call("perplexity", model_folder, text, "--length", 64, "--device", "cpu")
+    same = call("perplexity", model_folder, text, "--length", 64, "--stride", 64, "--device", "cpu")
+    assert short.stdout == same.stdout
 
 
 def test_a_device_that_is_not_there_gets_one_sentence(model_folder, text):

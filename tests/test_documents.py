@@ -51,7 +51,7 @@ def test_jsonl_names_the_line_that_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl:2: expected one JSON value a line"):
         longrope.load_data(path)
     path.write_text('{"text": "fine"}\n{"body": "other"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected text, or .* field 'text'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected text, .* field 'text'"):
         longrope.load_data(path)
     path.write_text('{"body": "other"}\n')
     assert texts(longrope.load_data(path, text_field="body")) == ["other"]
@@ -145,3 +145,19 @@ def test_as_documents_takes_tensors_arrays_and_lists():
 def test_as_documents_refuses_with_one_sentence(documents, sentence):
     with pytest.raises(ValueError, match=sentence):
         as_documents(documents, vocab_size=10)
+
+
+def test_what_a_tokenizer_returns_is_checked(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    for wrong in ([1.5, 2], [[1, 2]], ["a"]):
+        with pytest.raises(ValueError, match="tokenizer: expected a list of token ids"):
+            longrope.load_data(tmp_path, tokenizer=lambda text, wrong=wrong: wrong)
+
+
+def test_json_ids_beyond_64_bits_and_lone_surrogates(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input_ids": [1, 99999999999999999999]}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected text"):
+        longrope.load_data(path)
+    path.write_text('{"text": "a\\ud800b"}\n')
+    assert longrope.load_data(path)[0].tolist() == list(b"a?b")

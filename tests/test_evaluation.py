@@ -185,13 +185,14 @@ def test_only_scored_tokens_reach_the_output_layer(model):
         ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
         ({"samples": 3}, "samples: expected at most 2 documents, got 3"),
         ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
+        ({"model": "path"}, "model: expected a Hugging Face causal language model, got str"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_sentence(model, changes, sentence):
     arguments = {"documents": documents_of(20, 30), "length": 16, "stride": 8} | changes
     with pytest.raises(ValueError, match=sentence):
-        longrope.perplexity(model, **arguments)
+        longrope.perplexity(arguments.pop("model", model), **arguments)
 
 
 def test_nan_names_the_window(model):

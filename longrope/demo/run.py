@@ -136,6 +136,7 @@ def run(
             samples=SEARCH_SAMPLES,
             seed=seed,
             out=out / f"search-{method}",
+            resume=False,  # two minutes; another seed or budget must not be refused
             progress=True,
             **(arguments | changed),
         )

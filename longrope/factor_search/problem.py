@@ -98,7 +98,9 @@ class Problem:
             space=SearchSpace.of(
                 rope.rotary_dim // 2,
                 max_lambda,
-                _start_token_choices(start_tokens, original_length, preset.start_tokens),
+                _start_token_choices(
+                    start_tokens, original_length, target_length, preset.start_tokens
+                ),
             ),
         )
 
@@ -154,11 +156,15 @@ def _attention_factor(value: str | float, ratio: float, original_length: int) ->
 
 
 def _start_token_choices(
-    value: str | int, original_length: int, choices: tuple[int, ...]
+    value: str | int, original_length: int, target_length: int, choices: tuple[int, ...]
 ) -> tuple[int, ...]:
     if value == "search":
         # Beyond the original length, start tokens would turn by angles the model never saw.
         return tuple(n for n in choices if n <= original_length)
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 0:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if whole and 0 <= value < target_length:
         return (int(value),)
-    raise ValueError(f"start_tokens: expected 'search' or an integer of at least 0, got {value!r}")
+    raise ValueError(
+        f"start_tokens: expected 'search' or an integer from 0 to below the target length "
+        f"{target_length}, got {value!r}"
+    )

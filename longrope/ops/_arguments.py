@@ -68,9 +68,7 @@ def check_frequencies(
             "start_tokens", f"an int or int64 [{rows}]", start_tokens,
         )  # fmt: skip
     else:
-        expect(
-            isinstance(start_tokens, (int, torch.SymInt)), "start_tokens", "an int", start_tokens
-        )
+        expect(is_int64(start_tokens), "start_tokens", "an int or int64 [B]", start_tokens)
         expect(start_tokens >= 0, "start_tokens", "0 or more", start_tokens)
     if base_inv_freq is not None:
         pairs = inv_freq.shape[-1]
@@ -114,6 +112,8 @@ def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tup
     `(inv_freq, base_inv_freq, start_tokens)` of each set and the ratio of the attention factors.
     The base frequencies are `theta^(-2i/R)`.
     """
+    for name, factors in (("from_factors", from_factors), ("to_factors", to_factors)):
+        expect(hasattr(factors, "rotary_dim"), name, "longrope.RescaleFactors", factors)
     expect(
         from_factors.rotary_dim == to_factors.rotary_dim,
         "to_factors", f"rotary_dim {from_factors.rotary_dim} as in from_factors",

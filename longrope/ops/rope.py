@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
-from longrope.ops._arguments import check_frequencies, check_positions, factor_sets
+from longrope.ops._arguments import (
+    check_frequencies,
+    check_positions,
+    check_tensors,
+    expect,
+    factor_sets,
+    is_int64,
+)
 
 __all__ = ["Rotation", "rerotate", "rope", "rope_"]
 
@@ -104,9 +111,10 @@ def rope(
         Where a shape, dtype, device or stride is not as above, a frequency or factor is not finite
         (CPU), or `base_inv_freq` is missing.
     """
+    _check(q, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved)
     return torch.ops.longrope.rope(
         q, k, positions, inv_freq, base_inv_freq,
-        *_start_and_factor(q, start_tokens, attention_factor), interleaved, False,
+        *_start_and_factor(start_tokens, attention_factor), interleaved, False,
     )  # fmt: skip
 
 
@@ -128,10 +136,11 @@ def rope_(
         As `rope`; also where q or k overlap each other or themselves (an expanded tensor), or where
         a gradient is asked for.
     """
+    _check(q, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved)
     _refuse_gradients("rope_", "rope", q, k, inv_freq, base_inv_freq, attention_factor)
     torch.ops.longrope.rope_(
         q, k, positions, inv_freq, base_inv_freq,
-        *_start_and_factor(q, start_tokens, attention_factor), interleaved,
+        *_start_and_factor(start_tokens, attention_factor), interleaved,
     )  # fmt: skip
     return q, k
 
@@ -174,6 +183,8 @@ def rerotate(
         Where a shape, dtype, device or stride is not as above, the sets do not fit, or `out`
         overlaps k without being k.
     """
+    check_tensors(k=k, positions=positions, **({} if out is None else {"out": out}))
+    expect(isinstance(interleaved, bool), "interleaved", "a bool", interleaved)
     sets = factor_sets(from_factors, to_factors, k.device)
     if out is None:
         return torch.ops.longrope.rerotate(k, positions, *sets, interleaved)
@@ -185,8 +196,28 @@ def rerotate(
     return out
 
 
+def _check(q, k, positions, inv_freq, start_tokens, base, factor, interleaved) -> None:
+    """Check types and devices, which the dispatcher refuses in longer words or not at all.
+
+    Shapes and values are the kernels' to check.
+    """
+    tensors = {"q": q, "k": k, "positions": positions, "inv_freq": inv_freq}
+    if isinstance(start_tokens, Tensor):
+        tensors["start_tokens"] = start_tokens
+    else:
+        expect(is_int64(start_tokens), "start_tokens", "an int or int64 [B]", start_tokens)
+    if base is not None:
+        tensors["base_inv_freq"] = base
+    if isinstance(factor, Tensor):
+        tensors["attention_factor"] = factor
+    else:
+        expect(isinstance(factor, (int, float)), "attention_factor", "a number", factor)
+    check_tensors(**tensors)
+    expect(isinstance(interleaved, bool), "interleaved", "a bool", interleaved)
+
+
 def _start_and_factor(
-    q: Tensor, start_tokens: int | Tensor, attention_factor: float | Tensor
+    start_tokens: int | Tensor, attention_factor: float | Tensor
 ) -> tuple[int, Tensor | None, float, Tensor | None]:
     """Split each argument into the scalar and the tensor that the op takes."""
     rows = factor = None

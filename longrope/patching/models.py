@@ -28,7 +28,7 @@ def apply(model: nn.Module, factors: RescaleFactors | Sequence[RescaleFactors]) 
     """Make a Hugging Face model use rescale factors, in place.
 
     Weights, state dict keys and configuration stay as they are, so `save_pretrained` afterwards
-    writes the model without the factors (`longrope.export` writes both). Other models of the same
+    writes the model without the factors. Other models of the same
     class are not affected. Applying again replaces the factors; `remove` takes them out.
 
     Parameters
