@@ -19,6 +19,7 @@ def progress_bar(show: bool, total: int) -> Iterator[Callable[[Sequence[Evaluati
     if not show:
         yield lambda evaluations: None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -39,6 +40,7 @@ def progress_bar(show: bool, total: int) -> Iterator[Callable[[Sequence[Evaluati
         TimeRemainingColumn(),
         TextColumn("left"),
         speed_estimate_period=120,
+        console=Console(stderr=True),  # results go to standard output
     ) as progress:
         task = progress.add_task("search", total=total, best="-")
 

@@ -1,0 +1,57 @@
+"""The code in the README runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture
+def blocks():
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(found) == 2
+    return found
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_your_model(blocks, tmp_path, monkeypatch, capsys, one_thread):
+    monkeypatch.chdir(tmp_path)
+    tiny_models.build(vocab_size=256, pad_token_id=None).save_pretrained("path/to/model")
+    byte_tokenizer().save_pretrained("path/to/model")
+    Path("books").mkdir()
+    for index in range(6):
+        text = torch.randint(97, 123, (700,), dtype=torch.uint8).numpy().tobytes()
+        Path(f"books/{index}.txt").write_bytes(text)
+    names: dict = {}
+    exec(blocks[0], names)
+    printed = [float(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert len(printed) == 2 and all(p > 1 for p in printed)
+    assert names["result"].factors.target_length == 8 * tiny_models.ORIGINAL
+    assert Path("run/factors.json").is_file()
+
+
+def test_kernels(blocks):
+    names: dict = {}
+    exec(blocks[1], names)
+    whole = names["ops"].attention(
+        names["q"],
+        names["ops"].rerotate(names["k"], names["positions"], names["pi"], names["yarn"]),
+        names["v"],
+    )
+    torch.testing.assert_close(names["out"], whole, rtol=1e-4, atol=1e-4)
+    assert names["nll"].shape == (99,)
