@@ -165,7 +165,7 @@ def test_the_run_directory(uninterrupted):
 
 def test_progress_is_shown(shared_model, documents, capsys):
     search(shared_model, documents, progress=True)
-    assert "best perplexity" in capsys.readouterr().out
+    assert "best perplexity" in capsys.readouterr().err
 
 
 # --- resuming ---------------------------------------------------------------------------------
