@@ -137,10 +137,8 @@ inline void rotate_columns(const BFloat16* x, BFloat16* y, const float* cos, con
   using Floats = typename Lanes<kWidth>::Floats;
   using Words = typename Lanes<kWidth>::Words;
   using Halves = typename Lanes<kWidth>::Halves;
-  const auto widened = [](const BFloat16* from) {
-    return even_values(__builtin_convertvector(load_as<Halves>(from), Words));
-  };
-  const Floats x1 = widened(x), x2 = widened(x + pairs);
+  const Floats x1 = even_values(__builtin_convertvector(load_as<Halves>(x), Words));
+  const Floats x2 = even_values(__builtin_convertvector(load_as<Halves>(x + pairs), Words));
   const Floats c = load_as<Floats>(cos), s = load_as<Floats>(sin);
   const Floats y1 = x1 * c - x2 * s, y2 = x2 * c + x1 * s;
   store_as(y, __builtin_convertvector(rounded(y1) >> 16, Halves));
