@@ -32,9 +32,9 @@ def chunked(hidden, weight, targets):
 
 
 def setup(rows, embed, vocab, dtype, device):
-    """Return inputs like those of a model: logits of a few units."""
-    hidden = torch.randn(rows, embed, device=device).to(dtype)
-    weight = (torch.randn(vocab, embed, device=device) * 2 / embed**0.5).to(dtype)
+    """Return inputs like those of a model, logits of a few units, made without temporaries."""
+    hidden = torch.randn(rows, embed, device=device, dtype=dtype)
+    weight = torch.randn(vocab, embed, device=device, dtype=dtype).mul_(2 / embed**0.5)
     return hidden, weight, torch.randint(0, vocab, (rows,), device=device)
 
 

@@ -22,7 +22,10 @@ def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
     found: dict[tuple, dict] = {}
     for path in files:
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            if "ratio_to_baseline" not in (rows.fieldnames or []):
+                continue  # of another kind: the comparison of searches
+            for row in rows:
                 threads = f"threads: {row['threads']}" if row["isa"] else ""  # a CPU
                 panel = found.setdefault((row["device"], threads, row["op"]), {})
                 group = panel.setdefault(f"{row['case']}\n{row['dtype']}", {})
