@@ -47,8 +47,8 @@ def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
         at += 0.8
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(low, high * 12)  # room for the names
+    every = [ratio for ratios in groups.values() for ratio in ratios.values()]
+    axis.set_xlim(min(every) / 2, max(every) * 10)  # room for the names
     axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
