@@ -86,7 +86,7 @@ struct AttentionPlan {
   int64_t split_keys;
   size_t scratch;          // bytes for every thread, aligned to 64
   size_t workspace;        // bytes for the call, aligned to 64; may be 0
-  bool bfloat16_products;  // the forward pass multiplies by bfloat16_product
+  bool bfloat16_products;  // multiply by bfloat16_product
 };
 
 AttentionPlan attention_plan(const AttentionParams& params);

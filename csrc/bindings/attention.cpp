@@ -117,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_grad(
   check_heads("out", out, q, p.batch, p.heads, p.queries, p.head_dim);
   check_heads("grad_out", grad_out, q, p.batch, p.heads, p.queries, p.head_dim);
   check_lse("lse", lse, q);
+  if (p.dtype == DType::kBFloat16) p.bfloat16_product = bfloat16_product();
   const Tensor lse_held = lse.contiguous();
   p.out = view_of(out);
   p.lse = lse_held.data_ptr();

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -28,27 +29,21 @@ std::unique_ptr<void, Free> aligned(size_t bytes) {
   return std::unique_ptr<void, Free>(std::aligned_alloc(64, (bytes + 64) / 64 * 64));
 }
 
-void run(const Case& c) {
-  constexpr int64_t kBatch = 2;
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  std::vector<float> q(kBatch * c.heads * c.queries * c.head_dim);
-  std::vector<float> k(kBatch * c.kv_heads * c.keys * c.head_dim), v(k.size());
-  for (auto* values : {&q, &k, &v}) {
-    for (float& x : *values) x = normal(random);
-  }
-  std::vector<float> out(q.size(), std::nanf("")), lse(kBatch * c.heads * c.queries, std::nanf(""));
-  const auto view = [&](std::vector<float>& x, int64_t heads, int64_t tokens) {
+constexpr int64_t kBatch = 2;
+
+template <typename T>
+longrope::AttentionParams parameters(const Case& c, T* q, T* k, T* v, T* out, float* lse) {
+  const auto view = [&](T* x, int64_t heads, int64_t tokens) {
     const int64_t head = tokens * c.head_dim;
-    return longrope::AttentionTensor{x.data(), heads * head, head, c.head_dim};
+    return longrope::AttentionTensor{x, heads * head, head, c.head_dim};
   };
   longrope::AttentionParams params{};
   params.q = view(q, c.heads, c.queries);
   params.k = view(k, c.kv_heads, c.keys);
   params.v = view(v, c.kv_heads, c.keys);
   params.out = view(out, c.heads, c.queries);
-  params.lse = lse.data();
-  params.dtype = longrope::DType::kFloat32;
+  params.lse = lse;
+  params.dtype = sizeof(T) == 4 ? longrope::DType::kFloat32 : longrope::DType::kBFloat16;
   params.batch = kBatch;
   params.heads = c.heads;
   params.kv_heads = c.kv_heads;
@@ -62,15 +57,115 @@ void run(const Case& c) {
   params.window = c.window;
   params.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
   params.softcap = c.softcap;
+  return params;
+}
+
+void attend(const longrope::AttentionParams& params) {
   const longrope::AttentionPlan plan = longrope::attention_plan(params);
   const auto workspace = aligned(plan.workspace), scratch = aligned(plan.scratch);
   for (int64_t task = plan.tasks - 1; task >= 0; --task) {  // any order
     longrope::attention_cpu(params, plan, task, workspace.get(), scratch.get());
   }
   if (plan.splits > 1) {
-    const int64_t rows = kBatch * c.heads * c.queries;
+    const int64_t rows = kBatch * params.heads * params.queries;
     longrope::attention_merge_splits_cpu(params, plan, workspace.get(), 0, rows);
   }
+}
+
+// Gradients of the sum of out.
+template <typename T>
+std::vector<T> gradients(const longrope::AttentionParams& params, T one, int64_t elements_of_k) {
+  const int64_t rows = kBatch * params.heads * params.queries,
+                elements_of_q = rows * params.head_dim;
+  std::vector<T> grad_out(elements_of_q, one), grads(elements_of_q + 2 * elements_of_k);
+  longrope::AttentionGradParams g{};
+  g.forward = params;
+  g.grad_out = g.grad_q = params.q;
+  g.grad_k = g.grad_v = params.k;
+  g.grad_out.data = grad_out.data();
+  g.grad_q.data = grads.data();
+  g.grad_k.data = grads.data() + elements_of_q;
+  g.grad_v.data = grads.data() + elements_of_q + elements_of_k;
+  const longrope::AttentionPlan plan = longrope::attention_grad_plan(params);
+  const auto workspace = aligned(plan.workspace), scratch = aligned(plan.scratch);
+  for (int64_t task = plan.tasks - 1; task >= 0; --task) {
+    longrope::attention_grad_cpu(g, plan, task, workspace.get(), scratch.get());
+  }
+  longrope::attention_grad_finish_cpu(g, plan, workspace.get(), 0, rows);
+  return grads;
+}
+
+float widen(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// What a library does by the processor's instructions.
+void bfloat16_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
+                      bool add, const void* a, const void* b, float* c) {
+  CHECK(k % 32 == 0);
+  const auto* rows = static_cast<const uint16_t*>(a);
+  const auto* pairs = static_cast<const uint16_t*>(b);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = add ? c[i * ldc + j] : 0;
+      for (int64_t p = 0; p < k; ++p) {
+        sum += widen(rows[i * lda + p]) * widen(pairs[(p / 2 * ldb + j) * 2 + p % 2]);
+      }
+      c[i * ldc + j] = sum;
+    }
+  }
+}
+
+// bfloat16, multiplied in bfloat16 and in float32: the same but for the rounding of probabilities.
+void compare_products(const Case& c) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> q(kBatch * c.heads * c.queries * c.head_dim);
+  std::vector<uint16_t> k(kBatch * c.kv_heads * c.keys * c.head_dim), v(k.size());
+  for (auto* values : {&q, &k, &v}) {
+    for (uint16_t& x : *values) {
+      const float value = normal(random);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      x = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  std::vector<uint16_t> out(q.size()), expected(q.size());
+  std::vector<float> lse(kBatch * c.heads * c.queries), expected_lse(lse.size());
+  const auto plain =
+      parameters(c, q.data(), k.data(), v.data(), expected.data(), expected_lse.data());
+  attend(plain);
+  auto params = parameters(c, q.data(), k.data(), v.data(), out.data(), lse.data());
+  params.bfloat16_product = bfloat16_product;
+  attend(params);
+  for (size_t i = 0; i < lse.size(); ++i) {
+    CHECK(lse[i] == expected_lse[i] || std::abs(lse[i] - expected_lse[i]) < 1e-4);
+  }
+  for (size_t i = 0; i < out.size(); ++i) CHECK_NEAR(widen(out[i]), widen(expected[i]), 2e-2);
+  const uint16_t one = 0x3f80;
+  const int64_t elements = static_cast<int64_t>(k.size());
+  const auto grads = gradients(params, one, elements);
+  const auto expected_grads = gradients(plain, one, elements);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    CHECK_NEAR(widen(grads[i]), widen(expected_grads[i]), 5e-2);
+  }
+}
+
+void run(const Case& c) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(kBatch * c.heads * c.queries * c.head_dim);
+  std::vector<float> k(kBatch * c.kv_heads * c.keys * c.head_dim), v(k.size());
+  for (auto* values : {&q, &k, &v}) {
+    for (float& x : *values) x = normal(random);
+  }
+  std::vector<float> out(q.size(), std::nanf("")), lse(kBatch * c.heads * c.queries, std::nanf(""));
+  const longrope::AttentionParams params =
+      parameters(c, q.data(), k.data(), v.data(), out.data(), lse.data());
+  attend(params);
 
   for (int64_t row = 0; row < kBatch * c.heads * c.queries; ++row) {
     const int64_t i = row % c.queries, h = row / c.queries % c.heads;
@@ -117,5 +212,9 @@ int main() {
     run({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});        // rows that see no key
     run({2, 2, 19, 65, 256, 0, 0, 65, 0, false, 0});
   });
+  compare_products({2, 1, 130, 300, 40, 150, 7, 290, 0, true, 0});
+  compare_products({4, 2, 1, 2100, 33, 2099, 0, 2100, 0, true, 0});
+  compare_products({1, 1, 40, 600, 64, 560, 0, 600, 100, true, 20});
+  compare_products({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});
   return check::result();
 }

@@ -46,6 +46,26 @@ def test_accuracy(isa, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(isa, case, dtype):
+    shape, arguments = CASES[case]
+    tensors = inputs(shape, 36, dtype)
+    to_out = torch.randn(tensors[0].shape)
+
+    def gradients(function, leaves):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        out, lse = function(*leaves, **arguments, return_lse=True)
+        loss = (out.to(lse.dtype) * to_out.to(lse)).sum()
+        return torch.autograd.grad(loss + lse[lse.isfinite()].square().sum(), leaves)
+
+    exact = gradients(ops.reference.attention, [t.double() for t in tensors])
+    low = gradients(ops.reference.attention, tensors)
+    got = gradients(ops.attention, tensors)
+    for name, *results in zip("qkv", got, low, exact, strict=True):
+        assert_as_accurate(*results, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_growing_scores_rescale_what_was_summed(isa, dtype):
     """Each block of keys outweighs all before it, and the last of them takes nearly all."""
     q, k, v = inputs((1, 1, 70, 800), 32, dtype)

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "attention/attention.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/shuffle.h"
 
 #define LONGROPE_BODY "attention/cpu/backward_entry_body.h"
@@ -19,6 +20,7 @@ AttentionPlan attention_grad_plan(const AttentionParams& p) {
   constexpr int64_t kBlockKeys = scalar::attention::kBlockKeys;
   const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionPlan plan{};
+  plan.bfloat16_products = multiplies_in_bfloat16(p);
   const int64_t whole = p.batch * p.kv_heads;
   int64_t splits = ceil_divide(kEnoughTasks, whole > 0 ? whole : 1);
   if (splits > kMostSplits) splits = kMostSplits;

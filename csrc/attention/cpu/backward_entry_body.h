@@ -4,29 +4,36 @@ namespace attention {
 #include "attention/cpu/common_body.h"
 // common_body.h first
 #include "attention/cpu/backward_body.h"
+#include "attention/cpu/library_backward_body.h"
+#include "attention/cpu/tile_backward_body.h"
 
-template <typename Real>
+template <typename T, template <typename> class Products>
 inline void size_backward(const AttentionParams& p, AttentionPlan* plan) {
-  BackwardScratch<Real>(nullptr, p.head_dim, &plan->scratch);
-  plan->workspace = plan->tasks * GradWorkspace<Real>::elements(p) * sizeof(Real);
+  using Real = RealOf<T>;
+  Products<T>(p, nullptr, &plan->scratch);
+  plan->workspace = plan->tasks * GradWorkspace<Real>::elements(p, *plan) * sizeof(Real);
 }
 
 inline void backward_sizes(const AttentionParams& p, AttentionPlan* plan) {
-  return p.dtype == DType::kFloat64 ? size_backward<double>(p, plan)
-                                    : size_backward<float>(p, plan);
+  if (plan->bfloat16_products) return size_backward<BFloat16, LibraryGradProducts>(p, plan);
+  return p.dtype == DType::kFloat64 ? size_backward<double, TileGradProducts>(p, plan)
+                                    : size_backward<float, TileGradProducts>(p, plan);
 }
 
 inline void backward(const AttentionGradParams& g, const AttentionPlan& plan, int64_t task,
                      void* workspace, void* scratch) {
+  if (plan.bfloat16_products) {
+    return backward_task<BFloat16, LibraryGradProducts>(g, plan, task, workspace, scratch);
+  }
   switch (g.forward.dtype) {
     case DType::kFloat32:
-      return backward_task<float>(g, plan, task, workspace, scratch);
+      return backward_task<float, TileGradProducts>(g, plan, task, workspace, scratch);
     case DType::kBFloat16:
-      return backward_task<BFloat16>(g, plan, task, workspace, scratch);
+      return backward_task<BFloat16, TileGradProducts>(g, plan, task, workspace, scratch);
     case DType::kFloat16:
-      return backward_task<Float16>(g, plan, task, workspace, scratch);
+      return backward_task<Float16, TileGradProducts>(g, plan, task, workspace, scratch);
     case DType::kFloat64:
-      return backward_task<double>(g, plan, task, workspace, scratch);
+      return backward_task<double, TileGradProducts>(g, plan, task, workspace, scratch);
   }
 }
 

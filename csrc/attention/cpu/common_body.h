@@ -5,4 +5,5 @@
 #include "attention/cpu/product_body.h"
 #include "attention/cpu/pack_body.h"
 #include "attention/cpu/task_body.h"
+#include "attention/cpu/library_pack_body.h"
 // clang-format on

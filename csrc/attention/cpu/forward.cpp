@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "attention/attention.h"
+#include "attention/cpu/products.h"
 #include "attention/cpu/shuffle.h"
 
 #define LONGROPE_BODY "attention/cpu/forward_entry_body.h"

@@ -1,7 +1,5 @@
-// The forward pass in bfloat16 on the products of the caller's library, which knows the processor's
-// matrix instructions (no include guard: part of a body). Q and P lie in rows, K and V in pairs of
-// rows, [rows / 2][columns][2], as those instructions read them. Probabilities are rounded to
-// bfloat16, their sum is not.
+// The forward pass on the products of library_pack_body.h (no include guard: part of a body).
+// Probabilities are rounded to bfloat16, their sum is not.
 
 template <typename T>
 struct LibraryProducts {
@@ -20,9 +18,7 @@ struct LibraryProducts {
   BFloat16Product product;
 
   LibraryProducts(const AttentionParams& p, const AttentionPlan& plan, void* memory, size_t* bytes)
-      : head_dim(p.head_dim),
-        padded(round_up(p.head_dim, 32)),  // whole steps of the instructions
-        product(p.bfloat16_product) {
+      : head_dim(p.head_dim), padded(library_padded(p.head_dim)), product(p.bfloat16_product) {
     Carver carver(memory);
     q = carver.take<BFloat16>(plan.block_rows * padded);
     k = carver.take<BFloat16>(kBlockKeys * padded);
@@ -38,7 +34,8 @@ struct LibraryProducts {
       BFloat16* const row = q + i * padded;
       if (state.range[i].begin < state.range[i].end) {
         const RowIndex index(p, t, i);
-        read(Tokens<T>(p.q, p.rotate_q, head_dim, index.batch, index.head), index.query, row);
+        read_bfloat16(Tokens<T>(p.q, p.rotate_q, head_dim, index.batch, index.head), index.query,
+                      padded, row);
         if (sign != 1) {
           for (int64_t d = 0; d < head_dim; ++d) store(row + d, load(row[d]) * sign);
         }
@@ -51,19 +48,10 @@ struct LibraryProducts {
   void pack_keys(const Tokens<T>& keys, const Tokens<T>& values, int64_t first,
                  int64_t count) const {
     for (int64_t t = 0; t < count; t += kPanel) {
-      read_panel(keys, first + t, count - t);
-      // Pairs of bfloat16 move as one float.
-      transpose(reinterpret_cast<const float*>(tile), padded / 2, kPanel, padded / 2,
-                reinterpret_cast<float*>(k + t * padded), kPanel);
-      read_panel(values, first + t, count - t);
-      for (int64_t i = 0; i < kPanel; i += 2) {
-        const BFloat16* const row = tile + i * padded;
-        BFloat16* const pairs = v + (t + i) * padded;
-        for (int64_t d = 0; d < padded; ++d) {
-          pairs[2 * d] = row[d];
-          pairs[2 * d + 1] = row[padded + d];
-        }
-      }
+      read_panel(keys, first + t, count - t, padded, tile);
+      pack_transposed_pairs(tile, padded, k + t * padded);
+      read_panel(values, first + t, count - t, padded, tile);
+      pack_pairs(tile, padded, v + t * padded);
     }
   }
 
@@ -100,23 +88,5 @@ struct LibraryProducts {
     }
     product(rows, padded, seen.end - seen.begin, kStride, padded, padded, true, p + seen.begin,
             v + seen.begin * padded, state.o + r * padded);
-  }
-
-  void read(const Tokens<T>& x, int64_t token, BFloat16* row) const {
-    if (x.cos) {
-      float values[kMaxHeadDim];
-      x.read(token, values);
-      write_row(values, row, head_dim);
-    } else {
-      __builtin_memcpy(row, x.data + token * x.token_stride, head_dim * sizeof(BFloat16));
-    }
-    for (int64_t d = head_dim; d < padded; ++d) row[d].bits = 0;
-  }
-
-  // Up to kPanel of `left` tokens, and zeros.
-  void read_panel(const Tokens<T>& x, int64_t first, int64_t left) const {
-    const int64_t here = left < kPanel ? left : kPanel;
-    for (int64_t i = 0; i < here; ++i) read(x, first + i, tile + i * padded);
-    __builtin_memset(tile + here * padded, 0, (kPanel - here) * padded * sizeof(BFloat16));
   }
 };

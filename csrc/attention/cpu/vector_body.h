@@ -23,6 +23,8 @@ struct Vector<double> {
 };
 
 typedef uint32_t Bits __attribute__((vector_size(LONGROPE_ISA_BYTES)));
+typedef uint32_t BitsUnaligned
+    __attribute__((vector_size(LONGROPE_ISA_BYTES), aligned(2), may_alias));
 typedef uint16_t HalfBits __attribute__((vector_size(LONGROPE_ISA_BYTES / 2)));
 typedef uint16_t HalfBitsUnaligned
     __attribute__((vector_size(LONGROPE_ISA_BYTES / 2), aligned(2), may_alias));
@@ -44,6 +46,13 @@ inline void store_vector(Real* y, VectorOf<Real> value) {
 inline void store_vector(BFloat16* y, VectorOf<float> value) {
   const Bits bits = (reinterpret_cast<Bits>(value) + 0x8000) >> 16;
   *reinterpret_cast<HalfBitsUnaligned*>(y) = __builtin_convertvector(bits, HalfBits);
+}
+
+// Two rows of bfloat16, element by element in pairs, rounded likewise.
+inline void store_pairs(BFloat16* y, VectorOf<float> first, VectorOf<float> second) {
+  const Bits low = (reinterpret_cast<Bits>(first) + 0x8000) >> 16;
+  const Bits high = (reinterpret_cast<Bits>(second) + 0x8000) & 0xffff0000u;
+  *reinterpret_cast<BitsUnaligned*>(y) = low | high;
 }
 
 template <typename Real>
