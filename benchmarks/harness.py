@@ -56,7 +56,9 @@ def commit() -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", ":(top,exclude)benchmarks/results")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", ":(top,exclude)benchmarks/results"
+    )
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
