@@ -29,6 +29,7 @@ from longrope.demo import run as demo
 
 METHODS = ("evolution", "gradient", "gradient, attention factor learned", "hybrid")
 PUBLISHED = "algorithm 1, as published"
+FILE = RESULTS / "search_comparison.csv"
 #: Documents from the packaged model's files for the search; 8 more are held out in it.
 SEARCH_FILES, VALIDATION_FILES = 24, 8
 
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--search-data", type=Path, help="text to search on (default: the demo's files)")
     p.add_argument("--test-data", type=Path, help="text to test on, in other files")
     p.add_argument("--target-length", type=int, default=demo.TARGET_LENGTH)
-    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--samples", type=int, default=5, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
@@ -50,6 +51,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--published", type=int, default=6, help="candidates timed as published")
     p.add_argument("--device", default="cpu")
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    p.add_argument("--table", action="store_true", help="only print the table of what was saved")
     return p.parse_args()
 
 
@@ -183,54 +185,79 @@ def one_seed(model, documents, seed, args):
     return rows
 
 
-def report(seeds: list[dict], args: argparse.Namespace) -> None:
-    """Print the median and the spread over seeds, and append them to a CSV where asked."""
-    device = device_name(args.device)
-    budget = (
-        f"{args.population} individuals, {args.iterations} generations; {args.steps} steps; "
-        f"{args.samples} windows of {args.target_length}; {len(seeds)} seeds"
-    )
-    print(f"\n{budget}; {device}, {torch.get_num_threads()} threads")
-    print(f"{'':38s}{'forwards':>9s} {'seconds':>9s}  test perplexity: median, least, most")
-    rows = []
-    for name in seeds[0]:
-        costs, seconds, values = zip(*(rows_of_seed[name] for rows_of_seed in seeds), strict=True)
-        row = {
-            "method": name,
-            "forward_equivalents": round(statistics.median(costs)),
-            "seconds": f"{statistics.median(seconds):.1f}",
-            "perplexity_median": f"{statistics.median(values):.4f}",
-            "perplexity_least": f"{min(values):.4f}",
-            "perplexity_most": f"{max(values):.4f}",
+def as_rows(seed: int, measured: dict, args: argparse.Namespace) -> list[dict]:
+    """Return a CSV row for each measurement of one seed, with the budget and where it ran."""
+    about = {
+        "model": Path(args.model).name if args.model else "packaged",
+        "budget": f"{args.population} individuals, {args.iterations} generations; {args.steps} "
+        f"steps; {args.samples} windows of {args.target_length}",
+        "device": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "forward_equivalents": cost,
+            "seconds": f"{seconds:.1f}",
+            "test_perplexity": f"{perplexity:.4f}",
+            **about,
         }
-        rows.append(row)
-        print("{:38s}{:>9} {:>9}  {}  {}  {}".format(*row.values()))
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / "search_comparison.csv"
-        about = {
-            "budget": budget,
-            "model": Path(args.model).name if args.model else "packaged",
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
-        }
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            if new:
-                writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        for method, (cost, seconds, perplexity) in measured.items()
+    ]
+
+
+def save(rows: list[dict]) -> None:
+    """Append rows to the CSV file."""
+    FILE.parent.mkdir(exist_ok=True)
+    new = not FILE.exists()
+    with FILE.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print median and spread over seeds, by budget and method."""
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["budget"], row["method"]), []).append(row)
+    shown = None
+    for (model, budget, method), group in groups.items():
+        if shown != (model, budget):
+            shown = (model, budget)
+            print(f"\n{model} model; {budget}; {group[0]['device']}, {group[0]['threads']} threads")
+            print(
+                f"{'':36s}{'seeds':>6s}{'forwards':>9s}{'seconds':>9s}  test: median, least, most"
+            )
+        cost, seconds = (
+            statistics.median(float(row[name]) for row in group)
+            for name in ("forward_equivalents", "seconds")
+        )
+        values = [float(row["test_perplexity"]) for row in group]
+        spread = f"{statistics.median(values):.4f}  {min(values):.4f}  {max(values):.4f}"
+        print(f"{method:36s}{len(group):6d}{cost:9.0f}{seconds:9.1f}  {spread}")
 
 
 def main() -> None:
     """Run every seed and report."""
     args = arguments()
+    if args.table:
+        with FILE.open(newline="") as file:
+            return print_table(list(csv.DictReader(file)))
     if (args.search_data is None) != (args.test_data is None):
         raise SystemExit("--search-data and --test-data go together")
     model, documents = load(args)
-    report([one_seed(model, documents, seed, args) for seed in range(args.seeds)], args)
+    rows = []
+    for seed in args.seeds:
+        done = as_rows(seed, one_seed(model, documents, seed, args), args)
+        if args.save:
+            save(done)
+        rows += done
+    print_table(rows)
 
 
 if __name__ == "__main__":
