@@ -68,8 +68,8 @@ class Task:
         return {
             "evolution": evolved + (FINALISTS + seeds if held_out else 0),
             "gradient": seeds + family + STARTS + descent + len(self.problem.space.start_tokens)
-            + START_TOKEN_FINALISTS + 1,
-            "hybrid": family + evolved + descent + 1,
+            + START_TOKEN_FINALISTS + 2,
+            "hybrid": family + evolved + descent + 2,
         }  # fmt: skip
 
     def measure(self, role: str, candidates: Iterable[Candidate], origin: str, iteration: int = -1):
@@ -102,7 +102,8 @@ def gradient(task: Task) -> Candidate:
     """A descent from the best of the baselines and of a family of ramps, then a sweep of n_hat."""
     family = [*task.problem.seeds().values(), *ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
-    start = _best(task.measure("search", screened[:STARTS], "ramp", 0))
+    yarn = task.problem.seeds()["yarn"]
+    start = _best(task.measure("search", [*screened[:STARTS], yarn], "ramp", 0))
     chosen, loss = _descended(task, start)
     variants = [
         dataclasses.replace(chosen, start_tokens=n) for n in task.problem.space.start_tokens
@@ -119,7 +120,11 @@ def hybrid(task: Task) -> Candidate:
     seeds = {**task.problem.seeds(), "ramp": ramp}
     with contextlib.suppress(OutOfBudgetError):
         evolve(task.problem.space, seeds, task.ledger.measure, task.sizes, task.random)
-    return _descended(task, _best(task.ledger.losses("search")))[0]
+    chosen, loss = _descended(task, _best(task.ledger.losses("search")))
+    plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
+    judged = task.measure(task.judge, [plain, task.problem.seeds()["yarn"]], "start tokens")
+    # Without start tokens where these gain next to nothing, and never worse than YaRN.
+    return plain if judged[plain] <= min(loss + START_TOKEN_GAIN, *judged.values()) else chosen
 
 
 METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}

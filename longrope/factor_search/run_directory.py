@@ -80,21 +80,17 @@ def plot(
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     searched = [(n, e) for n, e in enumerate(history) if e.role == "search"]
-    steps = [(n, e.perplexity) for n, e in enumerate(history) if e.role == "gradient"]
     values = [e.perplexity for _, e in searched]
     reached = {e.origin: e.perplexity for _, e in searched if e.origin in _STYLE}
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    if steps:
-        left.plot(*zip(*steps, strict=True), color="0.8", linewidth=1, label="step, random window")
     at = [n for n, _ in searched]
-    left.plot(at, values, ".", color="0.6", markersize=4, label="candidate")
+    left.plot(at, values, ".", color="0.7", markersize=4, label="candidate")
     best = list(itertools.accumulate(values, min))
     left.plot(at, best, color=_OURS, linewidth=2.5, label="best", drawstyle="steps-post")
     # Failures can be orders of magnitude worse: show the range in which the search works.
-    shown = sorted([*values, *(value for _, value in steps)])
-    lowest, good = shown[0], shown[len(shown) * 3 // 4]
+    lowest, good = min(values), sorted(values)[len(values) * 3 // 4]
     top = max(good, 1.1 * min(reached.values(), default=0))
     for name, value in reached.items():
         if value <= top:
@@ -104,7 +100,7 @@ def plot(
                           xytext=(0, 3), textcoords="offset points")  # fmt: skip
     if lowest < top < math.inf:
         left.set_ylim(lowest - 0.05 * (top - lowest), top)
-    left.set(xlabel="evaluations", ylabel="perplexity on the search windows")
+    left.set(xlabel="evaluations and steps", ylabel="perplexity on the search windows")
     left.legend(frameon=False, loc="upper right")
 
     for name, baseline in baselines.items():
