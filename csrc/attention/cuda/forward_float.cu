@@ -60,7 +60,6 @@ __global__ void __launch_bounds__(kFloatThreads)
     }
     sync_warp();
     add_weighted(o, weights + warp_row * kFloatKeys, v, head_dim, before);
-    sync_warp();  // the weights may be overwritten
   }
 
   const bool whole = splits.count == 1;

@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(kFloatThreads)
     }
     sync_warp();
     add_weighted(dq, weights + warp_row * kFloatKeys, k, head_dim);
-    sync_warp();  // the weights may be overwritten
   }
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
@@ -129,7 +128,6 @@ __global__ void __launch_bounds__(kFloatThreads)
     sync_warp();
     add_weighted(dv, weights + warp_key * kFloatKeys, grad_out, head_dim);
     add_weighted(dk, grads + warp_key * kFloatKeys, q, head_dim);
-    sync_warp();  // the weights may be overwritten
   }
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
