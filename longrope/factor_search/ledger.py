@@ -110,17 +110,23 @@ class Ledger:
         """Return the NLL of every candidate measured in this role, in the order of measuring."""
         return dict(self._losses[role])
 
+    def measure_within_budget(self, proposals: Sequence[Proposal]) -> list[float]:
+        """As `measure` on the search windows, of which `max_evaluations` candidates are allowed.
+
+        Raises `OutOfBudgetError` after the last one of them where there are more.
+        """
+        room = self.max_evaluations - len(self._losses["search"])
+        losses = self.measure(proposals[: max(room, 0)])
+        if room < len(proposals):
+            raise OutOfBudgetError
+        return losses
+
     def measure(self, proposals: Sequence[Proposal], role: str = "search") -> list[float]:
         """Return the NLL of each proposal; a batch is in the journal before the next one starts."""
         size = self.evaluator.candidates_per_batch(self.windows[role])
         losses = []
         for start in range(0, len(proposals), size):
-            batch = proposals[start : start + size]
-            room = self.max_evaluations - len(self._losses[role]) if role == "search" else size
-            if room > 0:
-                losses += self._measure_batch(batch[:room], role)
-            if room < len(batch):
-                raise OutOfBudgetError
+            losses += self._measure_batch(proposals[start : start + size], role)
         return losses
 
     def step(

@@ -87,7 +87,11 @@ def evolution(task: Task) -> Candidate:
     """Algorithm 1; the validation windows choose among the best and the baselines."""
     with contextlib.suppress(OutOfBudgetError):
         evolve(
-            task.problem.space, task.problem.seeds(), task.ledger.measure, task.sizes, task.random
+            task.problem.space,
+            task.problem.seeds(),
+            task.ledger.measure_within_budget,
+            task.sizes,
+            task.random,
         )
     searched = task.ledger.losses("search")
     ranked = sorted(searched, key=searched.__getitem__)
@@ -119,7 +123,9 @@ def hybrid(task: Task) -> Candidate:
     ramp = _best(task.measure(task.few, ramps(task.problem), "ramp", 0))
     seeds = {**task.problem.seeds(), "ramp": ramp}
     with contextlib.suppress(OutOfBudgetError):
-        evolve(task.problem.space, seeds, task.ledger.measure, task.sizes, task.random)
+        evolve(
+            task.problem.space, seeds, task.ledger.measure_within_budget, task.sizes, task.random
+        )
     chosen, loss = _descended(task, _best(task.ledger.losses("search")))
     plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
     judged = task.measure(task.judge, [plain, task.problem.seeds()["yarn"]], "start tokens")

@@ -297,6 +297,19 @@ def test_other_documents_are_refused_even_where_the_windows_are_the_same(
         search(shared_model, documents[:4], "gradient", out=tmp_path, validation=held_out)
 
 
+@pytest.mark.parametrize("budget", [1, 6])
+def test_the_budget_of_a_hybrid_search_ends_its_evolution_alone(shared_model, documents, budget):
+    """Also where there is one window, on which the ramps are compared too."""
+    for samples in (1, 3):
+        result = search(
+            shared_model, documents, "hybrid", max_evaluations=budget, samples=samples, steps=2
+        )
+        origins = [e.origin for e in of_role(result, "search")]
+        evolved = [o for o in origins if o in ("mutation", "crossover")]
+        assert len(evolved) < budget
+        assert len(of_role(result, "gradient")) == 2
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
