@@ -3,7 +3,7 @@
 # compute-sanitizer on a short set, and all benchmarks, whose rows go to
 # benchmarks/results/<gpu>.csv.
 #   bash benchmarks/gpu_check.sh [--quick] [--logs FOLDER] [build|tests|sanitizer|benchmarks ...]
-# Without a list, all four. A step that fails does not stop the next ones; the last lines say what
+# Without a list, all four. It builds in place and installs nothing. A step that fails does not stop the next ones; the last lines say what
 # passed. Needs torch with CUDA, transformers, nvcc, ninja, pytest and hypothesis, and no network:
 # what is missing is named before anything runs.
 set -uo pipefail
@@ -59,6 +59,7 @@ END
 
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 passed=()
 failed=()
 
