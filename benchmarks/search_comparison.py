@@ -3,50 +3,68 @@
 For every seed each method searches on the same documents with the same held-out ones, and the
 factors are measured on test documents. Costs are forward passes of one window (a backward counts 2,
 validation counts) and time: on a CPU the processor's, all threads together, which is the wall time
-of one thread on a machine that does nothing else.
+of one thread on a machine that does nothing else. "To Algorithm 1's end" is the cost at which a
+method's best candidate so far (on its own search windows) has reached, on the test documents, the
+perplexity that Algorithm 1 ends with there; blank where it never does.
 
-The row "algorithm 1, as published" is Algorithm 1 with one Hugging Face forward and loss per
-candidate. Its evaluations are those of the row "algorithm 1" up to rounding, so it is not run to
+The row "Algorithm 1, as published" is Algorithm 1 with one Hugging Face forward and loss per
+candidate. Its evaluations are those of the row "Algorithm 1" up to rounding, so it is not run to
 its end: its time is the measured time of a few of these candidates, scaled to all of them.
+
+    python benchmarks/search_comparison.py --save
+    python benchmarks/book_model.py --books FOLDER --out MODEL
+    python benchmarks/search_comparison.py --model MODEL --books FOLDER --save
+    python benchmarks/search_comparison.py --table
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import book_model
+import numpy as np
 import torch
 from harness import RESULTS, commit, device_name
+from plain import plain_factors
 
 import longrope
 from longrope.cli import load_model
 from longrope.demo import run as demo
+from longrope.factor_search.objective import draw_windows
+from longrope.patching import rope_settings
 
-METHODS = ("evolution", "gradient", "gradient, attention factor learned", "hybrid")
-PUBLISHED = "algorithm 1, as published"
+ALGORITHM_1 = "Algorithm 1"
+PUBLISHED = "Algorithm 1, as published"
+#: Arguments of `longrope.search` by the name of the row.
+METHODS = {
+    ALGORITHM_1: {"method": "evolution"},
+    "Algorithm 1, racing": {"method": "evolution", "race": True},
+    "gradient": {"method": "gradient"},
+    "gradient, attention learned": {"method": "gradient", "attention_factor": "search"},
+    "hybrid": {"method": "hybrid"},
+}
 FILE = RESULTS / "search_comparison.csv"
-#: Documents from the packaged model's files for the search; 8 more are held out in it.
-SEARCH_FILES, VALIDATION_FILES = 24, 8
+#: Excerpts for the search, and those held out in it.
+SEARCH_EXCERPTS, VALIDATION_EXCERPTS = 24, 8
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", help="folder of a model (default: the packaged one)")
-    p.add_argument("--search-data", type=Path, help="text to search on (default: the demo's files)")
-    p.add_argument("--test-data", type=Path, help="text to test on, in other files")
-    p.add_argument("--target-length", type=int, default=demo.TARGET_LENGTH)
+    p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
+    p.add_argument("--ratio", type=int, default=8, help="target over original length")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     p.add_argument("--samples", type=int, default=5, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
     p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
-    p.add_argument("--population", type=int, default=64)
     p.add_argument("--steps", type=int, default=80, help="steps of the descent")
     p.add_argument("--published", type=int, default=6, help="candidates timed as published")
     p.add_argument("--device", default="cpu")
@@ -63,55 +81,38 @@ def clock() -> float:
     return time.process_time()
 
 
-def load(args):
-    """Return the model and a function that gives search, validation and test documents by seed."""
+Excerpts = Callable[[int], tuple[list, list, list]]
+
+
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
+    """Return the model, and a function from a seed to search, validation and test excerpts."""
+    searched = SEARCH_EXCERPTS + VALIDATION_EXCERPTS
     if args.model is None:
-        model, tokenizer = demo.load_packaged_model().to(args.device), None
+        model = demo.load_packaged_model().to(args.device)
+
+        def cut(role: str, count: int, seed: int) -> Sequence:
+            return demo.excerpts(role, count, seed)
     else:
-        model, tokenizer = load_model(args.model, args.device)
-    if args.search_data is None:
+        model, _ = load_model(args.model, args.device)
+        books = {role: book_model.documents(args.books, role) for role in ("search", "test")}
+        length = args.ratio * rope_settings(model).original_length
 
-        def documents(seed):
-            found = demo.excerpts("search", SEARCH_FILES + VALIDATION_FILES, seed)
-            test = demo.excerpts("test", args.test_samples, seed)
-            return found[:SEARCH_FILES], found[SEARCH_FILES:], test
+        def cut(role: str, count: int, seed: int) -> Sequence:
+            texts = [torch.from_numpy(book) for book in books[role]]
+            return list(draw_windows(texts, length, count, np.random.default_rng(seed)))
 
-        return model, documents
-    searched, tested = (
-        longrope.load_data(path, tokenizer=tokenizer, min_length=args.target_length)
-        for path in (args.search_data, args.test_data)
-    )
-    quarter = max(1, len(searched) // 4)
-    return model, lambda seed: (searched[quarter:], searched[:quarter], tested[: args.test_samples])
-
-
-@contextlib.contextmanager
-def plain_factors(model, factors):
-    """Put factors into the model's own rotary module: float32 angles, cos and sin in its dtype."""
-    rotary = model.base_model.rotary_emb
-    device = next(model.parameters()).device
-    base, rescaled = (
-        torch.tensor(values, dtype=torch.float32, device=device)
-        for values in (factors.base_inv_freq(), factors.inv_freq())
-    )
-
-    def forward(x, position_ids):
-        positions = position_ids[..., None]
-        early = positions < factors.start_tokens
-        angles = positions.float() * torch.where(early, base, rescaled)
-        angles = torch.cat([angles, angles], dim=-1)
-        return tuple(
-            (f(angles) * factors.attention_factor).to(x.dtype) for f in (torch.cos, torch.sin)
+    def documents(seed: int) -> tuple[list, list, list]:
+        found = cut("search", searched, seed)
+        return (
+            found[:SEARCH_EXCERPTS],
+            found[SEARCH_EXCERPTS:],
+            cut("test", args.test_samples, seed),
         )
 
-    rotary.forward = forward
-    try:
-        yield
-    finally:
-        del rotary.forward
+    return model, documents
 
 
-def seconds_as_published(model, candidates, windows):
+def seconds_as_published(model, candidates, windows) -> float:
     """Return seconds per window of one Hugging Face forward and loss per candidate."""
     longrope.apply(model, candidates[0])
     length = windows.shape[1]
@@ -127,119 +128,164 @@ def seconds_as_published(model, candidates, windows):
     return seconds / (len(candidates) * len(windows))
 
 
-def options_of(method, args):
-    """Return the arguments of `longrope.search` for one row."""
-    name = method.split(",")[0]
-    options = {"method": name, "samples": args.samples}
-    if name == "evolution":
-        options |= {"iterations": args.iterations, "population": args.population}
-    else:
-        options |= {"steps": args.steps}
-    if "learned" in method:
-        options["attention_factor"] = "search"
-    return options
+class Trace:
+    """Counts what a search has cost, and remembers the candidates that were its best so far."""
+
+    def __init__(self):
+        self.started = clock()
+        self.cost = 0
+        self.least = math.inf
+        self.incumbents = []
+
+    def __call__(self, evaluations: Sequence) -> None:
+        """Take a batch of evaluations, as `longrope.search` reports them."""
+        self.cost += sum(e.forward_equivalents for e in evaluations)
+        best = min(
+            (e for e in evaluations if e.role == "search"), key=lambda e: e.nll, default=None
+        )
+        if best is not None and best.nll < self.least:
+            self.least = best.nll
+            self.incumbents.append((self.cost, clock() - self.started, best))
+
+    def until(self, reached: Callable[[object], bool], end: tuple) -> tuple:
+        """Return `(cost, seconds)` of the first incumbent that has reached the goal.
+
+        `end` is `(cost, seconds)` of the search's result, where only that has reached it.
+        """
+        found = ((cost, seconds) for cost, seconds, e in self.incumbents if reached(e))
+        return next(found, end)
 
 
-def one_seed(model, documents, seed, args):
-    """Return `{row: (forward equivalents, seconds, test perplexity)}`."""
+def one_seed(model, documents: Excerpts, seed: int, args) -> Iterator[dict]:
+    """Yield a row of the table for each method."""
     searched, validation, test = documents(seed)
-    test = [d[: args.target_length] for d in test]
+    length = len(test[0])
 
-    def tested(factors):
+    def tested(factors: longrope.RescaleFactors) -> float:
         longrope.apply(model, factors)
         try:
-            return longrope.perplexity(
-                model, test, length=args.target_length, stride=args.target_length
-            )
+            return longrope.perplexity(model, test, length=length, stride=length)
         finally:
             longrope.remove(model)
 
-    rows = {}
-    for method in args.methods:
-        started = clock()
+    goal = None
+    for name in args.methods:
+        options = dict(METHODS[name])
+        options |= (
+            {"iterations": args.iterations}
+            if options["method"] == "evolution"
+            else {"steps": args.steps}
+        )
+        trace = Trace()
         result = longrope.search(
-            model, searched, validation=validation, target_length=args.target_length, seed=seed,
-            progress=False, **options_of(method, args),
+            model, searched, validation=validation, target_length=length, seed=seed,
+            samples=args.samples, progress=trace, **options,
         )  # fmt: skip
-        seconds = clock() - started
-        cost = sum(e.forward_equivalents for e in result.history)
+        end = trace.cost, clock() - trace.started
         perplexity = tested(result.factors)
-        name = method.replace("evolution", "algorithm 1")
-        rows[name] = (cost, seconds, perplexity)
-        print(f"  seed {seed} {name:36s} {cost:6d} {seconds:7.1f} s  {perplexity:.4f}", flush=True)
-        if method == "evolution" and args.published:
+        until = (None, None)
+        if name == ALGORITHM_1:
+            goal, until = perplexity, end
+        elif goal is not None:
+
+            def reached(e, result=result, goal=goal) -> bool:
+                changes = {k: getattr(e, k) for k in ("lambdas", "start_tokens")}
+                factors = result.factors.replace(attention_factor=e.attention_factor, **changes)
+                return tested(factors) <= goal
+
+            until = trace.until(reached, end if perplexity <= goal else (None, None))
+        yield as_row(name, seed, end, until, perplexity, args)
+        if name == ALGORITHM_1 and args.published:
             windows = torch.stack([torch.as_tensor(d) for d in test[: args.samples]])
             some = [e for e in result.history if e.role == "search"][: args.published]
             candidates = [
                 result.factors.replace(lambdas=e.lambdas, start_tokens=e.start_tokens) for e in some
             ]
             each = seconds_as_published(model, candidates, windows.to(args.device))
-            rows[PUBLISHED] = (cost, cost * each, perplexity)
-    yarn = longrope.RescaleFactors.yarn(
-        **{
-            name: getattr(result.factors, name)
-            for name in ("original_length", "target_length", "rope_theta", "rotary_dim")
-        }
-    )
-    rows["YaRN, no search"] = (0, 0.0, tested(yarn))
-    return rows
+            end = end[0], end[0] * each
+            yield as_row(PUBLISHED, seed, end, end, perplexity, args)
+    names = ("original_length", "target_length", "rope_theta", "rotary_dim")
+    yarn = longrope.RescaleFactors.yarn(**{name: getattr(result.factors, name) for name in names})
+    yield as_row("YaRN, no search", seed, (0, 0.0), (None, None), tested(yarn), args)
 
 
-def as_rows(seed: int, measured: dict, args: argparse.Namespace) -> list[dict]:
-    """Return a CSV row for each measurement of one seed, with the budget and where it ran."""
-    about = {
+def as_row(name: str, seed: int, end: tuple, until: tuple, perplexity: float, args) -> dict:
+    """Return a row of the CSV file: what was measured, the budget and where it ran."""
+    return {
+        "method": name,
+        "seed": seed,
+        "forward_equivalents": end[0],
+        "seconds": f"{end[1]:.1f}",
+        "forward_equivalents_to_end_of_algorithm_1": "" if until[0] is None else until[0],
+        "seconds_to_end_of_algorithm_1": "" if until[1] is None else f"{until[1]:.1f}",
+        "test_perplexity": f"{perplexity:.4f}",
         "model": Path(args.model).name if args.model else "packaged",
-        "budget": f"{args.population} individuals, {args.iterations} generations; {args.steps} "
-        f"steps; {args.samples} windows of {args.target_length}",
+        "budget": f"{args.iterations} generations; {args.steps} steps; {args.samples} windows, "
+        f"{args.ratio}x",
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
     }
-    return [
-        {
-            "method": method,
-            "seed": seed,
-            "forward_equivalents": cost,
-            "seconds": f"{seconds:.1f}",
-            "test_perplexity": f"{perplexity:.4f}",
-            **about,
-        }
-        for method, (cost, seconds, perplexity) in measured.items()
-    ]
 
 
-def save(rows: list[dict]) -> None:
-    """Append rows to the CSV file."""
+def save(row: dict) -> None:
+    """Append a row to the CSV file."""
     FILE.parent.mkdir(exist_ok=True)
     new = not FILE.exists()
     with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, row)
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print median and spread over seeds, by budget and method."""
-    groups: dict[tuple[str, ...], list[dict]] = {}
+    """Print medians over seeds, by model, budget and method, and the ratios to the published."""
+    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["budget"], row["method"]), []).append(row)
-    shown = None
-    for (model, budget, method), group in groups.items():
-        if shown != (model, budget):
-            shown = (model, budget)
-            print(f"\n{model} model; {budget}; {group[0]['device']}, {group[0]['threads']} threads")
-            print(
-                f"{'':36s}{'seeds':>6s}{'forwards':>9s}{'seconds':>9s}  test: median, least, most"
-            )
-        cost, seconds = (
-            statistics.median(float(row[name]) for row in group)
-            for name in ("forward_equivalents", "seconds")
+        by_method = groups.setdefault((row["model"], row["budget"]), {})
+        by_method.setdefault(row["method"], []).append(row)
+    for (model, budget), by_method in groups.items():
+        some = next(iter(by_method.values()))
+        print(f"\n{model} model; {budget}; {some[0]['device']}, {some[0]['threads']} threads")
+        print(
+            f"{'':28s}{'seeds':>6s}{'passes':>8s}{'seconds':>8s}   to Algorithm 1's end: passes, "
+            "seconds   test: median (least to most), better than Algorithm 1"
         )
-        values = [float(row["test_perplexity"]) for row in group]
-        spread = f"{statistics.median(values):.4f}  {min(values):.4f}  {max(values):.4f}"
-        print(f"{method:36s}{len(group):6d}{cost:9.0f}{seconds:9.1f}  {spread}")
+        for method, group in by_method.items():
+            print(as_line(method, group, by_method))
+
+
+def as_line(method: str, group: list[dict], by_method: dict[str, list[dict]]) -> str:
+    """Return the line of one method."""
+
+    def by_seed(name: str, column: str) -> dict[str, float]:
+        rows = by_method.get(name, [])
+        return {row["seed"]: float(row[column]) for row in rows if row[column] != ""}
+
+    def median(values) -> float:
+        return statistics.median(values) if values else math.nan
+
+    def times_less(column: str) -> str:
+        """Median over seeds of the ratio to Algorithm 1 as published; never reached: 0 there."""
+        published = by_seed(PUBLISHED, column)
+        mine = by_seed(method, f"{column}_to_end_of_algorithm_1")
+        if not mine or not published:
+            return f"{'':18s}"
+        ratios = [published[s] / mine[s] if s in mine else 0.0 for s in published]
+        return f"{median(list(mine.values())):8.0f} ({median(ratios):5.1f}x)"
+
+    tested, goal = by_seed(method, "test_perplexity"), by_seed(ALGORITHM_1, "test_perplexity")
+    better = sum(tested[s] < goal[s] for s in tested if s in goal)
+    values = list(tested.values())
+    return (
+        f"{method:28s}{len(group):6d}"
+        f"{median(list(by_seed(method, 'forward_equivalents').values())):8.0f}"
+        f"{median(list(by_seed(method, 'seconds').values())):8.0f}   "
+        f"{times_less('forward_equivalents')}  {times_less('seconds')}   "
+        f"{median(values):.4f} ({min(values):.4f} to {max(values):.4f})  {better} of {len(values)}"
+    )
 
 
 def main() -> None:
@@ -248,15 +294,16 @@ def main() -> None:
     if args.table:
         with FILE.open(newline="") as file:
             return print_table(list(csv.DictReader(file)))
-    if (args.search_data is None) != (args.test_data is None):
-        raise SystemExit("--search-data and --test-data go together")
+    if (args.model is None) != (args.books is None):
+        raise SystemExit("--model and --books go together")
     model, documents = load(args)
     rows = []
     for seed in args.seeds:
-        done = as_rows(seed, one_seed(model, documents, seed, args), args)
-        if args.save:
-            save(done)
-        rows += done
+        for row in one_seed(model, documents, seed, args):
+            print("  ".join(f"{row[k]!s:>8s}" for k in list(row)[:7]), flush=True)
+            if args.save:
+                save(row)
+            rows.append(row)
     print_table(rows)
 
 

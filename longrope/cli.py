@@ -74,6 +74,8 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from longrope.demo.run import native_dtype
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(name)
@@ -87,7 +89,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
         raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
     if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.float()  # CPUs without bf16 matrix units are slower in bf16 than in fp32
+        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
     tokenizer = None
     if model.config.vocab_size != 256:
         try:

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-#: Folders that hold tests, tables or third-party code rather than library source.
+#: Folders that hold tables or third-party code rather than library source.
 EXCLUDED_FOLDERS = frozenset(
-    {
-        "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data", "site-packages",
-        "test", "tests",
-    }
-)  # fmt: skip
+    {"__pycache__", "dist-packages", "encodings", "pydoc_data", "site-packages"}
+)
+#: Folders of the library's own tests, which many installations leave out: only training uses them.
+TEST_FOLDERS = frozenset({"idle_test", "test", "tests"})
 
 #: The files of the training run's interpreter that were held out, one `role path` a line.
 HELD_OUT_LIST = Path(__file__).with_name("held_out.txt")
@@ -35,17 +34,22 @@ def role(module_path: str) -> str:
     return {0: "search", 1: "test"}.get(bucket, "train")
 
 
-def source_files(wanted: str, stdlib: str | Path | None = None) -> dict[str, Path]:
+def source_files(
+    wanted: str, stdlib: str | Path | None = None, *, with_tests: bool = False
+) -> dict[str, Path]:
     """Return the standard library's source files of one role, `{module_path: file}`, sorted.
+
+    `with_tests` adds those of the library's own tests, where the installation has them.
 
     Raises `FileNotFoundError` with one sentence where the interpreter has no library sources
     (some embedded and frozen distributions ship compiled files only).
     """
     root = Path(stdlib or sysconfig.get_paths()["stdlib"])
+    excluded = EXCLUDED_FOLDERS if with_tests else EXCLUDED_FOLDERS | TEST_FOLDERS
     found = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if EXCLUDED_FOLDERS.isdisjoint(parts) and not parts[0].startswith("config-"):
+        if excluded.isdisjoint(parts) and not parts[0].startswith("config-"):
             found["/".join(parts)] = path
     if not found:
         raise FileNotFoundError(
@@ -56,8 +60,9 @@ def source_files(wanted: str, stdlib: str | Path | None = None) -> dict[str, Pat
 
 
 def documents(
-    wanted: str, min_length: int = 1, stdlib: str | Path | None = None
+    wanted: str, min_length: int = 1, stdlib: str | Path | None = None, *, with_tests: bool = False
 ) -> list[np.ndarray]:
     """Read the files of one role as documents: int64 byte values, at least `min_length` long."""
-    texts = (path.read_bytes() for path in source_files(wanted, stdlib).values())
+    files = source_files(wanted, stdlib, with_tests=with_tests)
+    texts = (path.read_bytes() for path in files.values())
     return [np.frombuffer(t, np.uint8).astype(np.int64) for t in texts if len(t) >= min_length]

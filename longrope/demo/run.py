@@ -13,6 +13,7 @@ from longrope.demo import corpus
 from longrope.factors import RescaleFactors
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 MODEL_FOLDER = Path(__file__).with_name("model")
@@ -34,20 +35,24 @@ SEARCH_SAMPLES = 4
 TEST_SAMPLES = 16
 
 
-def load_packaged_model() -> PreTrainedModel:
-    """Load the packaged byte-level Llama (context 256).
+def native_dtype() -> torch.dtype:
+    """Return bfloat16 where the processor multiplies that natively, else float32.
 
-    In bfloat16, in which it is stored, where the processor multiplies that natively (twice as fast
-    as float32 on an AVX-512 machine); in float32 elsewhere.
+    Twice as fast as float32 on an AVX-512 machine.
     """
     import torch
+
+    native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_packaged_model() -> PreTrainedModel:
+    """Load the packaged byte-level Llama (context 256) in `native_dtype()`; stored in bfloat16."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
-    dtype = torch.bfloat16 if native else torch.float32
-    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=native_dtype()).eval()
 
 
 def excerpts(wanted: str, count: int, seed: int) -> list[np.ndarray]:
