@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
 from longrope.factor_search.gradient import Point
-from longrope.factor_search.journal import Journal, JournalError
+from longrope.factor_search.journal import JournalError, Replay
+from longrope.factor_search.ranks import Ranks
 from longrope.factor_search.space import Candidate
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
@@ -85,17 +87,20 @@ class Ledger:
         Called with the new evaluations after every batch.
     differentiate
         Returns the loss and its gradient, for `step`.
+    ranks
+        Who share the batches of `measure`: batch `b` of a round is measured by rank `b`.
     """
 
     def __init__(
         self,
         evaluator: PopulationEvaluator,
         windows: dict[str, torch.Tensor],
-        journal: Journal | None = None,
+        journal: Replay | None = None,
         *,
         max_evaluations: int | None = None,
         on_batch: Callable[[Sequence[Evaluation]], None] = lambda evaluations: None,
         differentiate: LossGradient | None = None,
+        ranks: Ranks | None = None,
     ):
         self.evaluator = evaluator
         self.windows = windows
@@ -103,7 +108,10 @@ class Ledger:
         self.max_evaluations = sys.maxsize if max_evaluations is None else max_evaluations
         self.on_batch = on_batch
         self.differentiate = differentiate
+        self.ranks = ranks or Ranks()
         self.history: list[Evaluation] = []
+        #: Losses of the next batches, which other ranks measured in the same round.
+        self._ahead: list[list[float]] = []
         self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in windows}
 
     def losses(self, role: str) -> dict[Candidate, float]:
@@ -124,9 +132,10 @@ class Ledger:
     def measure(self, proposals: Sequence[Proposal], role: str = "search") -> list[float]:
         """Return the NLL of each proposal; a batch is in the journal before the next one starts."""
         size = self.evaluator.candidates_per_batch(self.windows[role])
+        batches = [proposals[start : start + size] for start in range(0, len(proposals), size)]
         losses = []
-        for start in range(0, len(proposals), size):
-            losses += self._measure_batch(proposals[start : start + size], role)
+        for number in range(len(batches)):
+            losses += self._measure_batch(batches[number : number + self.ranks.size], role)
         return losses
 
     def step(
@@ -181,10 +190,16 @@ class Ledger:
             "version of longrope; choose another folder, or resume=False to start again"
         )
 
-    def _measure_batch(self, batch: Sequence[Proposal], role: str) -> list[float]:
+    def _measure_batch(self, batches: Sequence[Sequence[Proposal]], role: str) -> list[float]:
+        """Return the losses of the first of `batches`; the others make up the round."""
+        batch = batches[0]
         losses = self._replay(batch, role)
         if losses is None:
-            losses = self.evaluator([p.candidate for p in batch], self.windows[role])
+            if not self._ahead:
+                self._ahead = self.ranks.share(
+                    [functools.partial(self._evaluate, batch, role) for batch in batches]
+                )
+            losses = self._ahead.pop(0)
             for proposal, loss in zip(batch, losses, strict=True):
                 if not math.isfinite(loss) and proposal.origin in BASELINES:
                     raise ValueError(
@@ -213,6 +228,9 @@ class Ledger:
         self._losses[role].update(zip((p.candidate for p in batch), losses, strict=True))
         self.on_batch(done)
         return losses
+
+    def _evaluate(self, batch: Sequence[Proposal], role: str) -> list[float]:
+        return self.evaluator([p.candidate for p in batch], self.windows[role])
 
     def _replay(self, batch: Sequence[Proposal], role: str) -> list[float] | None:
         """Take a whole batch from the journal; None: measure it (an incomplete one is redone)."""
