@@ -44,7 +44,10 @@ def one_sentence_errors(command):
             print(f"longrope: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("longrope: interrupted; the same search resumes where it was", file=sys.stderr)
+            if _rank() == 0:
+                print(
+                    "longrope: interrupted; the same search resumes where it was", file=sys.stderr
+                )
             raise typer.Exit(130) from None
 
     return wrapped
@@ -58,7 +61,7 @@ def in_job(command):
         from longrope.torchrun import job
 
         with job(_device(device)) as device:
-            return command(*args, device=_device(device), **kwargs)
+            return command(*args, device=device, **kwargs)
 
     return wrapped
 

@@ -2,9 +2,9 @@
 
 The sequence is cut into `2 W` chunks for `W` ranks, and rank `r` holds chunks `r` and `2 W - 1 - r`
 (zigzag): under a causal mask early chunks have few keys to attend and late ones many, and every
-rank gets the same sum of both. Keys and values go around the ring of ranks in `W - 1` steps; while one
-rank's are attended, the next ones travel. What the queries of a chunk see of each chunk of keys is
-attention by itself, and the parts are merged by their log-sum-exp, which is exact.
+rank gets the same sum of both. Keys and values go around the ring of ranks in `W - 1` steps; while
+one rank's are attended, the next ones travel. What the queries of a chunk see of each chunk of keys
+is attention by itself, and the parts are merged by their log-sum-exp, which is exact.
 """
 
 from __future__ import annotations
