@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.evaluation import evaluating
 from longrope.factor_search.gradient import Point
 from longrope.factor_search.objective import scored_tokens
+from longrope.layout import free_memory
 from longrope.patching import rows as rows_with_factors
+from longrope.patching.attention import kernel_attention
 from longrope.patching.models import decoder
+from longrope.scoring import NextTokenNLL
 
 #: Bytes kept for the backward pass, per layer and token, over the bytes of the residual stream:
 #: the residual, norms, queries, keys and values before and after the rotation, the attention's
@@ -67,7 +70,7 @@ class LossGradient:
         `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
         scored = scored_tokens(windows, self.last_tokens)
-        with differentiating(self.model):
+        with differentiating(self.model), kernel_attention(self.model):
             log_lambdas = torch.tensor(point.log_lambdas, requires_grad=True)
             log_factor = torch.tensor(
                 np.log(point.attention_factor), dtype=torch.float64, requires_grad=True
@@ -140,17 +143,5 @@ def needs_checkpointing(model: nn.Module, length: int) -> bool:
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = config.num_hidden_layers
     kept = layers * length * (_KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner)
-    free = _free_memory(parameter.device)
+    free = free_memory(parameter.device)
     return free is not None and kept * parameter.element_size() > free / 2
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU, or of this machine where it says so (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.evaluation import rows_per_batch
 from longrope.factor_search import needles, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
@@ -27,6 +26,7 @@ from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factors import RescaleFactors
+from longrope.layout import plan_batches
 from longrope.patching import rope_settings
 
 OBJECTIVES = ("perplexity", "needle")
@@ -154,6 +154,7 @@ def search(
         of one window would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
+        Long windows go through the model in chunks, with a cache of keys and values.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
         `factors.json`, `history.csv`, `search.png`.
@@ -173,7 +174,8 @@ def search(
     ------
     ValueError
         With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, an output that is not finite with PI, NTK or YaRN,
+        document shorter than `target_length`, a window whose keys and values do not fit the free
+        memory, an output that is not finite with PI, NTK or YaRN,
         a folder that cannot be written, or the journal of another search.
     """
     _one_of("method", method, tuple(METHODS))
@@ -258,8 +260,10 @@ def search(
     }
     if method != "evolution":
         header["data"]["documents"] = drawn.digest()
+    layout = plan_batches(model, problem.target_length, rows=batch_size)
     notes = {
-        "rows": batch_size or rows_per_batch(model, problem.target_length),
+        "rows": layout.rows,
+        "chunk": layout.chunk,
         "activation_checkpointing": needs_checkpointing(model, problem.target_length)
         if activation_checkpointing is None
         else activation_checkpointing,
@@ -281,7 +285,10 @@ def search(
                  "max_evaluations": max_evaluations, "notes": notes},
             )  # fmt: skip
         ledger = Ledger(
-            PopulationEvaluator(model, problem.factors, notes["rows"], last_tokens),
+            # A journal from before windows were cut has no "chunk".
+            PopulationEvaluator(
+                model, problem.factors, notes["rows"], last_tokens, notes.get("chunk")
+            ),
             drawn.windows,
             journal,
             max_evaluations=max_evaluations,
