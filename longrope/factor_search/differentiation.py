@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.evaluation import evaluating
 from longrope.factor_search.gradient import Point
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.ranks import Ranks
+from longrope.layout import free_memory
 from longrope.patching import rows as rows_with_factors
+from longrope.patching.attention import kernel_attention
 from longrope.patching.models import decoder
+from longrope.scoring import NextTokenNLL
 
 #: Bytes kept for the backward pass, per layer and token, over the bytes of the residual stream:
 #: the residual, norms, queries, keys and values before and after the rotation, the attention's
@@ -71,7 +74,7 @@ class LossGradient:
         The gradient is with respect to log lambda and, last, to the log of the attention factor.
         `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
-        with differentiating(self.model):
+        with differentiating(self.model), kernel_attention(self.model):
             measured = self.ranks.share(
                 [functools.partial(self._window, point, start_tokens, w) for w in windows]
             )
@@ -155,17 +158,5 @@ def needs_checkpointing(model: nn.Module, length: int) -> bool:
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = config.num_hidden_layers
     kept = layers * length * (_KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner)
-    free = _free_memory(parameter.device)
+    free = free_memory(parameter.device)
     return free is not None and kept * parameter.element_size() > free / 2
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU, or of this machine where it says so (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None

@@ -43,8 +43,6 @@ class RingAttention:
     def __init__(self, ranks: Ranks, length: int):
         self.ranks = ranks
         self.chunks = zigzag(length, ranks.size)
-        #: How often it was called: whether a model uses it.
-        self.calls = 0
 
     @property
     def positions(self) -> Tensor:
@@ -72,7 +70,6 @@ class RingAttention:
         causal, window, scale, softcap
             As in `ops.attention`. A window's keys are counted in the whole sequence.
         """
-        self.calls += 1
         rank, size = self.ranks.rank, self.ranks.size
         options = {"scale": scale, "softcap": softcap}
         queries = list(zip(self.chunks[rank], _parts(q, self.chunks[rank]), strict=True))

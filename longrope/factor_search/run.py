@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.evaluation import rows_per_batch
 from longrope.factor_search import needles, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
@@ -28,6 +27,7 @@ from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.factors import RescaleFactors
+from longrope.layout import plan_batches
 from longrope.patching import rope_settings
 
 OBJECTIVES = ("perplexity", "needle")
@@ -163,6 +163,7 @@ def search(
         of one window would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
+        Long windows go through the model in chunks, with a cache of keys and values.
     shard_sequence
         For windows too long for one device, with `"evolution"`: every rank of the job holds its
         share of each window's tokens, and attention goes around the ranks in a ring. The values
@@ -186,9 +187,9 @@ def search(
     ------
     ValueError
         With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, an output that is not finite with PI, NTK or YaRN,
-        a folder that cannot be written, the journal of another search, or ranks that were not given
-        the same search.
+        document shorter than `target_length`, a window whose keys and values do not fit the free
+        memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
+        the journal of another search, or ranks that were not given the same search.
     LostRankError
         Where a rank of the job has died or does not answer; a `RuntimeError`.
     """
@@ -281,9 +282,11 @@ def search(
         header["shard_sequence"] = job.size
     limits = {"iterations": sizes.iterations, "max_evaluations": max_evaluations}
     job.check_same({**header, **limits})
-    tokens = -(-problem.target_length // job.size) if shard_sequence else problem.target_length
+    held = -(-problem.target_length // job.size) if shard_sequence else problem.target_length
+    layout = plan_batches(model, held, rows=batch_size, cut=not shard_sequence)
     notes = {
-        "rows": batch_size or rows_per_batch(model, tokens),
+        "rows": layout.rows,
+        "chunk": layout.chunk,
         "activation_checkpointing": needs_checkpointing(model, problem.target_length)
         if activation_checkpointing is None
         else activation_checkpointing,
@@ -306,7 +309,10 @@ def search(
         evaluator = (
             ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
             if shard_sequence
-            else PopulationEvaluator(model, problem.factors, notes["rows"], last_tokens)
+            # A journal from before windows were cut has no "chunk".
+            else PopulationEvaluator(
+                model, problem.factors, notes["rows"], last_tokens, notes.get("chunk")
+            )
         )
         ledger = Ledger(
             evaluator,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
-from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.evaluation import evaluating
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.ranks import Ranks
@@ -16,7 +16,7 @@ from longrope.factor_search.ring import RingAttention
 from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
-from longrope.patching.attention import kernel_attention
+from longrope.patching.attention import has_kernel_attention, kernel_attention
 
 
 class ShardedEvaluator(PopulationEvaluator):
@@ -32,6 +32,11 @@ class ShardedEvaluator(PopulationEvaluator):
         As for `PopulationEvaluator`.
     ranks
         The ranks of the job.
+
+    Raises
+    ------
+    ValueError
+        Where the model's attention cannot be replaced.
     """
 
     def __init__(
@@ -42,59 +47,58 @@ class ShardedEvaluator(PopulationEvaluator):
         last_tokens: int | None,
         ranks: Ranks,
     ):
+        if not has_kernel_attention(model):
+            raise ValueError(
+                "shard_sequence: expected a model whose attention ops.attention can compute "
+                f"(longrope.patching.attention), got {type(model).__name__} in "
+                f"{next(model.parameters()).dtype}"
+            )
         super().__init__(model, to_factors, rows, last_tokens)
         self.ranks = ranks
-        with evaluating(model):
-            self._parts = NextTokenNLL(model)
 
-    def __call__(self, candidates: Sequence[Candidate], windows: Tensor) -> list[float]:
-        """Return the mean NLL over the scored tokens of all windows, in nats, per candidate.
-
-        `windows` is int64 `[S, N]`, the whole windows, `N >= 2 * ranks.size`. Not finite where the
-        model's output is not.
-
-        Raises `ValueError` where the model's attention layers do not run `RingAttention`.
-        """
-        factors = [self.to_factors(candidate) for candidate in candidates]
-        pairs = [(f, window) for f in factors for window in windows]
+    def block_sums(
+        self, candidates: Sequence[Candidate], windows: Tensor, blocks: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `PopulationEvaluator.block_sums`; `windows` `[S, N]` are whole, `N >= 2 ranks.size`."""
         scored = scored_tokens(windows, self.last_tokens)
+        if not 1 <= blocks <= scored:
+            raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
+        factors = [self.to_factors(candidate) for candidate in candidates]
+        rows = [(f, window) for f in factors for window in windows]
         sums = []
         with self.ranks.tied(), evaluating(self.model):
-            for start in range(0, len(pairs), self.rows):
-                sums += self._sums(pairs[start : start + self.rows], scored)
-        totals = [sum(parts) for parts in zip(*self.ranks.gather(sums), strict=True)]
-        count = len(windows)
-        return [
-            sum(totals[start : start + count]) / (count * scored)
-            for start in range(0, len(totals), count)
-        ]
+            for start in range(0, len(rows), self.rows):
+                sums.append(self._sums(rows[start : start + self.rows], scored, blocks))
+        everywhere = self.ranks.gather(torch.cat(sums).cpu())
+        total = sum(everywhere[1:], start=everywhere[0])
+        counts = torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
+        return total.view(len(factors), len(windows), blocks), counts
 
-    def _sums(self, pairs: Sequence[tuple[RescaleFactors, Tensor]], scored: int) -> list[float]:
-        """Return the NLL of each row, summed over the scored tokens that this rank predicts."""
-        ids = torch.stack([window for _, window in pairs])
+    def _sums(
+        self, rows: Sequence[tuple[RescaleFactors, Tensor]], scored: int, blocks: int
+    ) -> Tensor:
+        """Return the NLL of the tokens that this rank predicts, by row and block, float64."""
+        ids = torch.stack([window for _, window in rows])
         length = ids.shape[1]
         ring = RingAttention(self.ranks, length)
         positions = ring.positions
         # Position p predicts the token at p + 1.
         predicts = (positions >= length - 1 - scored) & (positions < length - 1)
-        targets = ids[:, positions[predicts] + 1]
-        inv_freq = torch.stack([torch.from_numpy(f.inv_freq()) for f, _ in pairs])
-        starts = torch.tensor([f.start_tokens for f, _ in pairs])
-        attention_factors = torch.tensor([f.attention_factor for f, _ in pairs]).double()
+        predicted = positions[predicts] + 1
+        inv_freq = torch.stack([torch.from_numpy(f.inv_freq()) for f, _ in rows])
+        starts = torch.tensor([f.start_tokens for f, _ in rows])
+        attention_factors = torch.tensor([f.attention_factor for f, _ in rows]).double()
         with (
             rows_with_factors(self.model, inv_freq, starts, attention_factors),
             kernel_attention(self.model, ring),
         ):
-            nll = self._nll(ids[:, positions], positions, predicts, targets)
-        if not ring.calls:
-            raise ValueError(
-                "shard_sequence: expected a model whose attention layers use transformers' "
-                f"AttentionInterface, got {type(self.model).__name__}"
-            )
-        return nll.double().sum(1).tolist()
+            nll = self._nll(ids[:, positions], positions, predicts, ids[:, predicted])
+        block = (predicted - (length - scored)) * blocks // scored
+        sums = torch.zeros(len(rows), blocks, dtype=torch.float64, device=nll.device)
+        return sums.index_add_(1, block.to(nll.device), nll.double())
 
     def _nll(self, ids: Tensor, positions: Tensor, predicts: Tensor, targets: Tensor) -> Tensor:
-        base, head, device = self._parts.base, self._parts.head, self._parts.device
+        base, head, device = self._score.base, self._score.head, self._score.device
         call = {
             "input_ids": ids.to(device),
             "position_ids": positions.to(device)[None],

@@ -16,6 +16,7 @@ import torch
 
 import longrope
 from longrope.factor_search import run, run_directory
+from longrope.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -200,11 +201,11 @@ def test_a_finished_run_measures_nothing_again(
 
 def test_batches_are_those_of_the_first_run(shared_model, documents, tmp_path, monkeypatch):
     """What memory is free after a restart must not change the bits of later values."""
-    monkeypatch.setattr(run, "rows_per_batch", lambda model, length: 6)
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(6, None))
     expected = search(shared_model, documents, out=tmp_path)
     content = journal_of(tmp_path).read_bytes()
     journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
-    monkeypatch.setattr(run, "rows_per_batch", lambda model, length: 2)
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, None))
     assert search(shared_model, documents, out=tmp_path).history == expected.history
     assert journal_of(tmp_path).read_bytes() == content
 
