@@ -59,7 +59,7 @@ class ShardedEvaluator(PopulationEvaluator):
     def block_sums(
         self, candidates: Sequence[Candidate], windows: Tensor, blocks: int
     ) -> tuple[Tensor, Tensor]:
-        """As `PopulationEvaluator.block_sums`; `windows` `[S, N]` are whole, `N >= 2 ranks.size`."""
+        """As `PopulationEvaluator.block_sums`, of whole windows; `N >= 2 * ranks.size`."""
         scored = scored_tokens(windows, self.last_tokens)
         if not 1 <= blocks <= scored:
             raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")

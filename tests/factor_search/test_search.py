@@ -227,12 +227,12 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
         textwrap.dedent(f"""
             import os, signal, sys
             sys.path[:0] = [{str(Path(longrope.__file__).parents[1])!r},
-                            {str(Path(__file__).parent)!r}]
+                            {str(Path(__file__).parents[1])!r}]
             import torch
             torch.set_num_threads(1)
-            import conftest
             import longrope
             from longrope.factor_search.journal import Journal
+            from support import tiny_search
 
             append, calls = Journal.append, []
 
@@ -247,7 +247,7 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
             Journal.append = append_and_die
             documents = torch.load({str(tmp_path / "documents.pt")!r}, weights_only=True)
             longrope.search(
-                conftest.build_model(), documents, out={str(tmp_path / "out")!r}, **{SMALL!r}
+                tiny_search.build_model(), documents, out={str(tmp_path / "out")!r}, **{SMALL!r}
             )
         """)
     )
