@@ -40,7 +40,7 @@ DESCENT = {
     "windows_per_step": 3,
     "progress": False,
 }
-#: Calls of the evaluator after which a rank is killed or stopped.
+#: Call of the evaluator in which a rank is killed or stopped.
 CALLS = 3
 #: Seconds that ranks wait for one that is stopped.
 PATIENCE = 2
@@ -77,6 +77,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     """Many searches in one job, good and bad; after a bad one the next must work."""
     import torch
 
+    from longrope.factor_search import run_directory
     from support import tiny_search
 
     documents = tiny_search.build_documents()
@@ -87,8 +88,9 @@ def searches(rank: int, size: int, folder: Path) -> dict:
         changed.lm_head.weight[0] += float(rank)
     seed = int(rank == size - 1)
     population = -3 if rank == 1 else 6
-    found = {
-        "evolution": search(**SMALL, out=folder / "out"),
+    found = {"evolution": search(**SMALL, out=folder / "out")}
+    run_directory.plot = lambda *arguments: None  # one is enough: a second each
+    found |= {
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
         "one window": search(**DESCENT | {"windows_per_step": 1}),
@@ -118,16 +120,16 @@ def rings(rank: int, size: int, folder: Path) -> dict:
 
 
 def killed(rank: int, size: int, folder: Path) -> dict:
-    """The last rank dies while it measures."""
-    if rank == size - 1:
+    """Rank 1 dies while it measures."""
+    if rank == 1:
         _after_calls(CALLS, signal.SIGKILL)
     return search(**SMALL, out=folder / "out")
 
 
 def stopped(rank: int, size: int, folder: Path) -> dict:
-    """The last rank stands still while it measures."""
+    """Rank 1 stands still while it measures."""
     os.environ["LONGROPE_RANK_TIMEOUT"] = str(PATIENCE)
-    if rank == size - 1:
+    if rank == 1:
         _after_calls(CALLS, signal.SIGSTOP)
     return search(**SMALL)
 
@@ -144,7 +146,7 @@ def command_refused(rank: int, size: int, folder: Path) -> dict:
 
 def command_killed(rank: int, size: int, folder: Path) -> dict:
     """The same with a rank that dies."""
-    if rank == size - 1:
+    if rank == 1:
         _after_calls(1, signal.SIGKILL)
     return _command(folder)
 
@@ -286,8 +288,12 @@ def run(scenario, size: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    # Once, for all ranks.
+    import matplotlib.pyplot  # noqa: F401
+    import rich.progress  # noqa: F401
+
     from longrope import cli, torchrun  # noqa: F401
-    from support import ring_checks, tiny_search  # noqa: F401  (once, for all ranks)
+    from support import ring_checks, tiny_search  # noqa: F401
 
     for scenario, size in SCENARIOS:
         run(scenario, size, folder / f"{scenario.__name__}-{size}")
