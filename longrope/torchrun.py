@@ -37,7 +37,7 @@ def job(device: str) -> Iterator[str]:
             f"--device: expected cuda or cpu under torchrun, whose ranks take a device each, got "
             f"{device!r}"
         )
-    backend = "gloo"
+    options = {"backend": "gloo"}
     if device.startswith("cuda"):
         device = f"cuda:{local_rank}" if device == "cuda" else device
         if torch.device(device).index >= torch.cuda.device_count():
@@ -46,9 +46,9 @@ def job(device: str) -> Iterator[str]:
                 f"its number of CUDA devices, got LOCAL_RANK {local_rank}"
             )
         torch.cuda.set_device(device)
-        backend = "nccl"
+        options = {"backend": "nccl", "device_id": torch.device(device)}
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(

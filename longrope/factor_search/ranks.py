@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from longrope import _validation
 from longrope.factor_search.journal import JournalError, first_difference
 
 T = TypeVar("T")
@@ -88,6 +89,10 @@ class Ranks:
                 f"than rank 0's on rank{'s'[: len(others) - 1]} {names} ({difference})"
             )
 
+    def can_pass_on(self, device: torch.device) -> bool:
+        """Whether `pass_on` takes tensors of a device: of a CPU, or of a GPU in a job with nccl."""
+        return True
+
     def pass_on(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
         """Start sending a tensor to the next rank and filling one from the rank before.
 
@@ -117,11 +122,8 @@ class JobRanks(Ranks):
         self.size = dist.get_world_size()
         self.journal_path = None
         self._group = None
-        timeout = float(os.environ.get(TIMEOUT, DEFAULT_TIMEOUT))
         with self._watching():
-            self._group = dist.new_group(
-                backend="gloo", timeout=datetime.timedelta(seconds=timeout)
-            )
+            self._group = dist.new_group(backend="gloo", timeout=_timeout())
 
     def gather(self, value: T) -> list[T]:
         return self._exchange(value, None)
@@ -132,6 +134,9 @@ class JobRanks(Ranks):
         with self._watching():
             dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def can_pass_on(self, device: torch.device) -> bool:
+        return device.type == "cpu" or f"{device.type}:nccl" in dist.get_backend_config()
 
     def pass_on(self, outgoing: torch.Tensor, incoming: torch.Tensor) -> Callable[[], None]:
         group = self._group if outgoing.device.type == "cpu" else None
@@ -201,6 +206,16 @@ class JobRanks(Ranks):
             raise LostRankError(
                 f"a rank of the job is gone or does not answer, seen by rank {self.rank}; {kept}"
             ) from error
+
+
+def _timeout() -> datetime.timedelta:
+    given = os.environ.get(TIMEOUT, str(DEFAULT_TIMEOUT))
+    try:
+        return datetime.timedelta(seconds=_validation.positive(TIMEOUT, float(given)))
+    except ValueError:
+        raise ValueError(
+            f"{TIMEOUT}: expected a number of seconds above 0, got {given!r}"
+        ) from None
 
 
 def _packed(error: Exception | None) -> tuple[int, str] | None:

@@ -36,7 +36,8 @@ class ShardedEvaluator(PopulationEvaluator):
     Raises
     ------
     ValueError
-        Where the model's attention cannot be replaced.
+        Where the model's attention cannot be replaced, and for a model on a GPU in a job whose
+        process group has no nccl.
     """
 
     def __init__(
@@ -52,6 +53,12 @@ class ShardedEvaluator(PopulationEvaluator):
                 "shard_sequence: expected a model whose attention ops.attention can compute "
                 f"(longrope.patching.attention), got {type(model).__name__} in "
                 f"{next(model.parameters()).dtype}"
+            )
+        device = next(model.parameters()).device
+        if not ranks.can_pass_on(device):
+            raise ValueError(
+                f"shard_sequence: expected a process group with nccl for a model on {device.type}, "
+                "got one without"
             )
         super().__init__(model, to_factors, rows, last_tokens)
         self.ranks = ranks

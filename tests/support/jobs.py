@@ -43,7 +43,7 @@ DESCENT = {
 #: Call of the evaluator in which a rank is killed or stopped.
 CALLS = 3
 #: Seconds that ranks wait for one that is stopped.
-PATIENCE = 2
+PATIENCE = 5
 
 
 def summary(result) -> dict:
