@@ -58,7 +58,10 @@ def job(device: str) -> Iterator[str]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield device
-        # Not after an error: a group that has lost a rank may wait for it.
-        dist.destroy_process_group()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        # On the way out: what went wrong is to be said, also when torchrun has seen it already.
+        # The group stays: one that has lost a rank may wait for it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    dist.destroy_process_group()
+    signal.signal(signal.SIGTERM, before)
