@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -63,26 +63,52 @@ class PopulationEvaluator:
 
         `windows` is int64 `[S, N]`. Not finite where the model's output is not.
         """
+        sums = [nll.double().sum(1) for nll in self._nll(candidates, windows)]
+        per_row = torch.cat(sums).cpu().view(len(candidates), len(windows))
+        scored = scored_tokens(windows, self.last_tokens)
+        return (per_row.sum(1) / (len(windows) * scored)).tolist()
+
+    def block_sums(
+        self, candidates: Sequence[Candidate], windows: torch.Tensor, blocks: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sums of the NLL in nats over `blocks` runs of scored tokens, and their sizes.
+
+        float64 `[C, S, blocks]` on the CPU for `C` candidates and windows `[S, N]`, and int64
+        `[blocks]`: tokens of each block, which differ by at most one.
+        """
+        scored = scored_tokens(windows, self.last_tokens)
+        counts = torch.tensor([len(part) for part in torch.arange(scored).tensor_split(blocks)])
+        sums = [
+            torch.stack([part.double().sum(1) for part in nll.tensor_split(blocks, dim=1)], dim=1)
+            for nll in self._nll(candidates, windows)
+        ]
+        return torch.cat(sums).cpu().view(len(candidates), len(windows), blocks), counts
+
+    def _nll(
+        self, candidates: Sequence[Candidate], windows: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """Yield the NLL of each scored token, float32 `[rows, scored]`, a forward pass at a time.
+
+        Row r of all is candidate r // S on window r % S.
+        """
         factors = [self.to_factors(candidate) for candidate in candidates]
         inv_freq = torch.from_numpy(np.stack([f.inv_freq() for f in factors]))
         start_tokens = torch.tensor([f.start_tokens for f in factors])
         attention_factor = torch.tensor([f.attention_factor for f in factors], dtype=torch.float64)
-        # Row r is candidate r // S on window r % S.
         of_candidate = torch.arange(len(factors)).repeat_interleave(len(windows))
         of_window = torch.arange(len(windows)).repeat(len(factors))
         scored = scored_tokens(windows, self.last_tokens)
-        sums = []
-        with evaluating(self.model):
-            for which, window in zip(
-                of_candidate.split(self.rows), of_window.split(self.rows), strict=True
-            ):
-                with rows_with_factors(
+        for which, window in zip(
+            of_candidate.split(self.rows), of_window.split(self.rows), strict=True
+        ):
+            with (
+                evaluating(self.model),
+                rows_with_factors(
                     self.model, inv_freq[which], start_tokens[which], attention_factor[which]
-                ):
-                    nll = self._score(windows[window], scored)
-                sums.append(nll.double().sum(1))
-        per_row = torch.cat(sums).cpu().view(len(factors), len(windows))
-        return (per_row.sum(1) / (len(windows) * scored)).tolist()
+                ),
+            ):
+                nll = self._score(windows[window], scored)
+            yield nll
 
 
 def fingerprint(model: nn.Module) -> str:

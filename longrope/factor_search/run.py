@@ -16,12 +16,13 @@ from torch import nn
 
 from longrope import _validation
 from longrope.evaluation import rows_per_batch
-from longrope.factor_search import needles, run_directory
+from longrope.factor_search import needles, racing, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
+from longrope.factor_search.history import Evaluation
 from longrope.factor_search.journal import Journal
-from longrope.factor_search.ledger import Evaluation, Ledger
+from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
@@ -46,7 +47,8 @@ class SearchResult:
         Of `factors` on the validation windows; None where there were none.
     history
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
-        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows).
+        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
+        candidate has one for each stage that it was measured in.
     """
 
     factors: RescaleFactors
@@ -78,6 +80,8 @@ def search(
     iterations: int | None = None,
     parents: int | None = None,
     max_evaluations: int | None = None,
+    race: bool = False,
+    critical_dimension: bool = False,
     steps: int | None = None,
     learning_rate: float | None = None,
     windows_per_step: int | None = None,
@@ -146,6 +150,22 @@ def search(
         `iterations` counts the populations that are measured, the first included.
     max_evaluations
         End the evolution after this many candidates, baselines included.
+    race
+        Drop candidates of the evolution that are clearly worse on the first search windows; False,
+        as in the paper: measure every candidate on all of them. A generation's new candidates are
+        measured on the first window, then on two more, then on the rest. Before each next stage
+        those go that are worse than the `parents`-th best, of the parents and of the candidates
+        still in the race, by a one-sided paired Student t test at 0.01 on the losses of 8 blocks of
+        tokens per window. They can be no parents (F-Race, Birattari et al. 2002; Maron and Moore
+        1994). The test takes blocks for independent, which neighbours in one document are not:
+        0.01 is not the share of wrong decisions. PI, NTK and YaRN are never dropped, and the losses
+        of those that remain are what they would be without the race, up to rounding.
+    critical_dimension
+        Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
+        on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
+        that turns at most 10 times in the original window to the first that turns at most once.
+        Faster pairs follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN are
+        compared with nonetheless, as they are.
     steps, learning_rate, windows_per_step
         Of the descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
@@ -155,7 +175,8 @@ def search(
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
     out
-        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
+        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation; in a race
+        with the losses of the blocks, so that its decisions are the same when it resumes),
         `factors.json`, `history.csv`, `search.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
@@ -194,6 +215,8 @@ def search(
     }
     if method == "gradient":
         _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
+        if race:
+            raise ValueError("race: expected False with method='gradient', got True")
     if method == "evolution":
         _not_with(
             f"method={method!r}", {**descent, "activation_checkpointing": activation_checkpointing}
@@ -221,6 +244,7 @@ def search(
         start_tokens=start_tokens,
         max_lambda=max_lambda,
         preset=PRESETS[preset],
+        critical_dimension=critical_dimension,
     )
     if objective == "needle":
         _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
@@ -249,6 +273,9 @@ def search(
         "method": method,
         "objective": objective,
         "last_tokens": last_tokens,
+        # None where off, as in the journals of versions that had no such option.
+        "race": racing.SETTINGS if race else None,
+        "critical_dimension": critical_dimension or None,
         "problem": dataclasses.asdict(problem),
         **settings[method],
         "batch_size": batch_size,
@@ -286,7 +313,7 @@ def search(
             journal,
             max_evaluations=max_evaluations,
         )
-        task = Task(problem, ledger, sizes, descent, randoms[2], None)
+        task = Task(problem, ledger, sizes, descent, randoms[2], None, race)
         if method != "evolution":
             ledger.differentiate = LossGradient(
                 model,
