@@ -177,6 +177,15 @@ def search(
         float | None, typer.Option(help="Learning rate of the descent at its begin (0.05).")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Search windows (paper: 5).")] = None,
+    race: Annotated[
+        bool, typer.Option("--race", help="Drop clearly worse candidates after a few windows.")
+    ] = False,
+    critical_dimension: Annotated[
+        bool,
+        typer.Option(
+            "--critical-dimension", help="Search only from a critical pair on (LongRoPE2)."
+        ),
+    ] = False,
     start_tokens: Annotated[str, typer.Option(help='A number, or "search".')] = "search",
     attention_factor: Annotated[
         str, typer.Option(help='"yarn", "su", a number, or "search" (gradient and hybrid).')
@@ -213,6 +222,8 @@ def search(
         method=method,
         objective=objective,
         preset=preset,
+        race=race,
+        critical_dimension=critical_dimension,
         start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
         attention_factor=_number(
             "--attention-factor", attention_factor, ("yarn", "su", "search"), float

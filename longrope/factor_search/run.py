@@ -15,17 +15,18 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.factor_search import needles, ranks, run_directory
+from longrope.factor_search import needles, racing, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
-from longrope.factor_search.journal import Journal, Replay
-from longrope.factor_search.ledger import Evaluation, Ledger
+from longrope.factor_search.history import Evaluation
+from longrope.factor_search.journal import Journal
+from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
-from longrope.factor_search.sharded import ShardedEvaluator
+from longrope.factor_search.sharded import ShardedEvaluator, check_sharding
 from longrope.factors import RescaleFactors
 from longrope.layout import plan_batches
 from longrope.patching import rope_settings
@@ -47,7 +48,8 @@ class SearchResult:
         Of `factors` on the validation windows; None where there were none.
     history
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
-        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows).
+        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
+        candidate has one for each stage that it was measured in.
     """
 
     factors: RescaleFactors
@@ -80,6 +82,8 @@ def search(
     iterations: int | None = None,
     parents: int | None = None,
     max_evaluations: int | None = None,
+    race: bool = False,
+    critical_dimension: bool = False,
     steps: int | None = None,
     learning_rate: float | None = None,
     windows_per_step: int | None = None,
@@ -155,6 +159,22 @@ def search(
         `iterations` counts the populations that are measured, the first included.
     max_evaluations
         End the evolution after this many candidates, baselines included.
+    race
+        Drop candidates of the evolution that are clearly worse on the first search windows; False,
+        as in the paper: measure every candidate on all of them. A generation's new candidates are
+        measured on the first window, then on two more, then on the rest. Before each next stage
+        those go that are worse than the `parents`-th best, of the parents and of the candidates
+        still in the race, by a one-sided paired Student t test at 0.01 on the losses of 8 blocks of
+        tokens per window. They can be no parents (F-Race, Birattari et al. 2002; Maron and Moore
+        1994). The test takes blocks for independent, which neighbours in one document are not:
+        0.01 is not the share of wrong decisions. PI, NTK and YaRN are never dropped, and the losses
+        of those that remain are what they would be without the race, up to rounding.
+    critical_dimension
+        Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
+        on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
+        that turns at most 10 times in the original window to the first that turns at most once.
+        Faster pairs follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN are
+        compared with nonetheless, as they are.
     steps, learning_rate, windows_per_step
         Of the descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
@@ -169,7 +189,8 @@ def search(
         share of each window's tokens, and attention goes around the ranks in a ring. The values
         agree with those of whole windows up to rounding.
     out
-        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
+        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation; in a race
+        with the losses of the blocks, so that its decisions are the same when it resumes),
         `factors.json`, `history.csv`, `search.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
@@ -212,6 +233,8 @@ def search(
     }
     if method == "gradient":
         _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
+        if race:
+            raise ValueError("race: expected False with method='gradient', got True")
     if method == "evolution":
         _not_with(
             f"method={method!r}", {**descent, "activation_checkpointing": activation_checkpointing}
@@ -239,9 +262,10 @@ def search(
         start_tokens=start_tokens,
         max_lambda=max_lambda,
         preset=PRESETS[preset],
+        critical_dimension=critical_dimension,
     )
     if shard_sequence:
-        _check_sharding(job, method, problem)
+        check_sharding(job, method, problem.target_length)
     if objective == "needle":
         _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
         if problem.target_length < needles.SHORTEST:
@@ -269,6 +293,9 @@ def search(
         "method": method,
         "objective": objective,
         "last_tokens": last_tokens,
+        # None where off, as in the journals of versions that had no such option.
+        "race": racing.SETTINGS if race else None,
+        "critical_dimension": critical_dimension or None,
         "problem": dataclasses.asdict(problem),
         **settings[method],
         "batch_size": batch_size,
@@ -305,7 +332,7 @@ def search(
             run_directory.write_config(
                 out, {**header, "model_name": name, "preset": preset, **limits, "notes": notes}
             )
-        notes, journal = _everywhere(job, notes, journal)
+        notes, journal = ranks.share_journal(job, notes, journal)
         evaluator = (
             ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
             if shard_sequence
@@ -321,7 +348,7 @@ def search(
             max_evaluations=max_evaluations,
             ranks=None if shard_sequence else job,
         )
-        task = Task(problem, ledger, sizes, descent, randoms[2], None)
+        task = Task(problem, ledger, sizes, descent, randoms[2], None, race)
         if method != "evolution":
             ledger.differentiate = LossGradient(
                 model,
@@ -346,35 +373,6 @@ def search(
         if out is not None and job.first:
             run_directory.write_results(out, factors, result.history, problem.baselines())
     return result
-
-
-def _everywhere(
-    job: ranks.Ranks, notes: dict[str, Any], journal: Journal | None
-) -> tuple[dict[str, Any], Replay | None]:
-    """Return the first rank's notes and its journal; on the others a copy to replay from."""
-    kept = None if journal is None else (journal.path, journal.pending)
-    notes, kept = job.broadcast((notes, kept))
-    if kept is not None:
-        job.journal_path = kept[0]
-        journal = journal or Replay(kept[0], notes, kept[1])
-    return notes, journal
-
-
-def _check_sharding(job: ranks.Ranks, method: str, problem: Problem) -> None:
-    if method != "evolution":
-        raise ValueError(
-            f"shard_sequence: expected False with method={method!r}, whose steps go backwards "
-            "through the model; method='evolution' can"
-        )
-    if job.size == 1:
-        raise ValueError(
-            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
-        )
-    if problem.target_length < 2 * job.size:
-        raise ValueError(
-            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
-            f"ranks, got {problem.target_length}"
-        )
 
 
 def _replace(settings: Any, given: dict[str, Any]) -> Any:
