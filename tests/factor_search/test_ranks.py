@@ -182,7 +182,7 @@ def test_the_command_joins_the_job_and_the_first_rank_speaks(ranks):
     assert (first["code"], second["code"]) == (0, 0), (first, second)
     assert "perplexity" in first["out"]
     assert f"factors in {ranks.folder('command', 2) / 'run' / 'factors.json'}" in first["out"]
-    assert "search" in first["err"]  # the progress bar
+    assert "best perplexity" in first["err"]  # the progress bar
     assert second["out"] == second["err"] == ""
 
 
