@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -70,13 +71,18 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
     "options",
     [
         {"iterations": 2},
+        {"iterations": 1, "race": True, "critical_dimension": True},
         {"method": "gradient", "steps": 2, "learning_rate": 0.1, "attention_factor": "search"},
     ],
 )
 def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path, options):
     options = {"target_length": 64, "samples": 1, "seed": 3, **options}
-    flags = [x for name, v in options.items() for x in (f"--{name.replace('_', '-')}", v)]
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}"] + [value] * (value is not True)
     call("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu", *flags)
+    header = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
+    assert bool(header["race"]) is bool(header["critical_dimension"]) is ("race" in options)
     model, _ = longrope.cli.load_model(str(model_folder), "cpu")
     expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors

@@ -105,13 +105,15 @@ class Descent:
     scales
         `[dims]`: units of log lambda, see above.
     max_lambda
-        Lambdas stay within `[1, max_lambda]`.
+        Lambdas stay within `[min_lambda, max_lambda]`.
     settings
         How far and how fast.
     attention_factor
         Where the attention factor begins.
     learn_attention
         Whether it moves.
+    min_lambda
+        See `max_lambda`.
     """
 
     def __init__(
@@ -121,9 +123,10 @@ class Descent:
         settings: DescentSettings,
         attention_factor: float,
         learn_attention: bool = False,
+        min_lambda: float = 1.0,
     ):
         self.settings = settings
-        self._upper = math.log(max_lambda)
+        self._lower, self._upper = math.log(min_lambda), math.log(max_lambda)
         self._origin = math.log(attention_factor)
         self._scales = np.append(scales, ATTENTION_SCALE)
         self._free = np.append(np.ones(len(scales)), float(learn_attention))
@@ -162,7 +165,7 @@ class Descent:
         log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)
         reach = math.log(ATTENTION_REACH)
         factor = np.clip(x[-1], self._origin - reach, self._origin + reach)
-        return np.append(np.clip(log_lambdas, 0, self._upper), factor)
+        return np.append(np.clip(log_lambdas, self._lower, self._upper), factor)
 
 
 def _point(x: np.ndarray) -> Point:

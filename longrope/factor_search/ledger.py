@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,58 +14,19 @@ from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
 from longrope.factor_search.gradient import Point
-from longrope.factor_search.journal import Journal, JournalError
+from longrope.factor_search.history import BASELINES, Evaluation
+from longrope.factor_search.journal import JournalError, Replay
+from longrope.factor_search.objective import scored_tokens
+from longrope.factor_search.racing import BLOCKS, Stage
+from longrope.factor_search.ranks import Ranks
 from longrope.factor_search.space import Candidate
 
-#: The origins of factors that need no search: a model that fails with them is at fault.
-BASELINES = ("pi", "ntk", "yarn")
+#: What a journal's entry holds beyond what was asked for.
+_MEASURED = ("nll", "gradient", "block_sums")
 
 
 class OutOfBudgetError(Exception):
     """Raised before an evaluation that the budget does not allow; the search ends there."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One measured candidate, or one step of a descent.
-
-    Attributes
-    ----------
-    role
-        Which windows: `"screen"` (the first few search windows), `"search"`, `"validation"`, or
-        `"gradient"` for a step on random windows, where the gradient was computed too.
-    iteration
-        The generation or the number of the step; -1 at the end of a search.
-    origin
-        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"ramp"`, `"mutation"`,
-        `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`, `"finalist"`.
-    lambdas, start_tokens, attention_factor
-        The factors that were measured; on the grid except in a step.
-    nll
-        Mean negative log-likelihood in nats per token; infinite where the model's output was not
-        finite.
-    windows
-        How many windows were measured.
-    """
-
-    role: str
-    iteration: int
-    origin: str
-    lambdas: tuple[float, ...]
-    start_tokens: int
-    nll: float
-    attention_factor: float
-    windows: int
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(nll)`."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
-
-    @property
-    def forward_equivalents(self) -> int:
-        """The cost in forward passes of one window; a backward pass counts 2."""
-        return self.windows * (3 if self.role == "gradient" else 1)
 
 
 class Ledger:
@@ -80,22 +41,26 @@ class Ledger:
     journal
         None: nothing is kept on disk.
     max_evaluations
-        Limit of the role `"search"`; None for no limit.
+        Limit of the candidates in the roles `"search"` and `"race"`; None for no limit.
     on_batch
-        Called with the new evaluations after every batch.
+        Called after every batch with the new evaluations, and the tokens that were measured for
+        them: none where they came from the journal.
     differentiate
         Returns the loss and its gradient, for `step`.
+    ranks
+        Who share the batches of `measure`: batch `b` of a round is measured by rank `b`.
     """
 
     def __init__(
         self,
         evaluator: PopulationEvaluator,
         windows: dict[str, torch.Tensor],
-        journal: Journal | None = None,
+        journal: Replay | None = None,
         *,
         max_evaluations: int | None = None,
-        on_batch: Callable[[Sequence[Evaluation]], None] = lambda evaluations: None,
+        on_batch: Callable[[Sequence[Evaluation], int], None] = lambda evaluations, tokens: None,
         differentiate: LossGradient | None = None,
+        ranks: Ranks | None = None,
     ):
         self.evaluator = evaluator
         self.windows = windows
@@ -103,30 +68,60 @@ class Ledger:
         self.max_evaluations = sys.maxsize if max_evaluations is None else max_evaluations
         self.on_batch = on_batch
         self.differentiate = differentiate
+        self.ranks = ranks or Ranks()
         self.history: list[Evaluation] = []
-        self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in windows}
+        #: What other ranks measured in the same round, for the batches that come next.
+        self._ahead: list[list[dict]] = []
+        #: Of the candidates in a race, over the windows so far: float64 `[S, blocks]`.
+        self.block_sums: dict[Candidate, np.ndarray] = {}
+        self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in [*windows, "race"]}
 
     def losses(self, role: str) -> dict[Candidate, float]:
         """Return the NLL of every candidate measured in this role, in the order of measuring."""
         return dict(self._losses[role])
 
-    def measure_within_budget(self, proposals: Sequence[Proposal]) -> list[float]:
+    def measure_within_budget(
+        self,
+        proposals: Sequence[Proposal],
+        measure: Callable[[Sequence[Proposal]], list[float]] | None = None,
+    ) -> list[float]:
         """As `measure` on the search windows, of which `max_evaluations` candidates are allowed.
 
-        Raises `OutOfBudgetError` after the last one of them where there are more.
+        `measure` may be a `Race` instead. Raises `OutOfBudgetError` after the last candidate that
+        is allowed where there are more.
         """
-        room = self.max_evaluations - len(self._losses["search"])
-        losses = self.measure(proposals[: max(room, 0)])
+        room = self.max_evaluations - len(self._losses["search"] | self._losses["race"])
+        losses = (measure or self.measure)(proposals[: max(room, 0)])
         if room < len(proposals):
             raise OutOfBudgetError
         return losses
 
     def measure(self, proposals: Sequence[Proposal], role: str = "search") -> list[float]:
         """Return the NLL of each proposal; a batch is in the journal before the next one starts."""
-        size = self.evaluator.candidates_per_batch(self.windows[role])
+        return self._measure(proposals, role, self.windows[role], None)
+
+    def measure_stage(self, proposals: Sequence[Proposal], stage: Stage) -> list[float]:
+        """As `measure` on the windows of a race's stage; the NLL is over all windows so far.
+
+        That is the mean of the block sums in `block_sums`, added up by numpy in the order of the
+        windows: with all windows the value of `measure`, up to rounding.
+        """
+        windows = self.windows["search"][stage.begin : stage.end]
+        return self._measure(proposals, stage.role, windows, stage)
+
+    def _measure(
+        self,
+        proposals: Sequence[Proposal],
+        role: str,
+        windows: torch.Tensor,
+        stage: Stage | None,
+    ) -> list[float]:
+        size = self.evaluator.candidates_per_batch(windows)
+        batches = [proposals[start : start + size] for start in range(0, len(proposals), size)]
         losses = []
-        for start in range(0, len(proposals), size):
-            losses += self._measure_batch(proposals[start : start + size], role)
+        for number in range(len(batches)):
+            coming = batches[number : number + self.ranks.size]
+            losses += self._measure_batch(coming, role, windows, stage)
         return losses
 
     def step(
@@ -143,7 +138,8 @@ class Ledger:
             "start_tokens": start_tokens,
             "attention_factor": point.attention_factor,
         }
-        entry = self._replay_step(asked)
+        replayed = self._replay([asked])
+        entry = replayed[0] if replayed else None
         if entry is None:
             nll, gradient = self.differentiate(point, start_tokens, windows)
             if not (math.isfinite(nll) and np.isfinite(gradient).all()):
@@ -159,43 +155,42 @@ class Ledger:
             point.attention_factor, len(windows),
         )  # fmt: skip
         self.history.append(done)
-        self.on_batch([done])
+        self.on_batch([done], 0 if replayed else windows.numel())
         return entry["nll"], np.array(entry["gradient"])
 
-    def _replay_step(self, asked: dict) -> dict | None:
-        entries = [] if self.journal is None else self.journal.peek(1)
-        if not entries:
-            return None
-        if {**entries[0], "nll": None, "gradient": None} != {
-            **asked,
-            "nll": None,
-            "gradient": None,
-        }:
-            raise self._does_not_follow()
-        self.journal.skip(1)
-        return entries[0]
-
-    def _does_not_follow(self) -> JournalError:
-        return JournalError(
-            f"out: {self.journal.path} does not follow from its settings with this "
-            "version of longrope; choose another folder, or resume=False to start again"
-        )
-
-    def _measure_batch(self, batch: Sequence[Proposal], role: str) -> list[float]:
-        losses = self._replay(batch, role)
-        if losses is None:
-            losses = self.evaluator([p.candidate for p in batch], self.windows[role])
-            for proposal, loss in zip(batch, losses, strict=True):
-                if not math.isfinite(loss) and proposal.origin in BASELINES:
-                    raise ValueError(
-                        f"model: its mean NLL at {self.windows[role].shape[1]} tokens is {loss} "
-                        f"with the factors {proposal.origin!r}"
-                    )
-            losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
-            if self.journal is not None:
-                self.journal.append(
-                    [_entry(p, role, loss) for p, loss in zip(batch, losses, strict=True)]
+    def _measure_batch(
+        self,
+        batches: Sequence[Sequence[Proposal]],
+        role: str,
+        windows: torch.Tensor,
+        stage: Stage | None,
+    ) -> list[float]:
+        """Return the losses of the first of `batches`; the others make up the round."""
+        batch = batches[0]
+        asked = [_asked(proposal, role, stage) for proposal in batch]
+        replayed = self._replay(asked)
+        entries = replayed
+        if entries is None:
+            if not self._ahead:
+                self._ahead = self.ranks.share(
+                    [functools.partial(self._evaluate, b, windows, stage) for b in batches]
                 )
+            measured = self._ahead.pop(0)
+            for proposal, values in zip(batch, measured, strict=True):
+                if not math.isfinite(values["nll"]):
+                    if proposal.origin in BASELINES:
+                        raise ValueError(
+                            f"model: its mean NLL at {windows.shape[1]} tokens is {values['nll']} "
+                            f"with the factors {proposal.origin!r}"
+                        )
+                    values.update(dict.fromkeys(values))  # JSON has no infinity
+            entries = [{**a, **values} for a, values in zip(asked, measured, strict=True)]
+            if self.journal is not None:
+                self.journal.append(entries)
+        losses = [math.inf if entry["nll"] is None else entry["nll"] for entry in entries]
+        if stage is not None:
+            for proposal, entry in zip(batch, entries, strict=True):
+                self._keep_blocks(proposal.candidate, entry["block_sums"], stage)
         done = [
             Evaluation(
                 role,
@@ -205,43 +200,93 @@ class Ledger:
                 p.candidate.start_tokens,
                 loss,
                 self.evaluator.to_factors(p.candidate).attention_factor,
-                len(self.windows[role]),
+                len(windows),
             )
             for p, loss in zip(batch, losses, strict=True)
         ]
         self.history += done
         self._losses[role].update(zip((p.candidate for p in batch), losses, strict=True))
-        self.on_batch(done)
+        self.on_batch(done, 0 if replayed else windows.numel() * len(batch))
         return losses
 
-    def _replay(self, batch: Sequence[Proposal], role: str) -> list[float] | None:
+    def _evaluate(
+        self, batch: Sequence[Proposal], windows: torch.Tensor, stage: Stage | None
+    ) -> list[dict]:
+        """Return what the journal is to hold of each proposal's measurement."""
+        candidates = [p.candidate for p in batch]
+        if stage is None:
+            return [{"nll": loss} for loss in self.evaluator(candidates, windows)]
+        return self._measure_blocks(candidates, windows, stage)
+
+    def _measure_blocks(
+        self, candidates: Sequence[Candidate], windows: torch.Tensor, stage: Stage
+    ) -> list[dict]:
+        """Return the block sums of a stage, and the NLL over all windows up to its end."""
+        scored = scored_tokens(windows, self.evaluator.last_tokens)
+        sums, _ = self.evaluator.block_sums(candidates, windows, min(BLOCKS, scored))
+        measured = []
+        for candidate, added in zip(candidates, sums.numpy(), strict=True):
+            so_far = np.concatenate([self.block_sums[candidate], added]) if stage.begin else added
+            nll = float(so_far.sum()) / (stage.end * scored)
+            measured.append({"nll": nll, "block_sums": added.tolist()})
+        return measured
+
+    def _keep_blocks(
+        self, candidate: Candidate, added: list[list[float]] | None, stage: Stage
+    ) -> None:
+        if added is not None:
+            earlier = [self.block_sums[candidate]] if stage.begin else []
+            self.block_sums[candidate] = np.concatenate([*earlier, np.array(added)])
+
+    def _replay(self, asked: list[dict]) -> list[dict] | None:
         """Take a whole batch from the journal; None: measure it (an incomplete one is redone)."""
-        if self.journal is None:
-            return None
-        entries = self.journal.peek(len(batch))
-        if role == "validation" and entries and entries[0].get("role") == "search":
+        entries = [] if self.journal is None else self.journal.peek(len(asked))
+        if entries and _precedes(entries[0], asked[0]):
             raise JournalError(
                 f"out: {self.journal.path} holds more evaluations than this budget allows; "
                 "give at least the earlier run's, or choose another folder"
             )
-        # A finished run that goes on with a larger budget validates again at its new end.
-        entries = [entry for entry in entries if entry.get("role") == role]
-        if len(entries) < len(batch):
+        if asked[0]["role"] != "gradient":
+            # A finished run that goes on with a larger budget validates again at its new end, and
+            # has more candidates in the stage of a race that the budget had ended.
+            entries = [entry for entry in entries if _phase(entry) == _phase(asked[0])]
+        if len(entries) < len(asked):
             return None
-        for entry, proposal in zip(entries, batch, strict=True):
-            if {**entry, "nll": None} != _entry(proposal, role, math.inf):
-                raise self._does_not_follow()
-        self.journal.skip(len(batch))
-        return [math.inf if entry["nll"] is None else entry["nll"] for entry in entries]
+        for entry, expected in zip(entries, asked, strict=True):
+            if {k: v for k, v in entry.items() if k not in _MEASURED} != expected:
+                raise JournalError(
+                    f"out: {self.journal.path} does not follow from its settings with this "
+                    "version of longrope; choose another folder, or resume=False to start again"
+                )
+        self.journal.skip(len(asked))
+        return entries
 
 
-def _entry(proposal: Proposal, role: str, loss: float) -> dict:
-    return {
+def _asked(proposal: Proposal, role: str, stage: Stage | None) -> dict:
+    """Return what the journal says of a measurement beside its values."""
+    candidate = proposal.candidate
+    asked = {
         "role": role,
         "iteration": proposal.iteration,
         "origin": proposal.origin,
-        "hundredths": list(proposal.candidate.hundredths),
-        "start_tokens": proposal.candidate.start_tokens,
-        "attention_factor": proposal.candidate.attention_factor,
-        "nll": loss if math.isfinite(loss) else None,
+        "hundredths": list(candidate.hundredths),
+        "start_tokens": candidate.start_tokens,
+        "attention_factor": candidate.attention_factor,
     }
+    if candidate.critical_pair is not None:
+        asked["critical_pair"] = candidate.critical_pair
+    if stage is not None:
+        asked["windows"] = [stage.begin, stage.end]
+    return asked
+
+
+def _phase(entry: dict) -> tuple:
+    return entry.get("role"), entry.get("windows")
+
+
+def _precedes(entry: dict, asked: dict) -> bool:
+    """Say whether an entry belongs to an evolution that was over, or in a later stage, by now."""
+    if asked["role"] == "validation":
+        return entry.get("role") in ("search", "race")
+    same = entry.get("role") in ("search", "race") and entry.get("iteration") == asked["iteration"]
+    return same and entry.get("windows", [0]) < asked.get("windows", [0])

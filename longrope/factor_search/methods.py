@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from longrope.factor_search.gradient import Descent, DescentSettings, Point
 from longrope.factor_search.ledger import Ledger, OutOfBudgetError
 from longrope.factor_search.objective import RandomWindows
 from longrope.factor_search.problem import Problem
+from longrope.factor_search.racing import Race
 from longrope.factor_search.ramps import ramps
 from longrope.factor_search.space import STEPS, Candidate
 
@@ -47,6 +48,7 @@ class Task:
     descent: DescentSettings
     random: np.random.Generator
     random_windows: RandomWindows | None
+    race: bool = False
 
     @property
     def few(self) -> str:
@@ -72,6 +74,21 @@ class Task:
             "hybrid": family + evolved + descent + 2,
         }  # fmt: skip
 
+    def evolve(self, seeds: dict[str, Candidate]) -> None:
+        """Run Algorithm 1 from these seeds, within the budget; the ledger has what it measured."""
+        measure = self.ledger.measure
+        if self.race:
+            windows = len(self.ledger.windows["search"])
+            measure = Race(
+                self.ledger.measure_stage, self.ledger.block_sums, windows, self.sizes.parents
+            )
+
+        def evaluate(proposals: Sequence[Proposal]) -> list[float]:
+            return self.ledger.measure_within_budget(proposals, measure)
+
+        with contextlib.suppress(OutOfBudgetError):
+            evolve(self.problem.space, seeds, evaluate, self.sizes, self.random)
+
     def measure(self, role: str, candidates: Iterable[Candidate], origin: str, iteration: int = -1):
         """Return the NLL of candidates by candidate; what the role knows is not measured again."""
         known = self.ledger.losses(role)
@@ -85,14 +102,7 @@ class Task:
 
 def evolution(task: Task) -> Candidate:
     """Algorithm 1; the validation windows choose among the best and the baselines."""
-    with contextlib.suppress(OutOfBudgetError):
-        evolve(
-            task.problem.space,
-            task.problem.seeds(),
-            task.ledger.measure_within_budget,
-            task.sizes,
-            task.random,
-        )
+    task.evolve(task.problem.seeds())
     searched = task.ledger.losses("search")
     ranked = sorted(searched, key=searched.__getitem__)
     if task.judge == "search":
@@ -107,8 +117,8 @@ def gradient(task: Task) -> Candidate:
     family = [*task.problem.seeds().values(), *ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
     yarn = task.problem.seeds()["yarn"]
-    start = _best(task.measure("search", [*screened[:STARTS], yarn], "ramp", 0))
-    chosen, loss = _descended(task, start)
+    starts = task.measure("search", [*screened[:STARTS], yarn], "ramp", 0)
+    chosen, loss = _descended(task, starts)
     variants = [
         dataclasses.replace(chosen, start_tokens=n) for n in task.problem.space.start_tokens
     ]
@@ -121,12 +131,8 @@ def gradient(task: Task) -> Candidate:
 def hybrid(task: Task) -> Candidate:
     """A short Algorithm 1, which also sees the best ramp, for n_hat and a start; then a descent."""
     ramp = _best(task.measure(task.few, ramps(task.problem), "ramp", 0))
-    seeds = {**task.problem.seeds(), "ramp": ramp}
-    with contextlib.suppress(OutOfBudgetError):
-        evolve(
-            task.problem.space, seeds, task.ledger.measure_within_budget, task.sizes, task.random
-        )
-    chosen, loss = _descended(task, _best(task.ledger.losses("search")))
+    task.evolve({**task.problem.seeds(), "ramp": ramp})
+    chosen, loss = _descended(task, task.ledger.losses("search"))
     plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
     judged = task.measure(task.judge, [plain, task.problem.seeds()["yarn"]], "start tokens")
     # Without start tokens where these gain next to nothing, and never worse than YaRN.
@@ -136,32 +142,46 @@ def hybrid(task: Task) -> Candidate:
 METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}
 
 
-def _descended(task: Task, start: Candidate) -> tuple[Candidate, float]:
-    """Descend from a start and return the best of the points on the way, and its NLL.
+def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, float]:
+    """Descend from the best start in the space, return the best point on the way and its NLL.
 
-    The points are put on the grid before they are measured, so the factors that are returned are
-    the ones that were. Where one is worse on the search windows than the best so far, the descent
-    goes back to that and on with smaller steps. The start and YaRN are judged with the points.
+    `starts` have their NLL on the search windows. The points are put on the grid before they are
+    measured, so the factors that are returned are the ones that were. Where one is worse on the
+    search windows than the best so far, the descent goes back to that and on with smaller steps.
+    The best start and YaRN are judged with the points, also where they lie outside of the space.
+
+    The descent sees the free log lambdas alone, from which all others follow by a matrix; its
+    transpose brings the gradient back.
     """
-    problem, settings = task.problem, task.descent
+    problem, settings, space = task.problem, task.descent, task.problem.space
+    best_start = _best(starts)
+    inside = {c: loss for c, loss in starts.items() if c in space}
+    start = _best(inside) if inside else space.snap(best_start.lambdas, best_start.start_tokens)
+    free = space.free(start)
     descent = Descent(
-        np.minimum(1, 1 / problem.turns()),
-        problem.space.upper / STEPS,
+        1 / np.maximum(1, (free * problem.turns()[:, None]).max(axis=0)),
+        space.upper / STEPS,
         settings,
         problem.attention_factor,
         problem.learn_attention,
+        space.least / STEPS,
     )
+
+    def all_pairs(point: Point) -> Point:
+        return Point(free @ point.log_lambdas, point.attention_factor)
 
     def loss_and_gradient(point: Point, step: int) -> tuple[float, np.ndarray]:
         windows = task.random_windows.draw(settings.windows_per_step)
-        return task.ledger.step(point, step, start.start_tokens, windows)
+        loss, gradient = task.ledger.step(all_pairs(point), step, start.start_tokens, windows)
+        return loss, np.append(free.T @ gradient[:-1], gradient[-1])
 
-    best, slow = Point(np.log(start.lambdas), problem.attention_factor), 1.0
+    best = Point(np.log(start.lambdas[-free.shape[1] :]), problem.attention_factor)
+    slow = 1.0
     least = task.measure("search", [start], "start")[start]
-    kept = [problem.seeds()["yarn"], start]
+    kept = [problem.seeds()["yarn"], best_start, start]
     for steps in settings.segments:
         point = descent.run(best, loss_and_gradient, steps, slow)
-        candidate = problem.space.snap(point.lambdas, start.start_tokens)
+        candidate = space.snap_like(all_pairs(point).lambdas, start)
         if problem.learn_attention:
             factor = round(point.attention_factor, ATTENTION_DIGITS)
             candidate = dataclasses.replace(candidate, attention_factor=factor)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from longrope import _validation
+from longrope.factor_search.critical import CriticalSpace
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import (
     BOUND_OVER_RATIO,
@@ -54,7 +55,7 @@ class Problem:
     rope_theta: float
     rotary_dim: int
     attention_factor: float
-    space: SearchSpace
+    space: SearchSpace | CriticalSpace
     #: Whether the attention factor is learned; `attention_factor` is where that begins.
     learn_attention: bool = False
 
@@ -69,6 +70,7 @@ class Problem:
         start_tokens: str | int,
         max_lambda: float | None,
         preset: Preset,
+        critical_dimension: bool = False,
     ) -> Problem:
         """Check the arguments of `longrope.search` that define the problem, and put them together.
 
@@ -84,10 +86,21 @@ class Problem:
                 f"got {target_length}"
             )
         ratio = target_length / original_length
-        bound = preset.bound_over_ratio
-        if max_lambda is None:
-            max_lambda = 1 + ratio if bound is None else bound * ratio
-        max_lambda = _validation.positive("max_lambda", max_lambda, above=1)
+        if max_lambda is not None:
+            max_lambda = _validation.positive("max_lambda", max_lambda, above=1)
+        choices = _start_token_choices(
+            start_tokens, original_length, target_length, preset.start_tokens
+        )
+        if critical_dimension:
+            space = CriticalSpace.of(
+                original_length, target_length, rope.rope_theta, rope.rotary_dim, max_lambda,
+                choices,
+            )  # fmt: skip
+        else:
+            bound = preset.bound_over_ratio
+            if max_lambda is None:
+                max_lambda = 1 + ratio if bound is None else bound * ratio
+            space = SearchSpace.of(rope.rotary_dim // 2, max_lambda, choices)
         return cls(
             original_length=original_length,
             target_length=target_length,
@@ -95,13 +108,7 @@ class Problem:
             rotary_dim=rope.rotary_dim,
             attention_factor=_attention_factor(attention_factor, ratio, original_length),
             learn_attention=attention_factor == "search",
-            space=SearchSpace.of(
-                rope.rotary_dim // 2,
-                max_lambda,
-                _start_token_choices(
-                    start_tokens, original_length, target_length, preset.start_tokens
-                ),
-            ),
+            space=space,
         )
 
     @property
@@ -139,8 +146,22 @@ class Problem:
         }
 
     def seeds(self) -> dict[str, Candidate]:
-        """Return the baselines on the grid and within the bounds, with the fewest start tokens."""
-        return {name: self.space.snap(f.lambdas) for name, f in self.baselines().items()}
+        """Return the first of the population: the baselines, with the fewest start tokens.
+
+        They are on the grid and within the bounds of lambda, and the first three are themselves in
+        a `CriticalSpace` too, although they lie outside: the search is never worse than what needs
+        none. There the start of LongRoPE2 and the baselines snapped into the space follow.
+        """
+        space = SearchSpace(self.space.dims, self.space.upper, self.space.start_tokens)
+        baselines = self.baselines()
+        seeds = {name: space.snap(f.lambdas) for name, f in baselines.items()}
+        if isinstance(self.space, CriticalSpace):
+            seeds["critical"] = self.space.start()
+            for name, factors in baselines.items():
+                snapped = self.space.snap(factors.lambdas)
+                if snapped not in seeds.values():
+                    seeds[f"critical {name}"] = snapped
+        return seeds
 
 
 def _attention_factor(value: str | float, ratio: float, original_length: int) -> float:

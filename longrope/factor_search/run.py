@@ -15,18 +15,20 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.evaluation import rows_per_batch
-from longrope.factor_search import needles, run_directory
+from longrope.factor_search import needles, racing, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
+from longrope.factor_search.history import Evaluation
 from longrope.factor_search.journal import Journal
-from longrope.factor_search.ledger import Evaluation, Ledger
+from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
+from longrope.factor_search.sharded import ShardedEvaluator, check_sharding
 from longrope.factors import RescaleFactors
+from longrope.layout import plan_batches
 from longrope.patching import rope_settings
 
 OBJECTIVES = ("perplexity", "needle")
@@ -46,7 +48,8 @@ class SearchResult:
         Of `factors` on the validation windows; None where there were none.
     history
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
-        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows).
+        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
+        candidate has one for each stage that it was measured in.
     """
 
     factors: RescaleFactors
@@ -55,6 +58,7 @@ class SearchResult:
     history: tuple[Evaluation, ...]
 
 
+@ranks.on_all_ranks
 def search(
     model: nn.Module,
     documents: Iterable[Any],
@@ -78,11 +82,14 @@ def search(
     iterations: int | None = None,
     parents: int | None = None,
     max_evaluations: int | None = None,
+    race: bool = False,
+    critical_dimension: bool = False,
     steps: int | None = None,
     learning_rate: float | None = None,
     windows_per_step: int | None = None,
     activation_checkpointing: bool | None = None,
     batch_size: int | None = None,
+    shard_sequence: bool = False,
     out: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -104,6 +111,12 @@ def search(
     `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
     worse there than YaRN. Where there is too little text, the search windows choose.
+
+    In a `torch.distributed` job (`init_process_group` done; the command `longrope search` does it
+    under torchrun) all ranks call this with the same arguments and share the measurements, with the
+    result of one process to the bit; every rank returns it. Rank 0 writes the files. An error of
+    one rank ends all of them. Ranks wait for one another for 1800 seconds, or as many as the
+    environment variable `LONGROPE_RANK_TIMEOUT` says.
 
     Parameters
     ----------
@@ -146,6 +159,22 @@ def search(
         `iterations` counts the populations that are measured, the first included.
     max_evaluations
         End the evolution after this many candidates, baselines included.
+    race
+        Drop candidates of the evolution that are clearly worse on the first search windows; False,
+        as in the paper: measure every candidate on all of them. A generation's new candidates are
+        measured on the first window, then on two more, then on the rest. Before each next stage
+        those go that are worse than the `parents`-th best, of the parents and of the candidates
+        still in the race, by a one-sided paired Student t test at 0.01 on the losses of 8 blocks of
+        tokens per window. They can be no parents (F-Race, Birattari et al. 2002; Maron and Moore
+        1994). The test takes blocks for independent, which neighbours in one document are not:
+        0.01 is not the share of wrong decisions. PI, NTK and YaRN are never dropped, and the losses
+        of those that remain are what they would be without the race, up to rounding.
+    critical_dimension
+        Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
+        on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
+        that turns at most 10 times in the original window to the first that turns at most once.
+        Faster pairs follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN are
+        compared with nonetheless, as they are.
     steps, learning_rate, windows_per_step
         Of the descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
@@ -154,8 +183,14 @@ def search(
         of one window would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
+        Long windows go through the model in chunks, with a cache of keys and values.
+    shard_sequence
+        For windows too long for one device, with `"evolution"`: every rank of the job holds its
+        share of each window's tokens, and attention goes around the ranks in a ring. The values
+        agree with those of whole windows up to rounding.
     out
-        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
+        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation; in a race
+        with the losses of the blocks, so that its decisions are the same when it resumes),
         `factors.json`, `history.csv`, `search.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
@@ -173,9 +208,13 @@ def search(
     ------
     ValueError
         With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, an output that is not finite with PI, NTK or YaRN,
-        a folder that cannot be written, or the journal of another search.
+        document shorter than `target_length`, a window whose keys and values do not fit the free
+        memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
+        the journal of another search, or ranks that were not given the same search.
+    LostRankError
+        Where a rank of the job has died or does not answer; a `RuntimeError`.
     """
+    job = ranks.current()
     _one_of("method", method, tuple(METHODS))
     _one_of("objective", objective, OBJECTIVES)
     _one_of("preset", preset, tuple(PRESETS))
@@ -194,6 +233,8 @@ def search(
     }
     if method == "gradient":
         _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
+        if race:
+            raise ValueError("race: expected False with method='gradient', got True")
     if method == "evolution":
         _not_with(
             f"method={method!r}", {**descent, "activation_checkpointing": activation_checkpointing}
@@ -221,7 +262,10 @@ def search(
         start_tokens=start_tokens,
         max_lambda=max_lambda,
         preset=PRESETS[preset],
+        critical_dimension=critical_dimension,
     )
+    if shard_sequence:
+        check_sharding(job, method, problem.target_length)
     if objective == "needle":
         _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
         if problem.target_length < needles.SHORTEST:
@@ -249,6 +293,9 @@ def search(
         "method": method,
         "objective": objective,
         "last_tokens": last_tokens,
+        # None where off, as in the journals of versions that had no such option.
+        "race": racing.SETTINGS if race else None,
+        "critical_dimension": critical_dimension or None,
         "problem": dataclasses.asdict(problem),
         **settings[method],
         "batch_size": batch_size,
@@ -258,8 +305,15 @@ def search(
     }
     if method != "evolution":
         header["data"]["documents"] = drawn.digest()
+    if shard_sequence:
+        header["shard_sequence"] = job.size
+    limits = {"iterations": sizes.iterations, "max_evaluations": max_evaluations}
+    job.check_same({**header, **limits})
+    held = -(-problem.target_length // job.size) if shard_sequence else problem.target_length
+    layout = plan_batches(model, held, rows=batch_size, cut=not shard_sequence)
     notes = {
-        "rows": batch_size or rows_per_batch(model, problem.target_length),
+        "rows": layout.rows,
+        "chunk": layout.chunk,
         "activation_checkpointing": needs_checkpointing(model, problem.target_length)
         if activation_checkpointing is None
         else activation_checkpointing,
@@ -268,7 +322,7 @@ def search(
     }
     with contextlib.ExitStack() as stack:
         journal = None
-        if out is not None:
+        if out is not None and job.first:
             out = run_directory.prepare(out)
             journal = stack.enter_context(
                 Journal(out / run_directory.JOURNAL, header, notes, resume)
@@ -276,26 +330,37 @@ def search(
             notes = journal.notes
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
             run_directory.write_config(
-                out,
-                {**header, "model_name": name, "preset": preset, "iterations": sizes.iterations,
-                 "max_evaluations": max_evaluations, "notes": notes},
-            )  # fmt: skip
+                out, {**header, "model_name": name, "preset": preset, **limits, "notes": notes}
+            )
+        notes, journal = ranks.share_journal(job, notes, journal)
+        evaluator = (
+            ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
+            if shard_sequence
+            # A journal from before windows were cut has no "chunk".
+            else PopulationEvaluator(
+                model, problem.factors, notes["rows"], last_tokens, notes.get("chunk")
+            )
+        )
         ledger = Ledger(
-            PopulationEvaluator(model, problem.factors, notes["rows"], last_tokens),
+            evaluator,
             drawn.windows,
             journal,
             max_evaluations=max_evaluations,
+            ranks=None if shard_sequence else job,
         )
-        task = Task(problem, ledger, sizes, descent, randoms[2], None)
+        task = Task(problem, ledger, sizes, descent, randoms[2], None, race)
         if method != "evolution":
             ledger.differentiate = LossGradient(
                 model,
                 problem.baselines()["pi"].base_inv_freq(),
                 notes["activation_checkpointing"],
                 last_tokens,
+                job,
             )
             task.random_windows = drawn.random(randoms[3])
-        ledger.on_batch = stack.enter_context(progress_bar(progress, task.most_evaluations[method]))
+        ledger.on_batch = stack.enter_context(
+            progress_bar(progress and job.first, task.most_evaluations[method])
+        )
         chosen = METHODS[method](task)
         factors = problem.factors(chosen)
         validated = ledger.losses(task.judge)[chosen] if task.judge == "validation" else None
@@ -305,7 +370,7 @@ def search(
             validation_perplexity=None if validated is None else math.exp(validated),
             history=tuple(ledger.history),
         )
-        if out is not None:
+        if out is not None and job.first:
             run_directory.write_results(out, factors, result.history, problem.baselines())
     return result
 

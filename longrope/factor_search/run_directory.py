@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longrope.factor_search.ledger import Evaluation
+from longrope.factor_search.history import Evaluation
 from longrope.factors import RescaleFactors
 
 CONFIG, JOURNAL, FACTORS = "config.json", "journal.jsonl", "factors.json"

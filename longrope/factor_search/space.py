@@ -31,11 +31,13 @@ class Candidate:
     """One point of the search space: lambda of each pair in hundredths, and n_hat.
 
     `attention_factor` is set where it was learned, and None where it is that of the problem.
+    `critical_pair` is the first free pair of a candidate in a `CriticalSpace`, and None elsewhere.
     """
 
     hundredths: tuple[int, ...]
     start_tokens: int = 0
     attention_factor: float | None = None
+    critical_pair: int | None = None
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -74,6 +76,19 @@ class SearchSpace:
         grid = np.maximum.accumulate(np.clip(grid, self.lower, self.upper))
         chosen = self.start_tokens[0] if start_tokens is None else start_tokens
         return Candidate(tuple(int(v) for v in grid), chosen)
+
+    def snap_like(self, lambdas: Sequence[float], candidate: Candidate) -> Candidate:
+        """As `snap` with the start tokens of a candidate."""
+        return self.snap(lambdas, candidate.start_tokens)
+
+    def free(self, candidate: Candidate) -> np.ndarray:
+        """Return the matrix that maps the free log lambdas, the last ones, to all: the identity."""
+        return np.eye(self.dims)
+
+    @property
+    def least(self) -> int:
+        """The lower bound of a free factor, in hundredths."""
+        return self.lower
 
     def mutate(
         self, parent: Candidate, probability: float, random: np.random.Generator

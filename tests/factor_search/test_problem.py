@@ -1,0 +1,57 @@
+"""The presets: what the paper and the official code searched with."""
+
+import pytest
+
+from longrope.factor_search.evolution import EvolutionSettings
+from longrope.factor_search.problem import PRESETS, Problem
+from longrope.patching import RopeSettings
+
+PAPER = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+OFFICIAL = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64)
+LLAMA2 = RopeSettings("llama", 10000.0, 128, 128, 4096)
+
+
+def space(preset, target_length=8 * 4096, **changes):
+    arguments = {
+        "target_length": target_length,
+        "original_length": None,
+        "attention_factor": "yarn",
+        "start_tokens": "search",
+        "max_lambda": None,
+        "preset": PRESETS[preset],
+    }
+    return Problem.of(LLAMA2, **arguments | changes).space
+
+
+def test_sizes_and_documents():
+    assert EvolutionSettings() == EvolutionSettings(64, 16, 16, 0.3, 40, 32)
+    assert PRESETS["paper"].sizes == PRESETS["official-code"].sizes == EvolutionSettings()
+    # Above 512k: halved sizes; the probability and the iterations are the same.
+    assert PRESETS["paper-long"].sizes == EvolutionSettings(32, 8, 8, 0.3, 40, 16)
+    assert {name: p.samples for name, p in PRESETS.items()} == {
+        "paper": 5,
+        "paper-long": 3,
+        "official-code": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "ratio", "upper", "start_tokens"),
+    [
+        ("paper", 8, 1000, PAPER),
+        ("paper", 64, 8000, PAPER),
+        ("paper-long", 512, 64000, PAPER),
+        ("official-code", 8, 900, OFFICIAL),
+        ("official-code", 64, 6500, OFFICIAL),
+    ],
+)
+def test_bounds_and_start_tokens(preset, ratio, upper, start_tokens):
+    found = space(preset, ratio * 4096)
+    assert (found.lower, found.upper, found.dims) == (100, upper, 64)
+    assert found.start_tokens == start_tokens
+
+
+def test_arguments_go_before_the_preset():
+    found = space("official-code", max_lambda=3.5, start_tokens=7)
+    assert (found.upper, found.start_tokens) == (350, (7,))
+    assert space("paper", original_length=30, target_length=60).start_tokens == PAPER[:10]

@@ -1,0 +1,207 @@
+"""`longrope.search(race=True)`: results, costs, and resuming to the bit."""
+
+import json
+from collections import defaultdict
+
+import pytest
+import torch
+
+import longrope
+from longrope.factor_search import run, run_directory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = {
+    "target_length": 32,
+    "samples": 4,
+    "population": 10,
+    "mutations": 4,
+    "crossovers": 4,
+    "iterations": 3,
+    "parents": 4,
+    "max_lambda": 20.0,  # much too large: there are bad candidates
+    "race": True,
+    "progress": False,
+}
+
+
+def search(model, documents, **changes):
+    return longrope.search(model, documents, **SMALL | changes)
+
+
+def journal_of(out):
+    return out / "journal.jsonl"
+
+
+def by_candidate(result):
+    found = defaultdict(list)
+    for e in result.history:
+        if e.role in ("race", "search"):
+            found[e.lambdas, e.start_tokens].append(e)
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_model, documents, tmp_path_factory):
+    """A finished run: its folder and its result."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = search(shared_model, documents, out=out)
+    torch.set_num_threads(before)
+    return out, result
+
+
+def test_candidates_are_dropped_and_the_others_get_the_losses_of_all_windows(
+    shared_model, documents, uninterrupted
+):
+    _, result = uninterrupted
+    raced = by_candidate(result)
+    finished = {key: e[-1].nll for key, e in raced.items() if e[-1].role == "search"}
+    assert len(finished) < len(raced)
+    for evaluations in raced.values():
+        complete = evaluations[-1].role == "search"
+        assert [e.role for e in evaluations[:-1]] == ["race"] * (len(evaluations) - 1)
+        assert (sum(e.windows for e in evaluations) == 4) == complete
+    plain = search(shared_model, documents, race=False)
+    known = {(e.lambdas, e.start_tokens): e.nll for e in plain.history if e.role == "search"}
+    both = finished.keys() & known.keys()
+    assert len(both) > 5
+    assert all(finished[key] == pytest.approx(known[key], rel=1e-6) for key in both)
+
+
+def test_the_cost_is_that_of_the_forward_passes(shared_model, documents, monkeypatch):
+    rows = []
+    score = run.PopulationEvaluator._nll
+
+    def counting(self, candidates, windows):
+        rows.append(len(candidates) * len(windows))
+        return score(self, candidates, windows)
+
+    monkeypatch.setattr(run.PopulationEvaluator, "_nll", counting)
+    result = search(shared_model, documents)
+    assert sum(e.forward_equivalents for e in result.history) == sum(rows)
+    plain = search(shared_model, documents, race=False)
+    assert sum(rows) > sum(e.forward_equivalents for e in plain.history)
+
+
+def test_the_baselines_are_finalists_and_the_result_is_the_best(uninterrupted):
+    _, result = uninterrupted
+    validated = [e for e in result.history if e.role == "validation"]
+    assert {"pi", "ntk", "yarn"} <= {e.origin for e in validated}
+    best = min(validated, key=lambda e: e.nll)
+    assert (tuple(result.factors.lambdas), result.factors.start_tokens) == (
+        best.lambdas,
+        best.start_tokens,
+    )
+
+
+def test_every_evaluation_is_a_line_with_its_block_sums(uninterrupted):
+    out, result = uninterrupted
+    entries = [json.loads(line) for line in journal_of(out).read_text().splitlines()]
+    assert entries[0]["race"]["blocks"] == 8
+    assert len(entries) == 1 + len(result.history)
+    sums = defaultdict(list)
+    for entry, e in zip(entries[1:], result.history, strict=True):
+        assert (entry["role"], entry["nll"]) == (e.role, e.nll)
+        if e.role != "validation":
+            key = (e.lambdas, e.start_tokens)
+            sums[key] += entry["block_sums"]
+            assert len(sums[key]) == entry["windows"][1] == entry["windows"][0] + e.windows
+            assert e.nll == pytest.approx(sum(map(sum, sums[key])) / 31 / len(sums[key]))
+
+
+@pytest.mark.parametrize("method", ["evolution", "hybrid"])
+def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
+    shared_model, documents, uninterrupted, tmp_path, monkeypatch, method
+):
+    monkeypatch.setattr(run_directory, "plot", lambda *args: None)
+    out, expected = uninterrupted
+    changes = {"method": method, "batch_size": None}
+    if method == "hybrid":
+        out, changes = tmp_path / "hybrid", {**changes, "steps": 2, "iterations": 2}
+        expected = search(shared_model, documents, out=out, **changes)
+        assert "race" in {e.role for e in expected.history}
+    content = journal_of(out).read_bytes()
+    lines = content.splitlines(keepends=True)
+    for count in range(0, len(lines) + 1, 1 if method == "evolution" else 7):
+        for part in (0, 20) if count % 7 == 0 else (0,):  # also in the middle of a line
+            cut = b"".join(lines[:count]) + (lines[count][:part] if count < len(lines) else b"")
+            journal_of(tmp_path).write_bytes(cut)
+            result = search(shared_model, documents, out=tmp_path, **changes)
+            assert result == expected
+            assert journal_of(tmp_path).read_bytes() == content
+
+
+def test_a_finished_run_measures_nothing_again(
+    shared_model, documents, uninterrupted, tmp_path, monkeypatch
+):
+    out, expected = uninterrupted
+    journal_of(tmp_path).write_bytes(journal_of(out).read_bytes())
+    monkeypatch.setattr(run.PopulationEvaluator, "_nll", None)
+    assert search(shared_model, documents, out=tmp_path) == expected
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_finished_run_goes_on_with_a_larger_budget(shared_model, documents, tmp_path, batch_size):
+    """Also where the smaller budget had ended a generation before its second stage was complete."""
+    search(shared_model, documents, out=tmp_path / "grown", max_evaluations=12, iterations=2,
+           batch_size=batch_size)  # fmt: skip
+    for budget, iterations in ((14, 3), (17, 3)):
+        expected = search(
+            shared_model, documents, out=tmp_path / str(budget), max_evaluations=budget,
+            iterations=iterations, batch_size=batch_size,
+        )  # fmt: skip
+        assert len(by_candidate(expected)) == budget
+        result = search(
+            shared_model, documents, out=tmp_path / "grown", max_evaluations=budget,
+            iterations=iterations, batch_size=batch_size,
+        )  # fmt: skip
+        assert result == expected
+        assert (
+            journal_of(tmp_path / "grown").read_bytes()
+            == journal_of(tmp_path / str(budget)).read_bytes()
+        )
+    for smaller in ({"max_evaluations": 16}, {"max_evaluations": 12}, {"iterations": 1}):
+        with pytest.raises(ValueError, match="holds more evaluations than this budget allows"):
+            search(
+                shared_model, documents, out=tmp_path / "grown", batch_size=batch_size, **smaller
+            )
+
+
+def test_the_journal_of_a_search_without_it_is_refused(
+    shared_model, documents, uninterrupted, tmp_path
+):
+    with pytest.raises(ValueError, match=r"race: {.* there, null here"):
+        search(shared_model, documents, out=uninterrupted[0], race=False)
+    search(shared_model, documents, out=tmp_path, race=False, iterations=1)
+    with pytest.raises(ValueError, match=r"race: null there, {.* here"):
+        search(shared_model, documents, out=tmp_path, iterations=1)
+
+
+def test_without_racing_nothing_of_it_is_there(shared_model, documents, tmp_path, monkeypatch):
+    """Also a journal of a version that had no race is taken up and goes on as it was."""
+    monkeypatch.setattr(run.PopulationEvaluator, "block_sums", None)
+    expected = search(shared_model, documents, out=tmp_path, race=False)
+    assert {e.role for e in expected.history} == {"search", "validation"}
+    header, *lines = journal_of(tmp_path).read_text().splitlines()
+    keys = ["role", "iteration", "origin", "hundredths", "start_tokens", "attention_factor", "nll"]
+    assert all(list(json.loads(line)) == keys for line in lines)
+    header = json.loads(header)
+    assert header.pop("race") is header.pop("critical_dimension") is None
+    cut = [json.dumps(header), *lines[:9], ""]
+    journal_of(tmp_path).write_text("\n".join(cut))
+    assert search(shared_model, documents, out=tmp_path, race=False) == expected
+    assert journal_of(tmp_path).read_text().splitlines()[1:] == lines
+
+
+def test_one_window_or_few_scored_tokens_drop_nobody(shared_model, documents):
+    result = search(shared_model, documents, samples=1, iterations=2)
+    assert {e.role for e in result.history} == {"search", "validation"}
+    result = search(shared_model, documents, samples=2, iterations=2, last_tokens=1)
+    raced = by_candidate(result)
+    assert all(e[-1].role == "search" for e in raced.values())
+
+
+def test_a_descent_has_no_race(shared_model, documents):
+    with pytest.raises(ValueError, match="race: expected False with method='gradient', got True"):
+        longrope.search(shared_model, documents, target_length=32, method="gradient", race=True)
