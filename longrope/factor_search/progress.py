@@ -12,16 +12,23 @@ from longrope.factor_search.history import Evaluation
 
 @contextlib.contextmanager
 def progress_bar(
-    show: bool, total: int, clock: Callable[[], float] = time.monotonic
+    show: bool | Callable[[Sequence[Evaluation]], None],
+    total: int,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[Sequence[Evaluation], int], None]]:
     """Show evaluations done, the best perplexity, tokens per second and the time left.
 
     Yields the function to call with new evaluations and the tokens that were measured for them: 0
     where they came from a journal. The speed is that of all such tokens since the begin.
 
+    A function in place of `show` is called with the evaluations instead, and nothing is shown.
+
     `total` is the most evaluations that the search can make: candidates that repeat cost nothing,
     so it may end earlier. A candidate in a race counts once, when it is first measured.
     """
+    if callable(show):
+        yield lambda evaluations, tokens: show(evaluations)
+        return
     if not show:
         yield lambda evaluations, tokens: None
         return

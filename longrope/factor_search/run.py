@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def search(
     shard_sequence: bool = False,
     out: str | Path | None = None,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | Callable[[Sequence[Evaluation]], None] = True,
 ) -> SearchResult:
     """Search the rescale factors that give the lowest perplexity at `target_length`.
 
@@ -198,7 +198,8 @@ def search(
         `iterations` and `max_evaluations` may be larger than before; any other difference is
         refused and named. False: set an existing journal aside and start again.
     progress
-        Show a progress bar.
+        Show a progress bar; or a function that is called with the new evaluations after every
+        batch, also with those that an earlier run's journal gave.
 
     Returns
     -------
@@ -359,7 +360,7 @@ def search(
             )
             task.random_windows = drawn.random(randoms[3])
         ledger.on_batch = stack.enter_context(
-            progress_bar(progress and job.first, task.most_evaluations[method])
+            progress_bar(progress if job.first else False, task.most_evaluations[method])
         )
         chosen = METHODS[method](task)
         factors = problem.factors(chosen)

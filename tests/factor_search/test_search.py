@@ -100,6 +100,15 @@ def test_validation_documents_are_used_where_given(shared_model, documents):
     assert result.validation_perplexity == pytest.approx(measured, rel=1e-4)
 
 
+def test_a_function_in_place_of_the_progress_bar_gets_every_evaluation_in_order(
+    shared_model, documents, uninterrupted, capsys
+):
+    seen = []
+    result = search(shared_model, documents, progress=seen.extend)
+    assert tuple(seen) == result.history == uninterrupted[1].history
+    assert capsys.readouterr() == ("", "")
+
+
 def test_seeds_decide(shared_model, documents, uninterrupted):
     again = search(shared_model, documents)
     assert again.history == uninterrupted[1].history
