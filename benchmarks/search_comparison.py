@@ -49,6 +49,8 @@ METHODS = {
     "gradient, attention learned": {"method": "gradient", "attention_factor": "search"},
     "hybrid": {"method": "hybrid"},
 }
+#: On request: the descent with other upper bounds of lambda than 1.25 s, in units of s.
+BOUNDS = {f"gradient, lambda to {bound:g} s": bound for bound in (1, 2, 8)}
 FILE = RESULTS / "search_comparison.csv"
 #: Excerpts for the search, and those held out in it.
 SEARCH_EXCERPTS, VALIDATION_EXCERPTS = 24, 8
@@ -61,7 +63,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
     p.add_argument("--ratio", type=int, default=8, help="target over original length")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+                   choices=[*METHODS, *BOUNDS], help=", ".join([*METHODS, *BOUNDS]))  # fmt: skip
     p.add_argument("--samples", type=int, default=5, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
     p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
@@ -170,7 +173,9 @@ def one_seed(model, documents: Excerpts, seed: int, args) -> Iterator[dict]:
 
     goal = None
     for name in args.methods:
-        options = dict(METHODS[name])
+        options = dict(METHODS.get(name) or METHODS["gradient"])
+        if name in BOUNDS:
+            options["max_lambda"] = BOUNDS[name] * args.ratio
         options |= (
             {"iterations": args.iterations}
             if options["method"] == "evolution"

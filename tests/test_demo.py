@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+import torch
 
 from longrope import RescaleFactors
 from longrope.demo import corpus, run, train
@@ -52,6 +53,23 @@ def test_training_windows_come_from_the_documents_and_depend_on_the_seed():
         assert any(window.numpy().tobytes() in text for text in texts)
         assert window.equal(again[i]["input_ids"])
     assert any(not windows[i]["input_ids"].equal(other[i]["input_ids"]) for i in range(20))
+
+
+def test_the_optimizer_obeys_a_schedule_after_its_state_was_loaded():
+    model = train.build_model(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    optimizer = train.optimizer_of(model)
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does, which copies the groups
+    held = [p for part in optimizer.parts for g in part.param_groups for p in g["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+    ids = torch.arange(20)[None]
+    for moves in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+        changed = [not p.equal(b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert all(changed) if moves else not any(changed)
 
 
 def test_the_packaged_model_is_what_the_training_script_builds():

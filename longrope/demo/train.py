@@ -56,12 +56,14 @@ class Together(torch.optim.Optimizer):
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
-        # The same dicts: a schedule that sets the rates of these groups sets the parts'.
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.param_groups = [dict(group) for part in parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:
-        """Let each part make its step."""
+        """Let each part make its step, at the rates that a schedule has set here."""
+        groups = iter(self.param_groups)
         for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = next(groups)["lr"]
             part.step()
 
 
@@ -159,7 +161,7 @@ def write_held_out_list(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser(__doc__.splitlines()[0], steps=1700).parse_args(argv)
+    args = parser(__doc__.splitlines()[0], steps=1400).parse_args(argv)
     from transformers import set_seed
 
     set_seed(args.seed)
