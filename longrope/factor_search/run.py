@@ -152,14 +152,14 @@ def search(
         End the evolution after this many candidates, baselines included.
     race
         Drop candidates of the evolution that are clearly worse on the first search windows; False,
-        as in the paper: measure every candidate on all of them. A generation's new candidates are
-        measured on the first window, then on two more, then on the rest. Before each next stage
-        those go that are worse than the `parents`-th best, of the parents and of the candidates
-        still in the race, by a one-sided paired Student t test at 0.01 on the losses of 8 blocks of
-        tokens per window. They can be no parents (F-Race, Birattari et al. 2002; Maron and Moore
-        1994). The test takes blocks for independent, which neighbours in one document are not:
-        0.01 is not the share of wrong decisions. PI, NTK and YaRN are never dropped, and the losses
-        of those that remain are what they would be without the race, up to rounding.
+        as in the paper: measure every candidate on all of them. After 1, 2, 4, ... windows those of
+        a generation's new candidates go that are worse than the `parents`-th best, of the parents
+        and of the candidates still in the race, by a one-sided paired Student t test at 0.01 on the
+        losses of 16 blocks of tokens per window: they would hardly be parents (after F-Race,
+        Birattari et al. 2002, and Maron and Moore's Hoeffding races, 1994). The test takes blocks
+        for independent, which neighbours in one document are not, so 0.01 is not the share of wrong
+        decisions. PI, NTK and YaRN are never dropped, and the losses of those that remain are what
+        they would be without the race, up to rounding. Not with `"gradient"`.
     critical_dimension
         Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
         on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import longrope
-from longrope.factor_search import run, run_directory
+from longrope.factor_search import racing, run, run_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -18,7 +18,6 @@ SMALL = {
     "crossovers": 4,
     "iterations": 3,
     "parents": 4,
-    "max_lambda": 20.0,  # much too large: there are bad candidates
     "race": True,
     "progress": False,
 }
@@ -38,6 +37,14 @@ def by_candidate(result):
         if e.role in ("race", "search"):
             found[e.lambdas, e.start_tokens].append(e)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient():
+    """Random tokens hardly tell candidates apart: the test at 0.01 would drop next to none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(racing, "P", 0.2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,7 @@ def test_the_baselines_are_finalists_and_the_result_is_the_best(uninterrupted):
 def test_every_evaluation_is_a_line_with_its_block_sums(uninterrupted):
     out, result = uninterrupted
     entries = [json.loads(line) for line in journal_of(out).read_text().splitlines()]
-    assert entries[0]["race"]["blocks"] == 8
+    assert entries[0]["race"] == {"growth": 2, "blocks": 16, "p": 0.01}
     assert len(entries) == 1 + len(result.history)
     sums = defaultdict(list)
     for entry, e in zip(entries[1:], result.history, strict=True):
