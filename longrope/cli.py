@@ -6,6 +6,7 @@ Bad input ends with one sentence on standard error and exit code 2, without a tr
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,14 +34,44 @@ def one_sentence_errors(command):
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            print(f"longrope: {sentence}", file=sys.stderr)
+            # What all ranks of a job end with is said by the first, and by the one that failed.
+            if _rank() in (0, getattr(error, "failed_rank", _rank())):
+                print(f"longrope: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "LostRankError":  # of a module that imports torch
+                raise
+            print(f"longrope: {_one_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("longrope: interrupted; the same search resumes where it was", file=sys.stderr)
+            if _rank() == 0:
+                print(
+                    "longrope: interrupted; the same search resumes where it was", file=sys.stderr
+                )
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def in_job(command):
+    """Join the job, where torchrun started this process: a command with an option `device`."""
+
+    @functools.wraps(command)
+    def wrapped(*args, device, **kwargs):
+        from longrope.torchrun import job
+
+        with job(_device(device)) as device:
+            return command(*args, device=device, **kwargs)
+
+    return wrapped
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _device(name: str | None) -> str:
@@ -119,6 +150,7 @@ def demo(
 
 @app.command()
 @one_sentence_errors
+@in_job
 def search(
     model: Model,
     data: Data,
@@ -162,10 +194,13 @@ def search(
         Path | None, typer.Option(help="Held-out text for the final choice; default: part of DATA.")
     ] = None,
     seed: Seed = 0,
+    shard_sequence: Annotated[
+        bool, typer.Option(help="Spread each window over the ranks of torchrun (evolution).")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
 ) -> None:
-    """Search rescale factors for a longer window."""
+    """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
     import longrope
 
     options = {
@@ -194,11 +229,14 @@ def search(
             "--attention-factor", attention_factor, ("yarn", "su", "search"), float
         ),
         seed=seed,
+        shard_sequence=shard_sequence,
         out=out,
         resume=resume,
         progress=True,
         **{name: value for name, value in options.items() if value is not None},
     )
+    if _rank() > 0:
+        return
     print(f"perplexity {result.perplexity:.4f} on the search windows")
     if result.validation_perplexity is not None:
         print(f"perplexity {result.validation_perplexity:.4f} on held-out windows")

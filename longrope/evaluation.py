@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from longrope import _validation, ops
+from longrope import _validation
 from longrope.documents import as_documents
-
-#: Tokens of one forward pass on a CPU. Larger batches fall out of its caches: with the packaged
-#: model 4096 tokens were 6 % faster than 2048 and 18 % faster than 8192. On a GPU the batch is
-#: sized from the memory that is free.
-CPU_TOKENS_PER_BATCH = 4096
+from longrope.layout import plan_batches
+from longrope.patching.attention import has_kernel_attention, kernel_attention
+from longrope.patching.models import decoder
+from longrope.patching.rotary import RescaledRotaryEmbedding
+from longrope.patching.settings import rope_parameters, text_config
+from longrope.scoring import NextTokenNLL
 
 
 class Window(NamedTuple):
@@ -64,7 +65,8 @@ def perplexity(
     seed
         Seed of the sample.
     batch_size
-        Windows of one forward pass; None: from the memory that is free.
+        Windows of one forward pass; None: from the memory that is free. Long windows may go through
+        the model in chunks, with a cache of keys and values.
 
     Returns
     -------
@@ -74,7 +76,8 @@ def perplexity(
     ------
     ValueError
         If an argument is out of range, a document is shorter than the window or holds ids outside
-        the vocabulary, or the model's NLL of a window is not finite.
+        the vocabulary, the keys and values of one window do not fit the free memory, or the model's
+        NLL of a window is not finite.
     """
     length = _validation.integer("length", length, 2)
     stride = _validation.integer("stride", stride, 1)
@@ -100,12 +103,14 @@ def perplexity(
     # models whose factors depend on the actual length would take for text.
     windows.sort(key=lambda w: (w.start - w.end, -w.scored))
     total, count = 0.0, 0
-    with evaluating(model):
-        score = NextTokenNLL(model)
-        rows = batch_size or rows_per_batch(model, length)
-        for batch in _batches(windows, rows):
+    layout = plan_batches(
+        model, length, len(windows), rows=batch_size, cut=_may_be_cut(model), name="length"
+    )
+    with evaluating(model), kernel_attention(model):
+        score = NextTokenNLL(model, layout.chunk)
+        for batch in _batches(windows, layout.rows):
             ids = torch.stack([tokens[w.document][w.start : w.end] for w in batch])
-            sums = score(ids, batch[0].scored).double().sum(1).tolist()
+            sums = score.sums(ids, batch[0].scored)[:, 0].tolist()
             for window, value in zip(batch, sums, strict=True):
                 if not math.isfinite(value):
                     raise ValueError(
@@ -148,56 +153,6 @@ def _batches(windows: list[Window], rows: int) -> Iterator[list[Window]]:
         yield batch
 
 
-class NextTokenNLL:
-    """The negative log-likelihood of tokens given those before them, without all the logits.
-
-    `NextTokenNLL(model)(ids, scored)`: ids int64 `[B, N]`, `1 <= scored < N`; returns float32
-    `[B, scored]`, the NLL of the last `scored` tokens of each row. Only the hidden states that
-    predict them go through the output layer. To be made and used within `evaluating(model)`.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.base, self.head = _base_and_head(model)
-
-    def __call__(self, ids: torch.Tensor, scored: int) -> torch.Tensor:
-        ids = ids.to(self.device)
-        targets = ids[:, -scored:]
-        if self.base is None:
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, -scored - 1 : -1]
-            nll = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-            )
-            return nll.view_as(targets)
-        hidden = self.base(input_ids=ids, use_cache=False).last_hidden_state
-        rows = hidden[:, -scored - 1 : -1].flatten(0, 1)
-        return ops.linear_nll(rows, self.head.weight, targets.flatten()).view_as(targets)
-
-
-def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Return the model below the output layer and that layer, or `(None, None)`.
-
-    Some models do more than one matrix product at the end (a bias, a soft cap, a scale). Whether
-    the two parts give the model's own logits is tried on a few tokens, not guessed from its name.
-    """
-    base = getattr(model, "base_model", None)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if base is None or base is model or not isinstance(head, nn.Linear):
-        return None, None
-    probe = torch.arange(4, device=next(model.parameters()).device)[None]
-    try:
-        expected = model(input_ids=probe, use_cache=False).logits
-        hidden = base(input_ids=probe, use_cache=False).last_hidden_state
-        actual = nn.functional.linear(hidden, head.weight)
-    except (TypeError, AttributeError, RuntimeError):
-        return None, None
-    same = expected.shape == actual.shape and torch.allclose(
-        expected.float(), actual.float(), rtol=1e-3, atol=1e-3, equal_nan=True
-    )
-    return (base, head) if same else (None, None)
-
-
 def vocabulary(model: nn.Module) -> int | None:
     """Return the number of rows of the model's token embedding, None where it has none.
 
@@ -225,17 +180,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def rows_per_batch(model: nn.Module, length: int) -> int:
-    """Return how many rows of `length` tokens one forward pass without gradients should take."""
-    parameter = next(model.parameters())
-    tokens = CPU_TOKENS_PER_BATCH
-    if parameter.is_cuda:
-        config = getattr(model, "config", None)
-        hidden = getattr(config, "hidden_size", None) or 4096
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
-        # Alive at the widest point of a layer: the residual, its norm (float32 inside), q, k, v
-        # and the output (6 x hidden with the float32 copy), and gate, up and their product.
-        per_token = parameter.element_size() * (8 * hidden + 3 * inner)
-        free, _ = torch.cuda.mem_get_info(parameter.device)
-        tokens = int(free * 0.5 / per_token)
-    return max(1, tokens // length)
+def _may_be_cut(model: nn.Module) -> bool:
+    """Say whether chunks of a window turn by the angles of the whole window.
+
+    The rope types of transformers that look at the longest position so far turn the first chunks of
+    a long window by other angles.
+    """
+    if not has_kernel_attention(model):
+        return False
+    rotary = decoder(model).rotary_emb
+    own = str(rope_parameters(text_config(model))["rope_type"])
+    return isinstance(rotary, RescaledRotaryEmbedding) or not (
+        own == "longrope" or "dynamic" in own
+    )

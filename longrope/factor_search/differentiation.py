@@ -11,11 +11,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.evaluation import evaluating
 from longrope.factor_search.gradient import Point
 from longrope.factor_search.objective import scored_tokens
+from longrope.factor_search.ranks import Ranks
+from longrope.layout import free_memory
 from longrope.patching import rows as rows_with_factors
+from longrope.patching.attention import kernel_attention
 from longrope.patching.models import decoder
+from longrope.scoring import NextTokenNLL
 
 #: Bytes kept for the backward pass, per layer and token, over the bytes of the residual stream:
 #: the residual, norms, queries, keys and values before and after the rotation, the attention's
@@ -42,6 +46,8 @@ class LossGradient:
         a third more work for a fraction of the memory.
     last_tokens
         Only the last tokens of each window are scored; None: all but the first.
+    ranks
+        Who share the windows of a call: window `w` is measured by rank `w % ranks.size`.
     """
 
     def __init__(
@@ -50,11 +56,13 @@ class LossGradient:
         base_inv_freq: np.ndarray,
         activation_checkpointing: bool = False,
         last_tokens: int | None = None,
+        ranks: Ranks | None = None,
     ):
         self.model = model
         self.last_tokens = last_tokens
         self.base_inv_freq = torch.from_numpy(base_inv_freq)
         self.activation_checkpointing = activation_checkpointing
+        self.ranks = ranks or Ranks()
         with evaluating(model):
             self._score = NextTokenNLL(model)
 
@@ -66,30 +74,40 @@ class LossGradient:
         The gradient is with respect to log lambda and, last, to the log of the attention factor.
         `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
-        scored = scored_tokens(windows, self.last_tokens)
-        with differentiating(self.model):
-            log_lambdas = torch.tensor(point.log_lambdas, requires_grad=True)
-            log_factor = torch.tensor(
-                np.log(point.attention_factor), dtype=torch.float64, requires_grad=True
+        with differentiating(self.model), kernel_attention(self.model):
+            measured = self.ranks.share(
+                [functools.partial(self._window, point, start_tokens, w) for w in windows]
             )
-            total = 0.0
-            for window in windows:
-                with (
-                    rows_with_factors(
-                        self.model,
-                        self.base_inv_freq * (-log_lambdas).exp(),
-                        start_tokens,
-                        log_factor.exp(),
-                    ),
-                    checkpointing_layers(self.model, self.activation_checkpointing),
-                ):
-                    # The sum, not the mean: in float16 the gradients of a mean would underflow.
-                    nll = self._score(window[None], scored).double().sum()
-                    nll.backward()
-                total += nll.item()
-            gradient = torch.cat([log_lambdas.grad, log_factor.grad[None]])
-        count = scored * len(windows)
-        return total / count, gradient.numpy() / count
+        # In the order of the windows, so that the bits are those of one process.
+        total, gradient = 0.0, np.zeros(len(point.log_lambdas) + 1)
+        for nll, by_parameter in measured:
+            total += nll
+            gradient += by_parameter
+        count = scored_tokens(windows, self.last_tokens) * len(windows)
+        return total / count, gradient / count
+
+    def _window(
+        self, point: Point, start_tokens: int, window: torch.Tensor
+    ) -> tuple[float, np.ndarray]:
+        """Return the sum of the NLL over a window's scored tokens, and its gradient."""
+        log_lambdas = torch.tensor(point.log_lambdas, requires_grad=True)
+        log_factor = torch.tensor(
+            np.log(point.attention_factor), dtype=torch.float64, requires_grad=True
+        )
+        with (
+            rows_with_factors(
+                self.model,
+                self.base_inv_freq * (-log_lambdas).exp(),
+                start_tokens,
+                log_factor.exp(),
+            ),
+            checkpointing_layers(self.model, self.activation_checkpointing),
+        ):
+            # The sum, not the mean: in float16 the gradients of a mean would underflow.
+            scored = scored_tokens(window[None], self.last_tokens)
+            nll = self._score(window[None], scored).double().sum()
+            nll.backward()
+        return nll.item(), torch.cat([log_lambdas.grad, log_factor.grad[None]]).numpy()
 
 
 @contextlib.contextmanager
@@ -140,17 +158,5 @@ def needs_checkpointing(model: nn.Module, length: int) -> bool:
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = config.num_hidden_layers
     kept = layers * length * (_KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner)
-    free = _free_memory(parameter.device)
+    free = free_memory(parameter.device)
     return free is not None and kept * parameter.element_size() > free / 2
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU, or of this machine where it says so (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None

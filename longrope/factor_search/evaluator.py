@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from longrope.evaluation import NextTokenNLL, evaluating
+from longrope.evaluation import evaluating
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
+from longrope.patching.attention import kernel_attention
+from longrope.scoring import NextTokenNLL
 
 #: Elements of each tensor that the fingerprint reads, evenly spread.
 _FINGERPRINT_SAMPLES = 4096
@@ -38,6 +40,9 @@ class PopulationEvaluator:
         Rows of one forward pass, at least 1.
     last_tokens
         Only the last tokens of each window are scored; None: all but the first.
+    chunk
+        Tokens of each row in one forward pass, with a cache of keys and values; None: the whole
+        window at once. The results differ by rounding alone.
     """
 
     def __init__(
@@ -46,13 +51,14 @@ class PopulationEvaluator:
         to_factors: Callable[[Candidate], RescaleFactors],
         rows: int,
         last_tokens: int | None = None,
+        chunk: int | None = None,
     ):
         self.model = model
         self.last_tokens = last_tokens
         self.to_factors = to_factors
         self.rows = rows
         with evaluating(model):
-            self._score = NextTokenNLL(model)
+            self._score = NextTokenNLL(model, chunk)
 
     def candidates_per_batch(self, windows: torch.Tensor) -> int:
         """Return how many candidates are measured together, the unit that a journal commits."""
@@ -63,52 +69,63 @@ class PopulationEvaluator:
 
         `windows` is int64 `[S, N]`. Not finite where the model's output is not.
         """
-        sums = [nll.double().sum(1) for nll in self._nll(candidates, windows)]
-        per_row = torch.cat(sums).cpu().view(len(candidates), len(windows))
-        scored = scored_tokens(windows, self.last_tokens)
-        return (per_row.sum(1) / (len(windows) * scored)).tolist()
+        sums, counts = self.block_sums(candidates, windows, 1)
+        return (sums.sum((1, 2)) / (len(windows) * counts.sum())).tolist()
 
     def block_sums(
         self, candidates: Sequence[Candidate], windows: torch.Tensor, blocks: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return sums of the NLL in nats over `blocks` runs of scored tokens, and their sizes.
+        """Return the sum of the NLL in each block of the scored tokens, and the tokens in each.
 
-        float64 `[C, S, blocks]` on the CPU for `C` candidates and windows `[S, N]`, and int64
-        `[blocks]`: tokens of each block, which differ by at most one.
+        Parameters
+        ----------
+        candidates
+            `C` of them.
+        windows
+            int64 `[S, N]`.
+        blocks
+            Into how many runs of consecutive tokens, equal within one, the scored tokens of each
+            window are cut: at least 1, at most as many as are scored.
+
+        Returns
+        -------
+        sums
+            float64 `[C, S, blocks]` on the CPU, in nats. The device is waited for once, at the end.
+        counts
+            int64 `[blocks]`, the same for every candidate and window.
+
+        Raises
+        ------
+        ValueError
+            Where `blocks` is out of range.
         """
         scored = scored_tokens(windows, self.last_tokens)
-        counts = torch.tensor([len(part) for part in torch.arange(scored).tensor_split(blocks)])
-        sums = [
-            torch.stack([part.double().sum(1) for part in nll.tensor_split(blocks, dim=1)], dim=1)
-            for nll in self._nll(candidates, windows)
-        ]
-        return torch.cat(sums).cpu().view(len(candidates), len(windows), blocks), counts
-
-    def _nll(
-        self, candidates: Sequence[Candidate], windows: torch.Tensor
-    ) -> Iterator[torch.Tensor]:
-        """Yield the NLL of each scored token, float32 `[rows, scored]`, a forward pass at a time.
-
-        Row r of all is candidate r // S on window r % S.
-        """
+        if not 1 <= blocks <= scored:
+            raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
+        device = self._score.device
+        windows = windows.to(device)
         factors = [self.to_factors(candidate) for candidate in candidates]
-        inv_freq = torch.from_numpy(np.stack([f.inv_freq() for f in factors]))
-        start_tokens = torch.tensor([f.start_tokens for f in factors])
-        attention_factor = torch.tensor([f.attention_factor for f in factors], dtype=torch.float64)
-        of_candidate = torch.arange(len(factors)).repeat_interleave(len(windows))
-        of_window = torch.arange(len(windows)).repeat(len(factors))
-        scored = scored_tokens(windows, self.last_tokens)
-        for which, window in zip(
-            of_candidate.split(self.rows), of_window.split(self.rows), strict=True
+        inv_freq = torch.from_numpy(np.stack([f.inv_freq() for f in factors])).to(device)
+        start_tokens = torch.tensor([f.start_tokens for f in factors], device=device)
+        attention_factor = torch.tensor(
+            [f.attention_factor for f in factors], dtype=torch.float64, device=device
+        )
+        # Row r is candidate r // S on window r % S.
+        rows = torch.arange(len(factors) * len(windows), device=device)
+        sums = []
+        with (
+            evaluating(self.model),
+            kernel_attention(self.model),
+            rows_with_factors(self.model, inv_freq[0]) as rotary,
         ):
-            with (
-                evaluating(self.model),
-                rows_with_factors(
-                    self.model, inv_freq[which], start_tokens[which], attention_factor[which]
-                ),
-            ):
-                nll = self._score(windows[window], scored)
-            yield nll
+            for row in rows.split(self.rows):
+                candidate, window = row // len(windows), row % len(windows)
+                rotary.set_rows(
+                    inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
+                )
+                sums.append(self._score.sums(windows[window], scored, blocks))
+        counts = torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
+        return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
 
 
 def fingerprint(model: nn.Module) -> str:

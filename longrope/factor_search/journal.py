@@ -20,7 +20,46 @@ class JournalError(ValueError):
     """A journal that cannot be resumed: damaged, or of another search."""
 
 
-class Journal:
+class Replay:
+    """The entries of an earlier run, in order; what is appended is kept by somebody else.
+
+    What the ranks of a job have that do not keep the journal.
+
+    Parameters
+    ----------
+    path
+        Of the journal, for messages.
+    notes
+        As in `Journal`.
+    entries
+        What the journal held when it was opened.
+    """
+
+    def __init__(self, path: Path, notes: dict[str, Any], entries: list[dict[str, Any]]):
+        self.path = path
+        self.notes = notes
+        self._pending = entries
+        self._read = 0  # how many of the pending entries were replayed
+
+    @property
+    def pending(self) -> list[dict[str, Any]]:
+        """The entries of an earlier run that were not stepped over."""
+        return self._pending[self._read :]
+
+    def peek(self, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` of the next entries of an earlier run."""
+        return self._pending[self._read : self._read + count]
+
+    def skip(self, count: int) -> None:
+        """Step over `count` entries of an earlier run: they stay."""
+        self._read += count
+
+    def append(self, entries: list[dict[str, Any]]) -> None:
+        """Drop the entries of an earlier run that were not stepped over."""
+        self._pending, self._read = [], 0
+
+
+class Journal(Replay):
     """An append-only file of JSON lines: a header, then one line per evaluation.
 
     Lines are written, flushed and fsynced together per call of `append`, the unit of work that a
@@ -49,12 +88,12 @@ class Journal:
         notes: dict[str, Any] | None = None,
         resume: bool = True,
     ):
-        self.path = Path(path)
+        self.path = path = Path(path)
         # Through JSON, so that it compares equal to what was read back (tuples become lists).
         header = json.loads(json.dumps({"format": FORMAT, **header, "notes": notes or {}}))
-        if not resume and self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by close)
+        if not resume and path.exists():
+            os.replace(path, path.with_name(path.name + ".previous"))
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
         try:
             _lock(self._file)
         except OSError:
@@ -64,7 +103,7 @@ class Journal:
             lines = self._complete_lines()
             if lines:
                 old = self._parse(lines[0], 1)
-                self.notes = old.get("notes", {})
+                notes = old.get("notes", {})
                 difference = first_difference({**old, "notes": None}, {**header, "notes": None})
                 if difference:
                     raise JournalError(
@@ -72,29 +111,21 @@ class Journal:
                         "choose another folder, or resume=False to start again"
                     )
             else:
-                self.notes = header["notes"]
+                notes = header["notes"]
                 self._write([header])
                 _fsync_folder(self.path.parent)
-            self._pending = [self._parse(line, n) for n, line in enumerate(lines[1:], 2)]
+            entries = [self._parse(line, n) for n, line in enumerate(lines[1:], 2)]
             self._sizes = [len(line) + 1 for line in lines]
         except BaseException:
             self.close()
             raise
-        self._read = 0  # how many of the pending entries were replayed
-
-    def peek(self, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` of the next entries of an earlier run."""
-        return self._pending[self._read : self._read + count]
-
-    def skip(self, count: int) -> None:
-        """Step over `count` entries of an earlier run: they stay."""
-        self._read += count
+        super().__init__(path, notes, entries)
 
     def append(self, entries: list[dict[str, Any]]) -> None:
         """Write entries durably after those stepped over; earlier ones not stepped over go."""
         if self._read < len(self._pending):
             self._file.truncate(sum(self._sizes[: 1 + self._read]))
-        self._pending, self._read = [], 0
+        super().append(entries)
         self._write(entries)
 
     def close(self) -> None:
@@ -134,16 +165,20 @@ class Journal:
         return entry
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> str | None:
+def first_difference(
+    old: Any, new: Any, name: str = "", places: tuple[str, str] = ("there", "here")
+) -> str | None:
     """Name the first place where two JSON values differ, `"seed: 1 there, 2 here"`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
             below = f"{name}.{key}" if name else str(key)
-            found = first_difference(old.get(key), new.get(key), below)
+            found = first_difference(old.get(key), new.get(key), below, places)
             if found:
                 return found
         return None
-    return None if old == new else f"{name}: {_short(old)} there, {_short(new)} here"
+    if old == new:
+        return None
+    return f"{name}: {_short(old)} {places[0]}, {_short(new)} {places[1]}"
 
 
 def _short(value: Any) -> str:

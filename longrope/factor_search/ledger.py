@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
 from longrope.factor_search.gradient import Point
 from longrope.factor_search.history import BASELINES, Evaluation
-from longrope.factor_search.journal import Journal, JournalError
+from longrope.factor_search.journal import JournalError, Replay
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.racing import BLOCKS, Stage
+from longrope.factor_search.ranks import Ranks
 from longrope.factor_search.space import Candidate
 
 #: What a journal's entry holds beyond what was asked for.
@@ -45,17 +47,20 @@ class Ledger:
         them: none where they came from the journal.
     differentiate
         Returns the loss and its gradient, for `step`.
+    ranks
+        Who share the batches of `measure`: batch `b` of a round is measured by rank `b`.
     """
 
     def __init__(
         self,
         evaluator: PopulationEvaluator,
         windows: dict[str, torch.Tensor],
-        journal: Journal | None = None,
+        journal: Replay | None = None,
         *,
         max_evaluations: int | None = None,
         on_batch: Callable[[Sequence[Evaluation], int], None] = lambda evaluations, tokens: None,
         differentiate: LossGradient | None = None,
+        ranks: Ranks | None = None,
     ):
         self.evaluator = evaluator
         self.windows = windows
@@ -63,9 +68,12 @@ class Ledger:
         self.max_evaluations = sys.maxsize if max_evaluations is None else max_evaluations
         self.on_batch = on_batch
         self.differentiate = differentiate
+        self.ranks = ranks or Ranks()
         self.history: list[Evaluation] = []
         #: Of the candidates in a race, over the windows so far: float64 `[S, blocks]`.
         self.block_sums: dict[Candidate, np.ndarray] = {}
+        #: Values of the next batches, which other ranks measured in the same round.
+        self._ahead: list[list[dict]] = []
         self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in [*windows, "race"]}
 
     def losses(self, role: str) -> dict[Candidate, float]:
@@ -109,9 +117,11 @@ class Ledger:
         stage: Stage | None,
     ) -> list[float]:
         size = self.evaluator.candidates_per_batch(windows)
+        batches = [proposals[start : start + size] for start in range(0, len(proposals), size)]
         losses = []
-        for start in range(0, len(proposals), size):
-            losses += self._measure_batch(proposals[start : start + size], role, windows, stage)
+        for number in range(len(batches)):
+            these = batches[number : number + self.ranks.size]
+            losses += self._measure_batch(these, role, windows, stage)
         return losses
 
     def step(
@@ -150,20 +160,22 @@ class Ledger:
 
     def _measure_batch(
         self,
-        batch: Sequence[Proposal],
+        batches: Sequence[Sequence[Proposal]],
         role: str,
         windows: torch.Tensor,
         stage: Stage | None,
     ) -> list[float]:
+        """Return the losses of the first of `batches`; the others make up the round."""
+        batch = batches[0]
         asked = [_asked(proposal, role, stage) for proposal in batch]
         replayed = self._replay(asked)
         entries = replayed
         if entries is None:
-            candidates = [p.candidate for p in batch]
-            if stage is None:
-                measured = [{"nll": loss} for loss in self.evaluator(candidates, windows)]
-            else:
-                measured = self._measure_blocks(candidates, windows, stage)
+            if not self._ahead:
+                self._ahead = self.ranks.share(
+                    [functools.partial(self._evaluate, batch, windows, stage) for batch in batches]
+                )
+            measured = self._ahead.pop(0)
             for proposal, values in zip(batch, measured, strict=True):
                 if not math.isfinite(values["nll"]):
                     if proposal.origin in BASELINES:
@@ -197,10 +209,16 @@ class Ledger:
         self.on_batch(done, 0 if replayed else windows.numel() * len(batch))
         return losses
 
-    def _measure_blocks(
-        self, candidates: Sequence[Candidate], windows: torch.Tensor, stage: Stage
+    def _evaluate(
+        self, batch: Sequence[Proposal], windows: torch.Tensor, stage: Stage | None
     ) -> list[dict]:
-        """Return the block sums of a stage, and the NLL over all windows up to its end."""
+        """Return what the journal keeps: the NLL, and in a race the block sums of the stage.
+
+        There the NLL is over all windows up to the end of the stage.
+        """
+        candidates = [p.candidate for p in batch]
+        if stage is None:
+            return [{"nll": loss} for loss in self.evaluator(candidates, windows)]
         scored = scored_tokens(windows, self.evaluator.last_tokens)
         sums, _ = self.evaluator.block_sums(candidates, windows, min(BLOCKS, scored))
         measured = []

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,25 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.evaluation import rows_per_batch
-from longrope.factor_search import needles, racing, run_directory
+from longrope.factor_search import needles, racing, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
-from longrope.factor_search.history import Evaluation
-from longrope.factor_search.journal import Journal
+from longrope.factor_search.history import SearchResult
+from longrope.factor_search.journal import Journal, Replay
 from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
-from longrope.factors import RescaleFactors
+from longrope.factor_search.sharded import ShardedEvaluator
+from longrope.layout import plan_batches
 from longrope.patching import rope_settings
 
 OBJECTIVES = ("perplexity", "needle")
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What `longrope.search` found.
-
-    Attributes
-    ----------
-    factors
-        The selected `RescaleFactors`.
-    perplexity
-        Of `factors` on the search windows.
-    validation_perplexity
-        Of `factors` on the validation windows; None where there were none.
-    history
-        Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
-        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
-        candidate has one for each stage that it was measured in.
-    """
-
-    factors: RescaleFactors
-    perplexity: float
-    validation_perplexity: float | None
-    history: tuple[Evaluation, ...]
-
-
+@ranks.on_all_ranks
 def search(
     model: nn.Module,
     documents: Iterable[Any],
@@ -87,6 +63,7 @@ def search(
     windows_per_step: int | None = None,
     activation_checkpointing: bool | None = None,
     batch_size: int | None = None,
+    shard_sequence: bool = False,
     out: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -108,6 +85,12 @@ def search(
     `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
     worse there than YaRN. Where there is too little text, the search windows choose.
+
+    In a `torch.distributed` job (`init_process_group` done; the command `longrope search` does it
+    under torchrun) all ranks call this with the same arguments and share the measurements, with the
+    result of one process to the bit; every rank returns it. Rank 0 writes the files. An error of
+    one rank ends all of them. Ranks wait for one another for 1800 seconds, or as many as the
+    environment variable `LONGROPE_RANK_TIMEOUT` says.
 
     Parameters
     ----------
@@ -174,6 +157,11 @@ def search(
         of one window would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
+        Long windows go through the model in chunks, with a cache of keys and values.
+    shard_sequence
+        For windows too long for one device, with `"evolution"`: every rank of the job holds its
+        share of each window's tokens, and attention goes around the ranks in a ring. The values
+        agree with those of whole windows up to rounding.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation; in a race
         with the losses of the blocks, so that its decisions are the same when it resumes),
@@ -194,9 +182,13 @@ def search(
     ------
     ValueError
         With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, an output that is not finite with PI, NTK or YaRN,
-        a folder that cannot be written, or the journal of another search.
+        document shorter than `target_length`, a window whose keys and values do not fit the free
+        memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
+        the journal of another search, or ranks that were not given the same search.
+    LostRankError
+        Where a rank of the job has died or does not answer; a `RuntimeError`.
     """
+    job = ranks.current()
     _one_of("method", method, tuple(METHODS))
     _one_of("objective", objective, OBJECTIVES)
     _one_of("preset", preset, tuple(PRESETS))
@@ -246,6 +238,8 @@ def search(
         preset=PRESETS[preset],
         critical_dimension=critical_dimension,
     )
+    if shard_sequence:
+        _check_sharding(job, method, problem)
     if objective == "needle":
         _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
         if problem.target_length < needles.SHORTEST:
@@ -285,8 +279,15 @@ def search(
     }
     if method != "evolution":
         header["data"]["documents"] = drawn.digest()
+    if shard_sequence:
+        header["shard_sequence"] = job.size
+    limits = {"iterations": sizes.iterations, "max_evaluations": max_evaluations}
+    job.check_same({**header, **limits})
+    held = -(-problem.target_length // job.size) if shard_sequence else problem.target_length
+    layout = plan_batches(model, held, rows=batch_size, cut=not shard_sequence)
     notes = {
-        "rows": batch_size or rows_per_batch(model, problem.target_length),
+        "rows": layout.rows,
+        "chunk": layout.chunk,
         "activation_checkpointing": needs_checkpointing(model, problem.target_length)
         if activation_checkpointing is None
         else activation_checkpointing,
@@ -295,7 +296,7 @@ def search(
     }
     with contextlib.ExitStack() as stack:
         journal = None
-        if out is not None:
+        if out is not None and job.first:
             out = run_directory.prepare(out)
             journal = stack.enter_context(
                 Journal(out / run_directory.JOURNAL, header, notes, resume)
@@ -303,15 +304,23 @@ def search(
             notes = journal.notes
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
             run_directory.write_config(
-                out,
-                {**header, "model_name": name, "preset": preset, "iterations": sizes.iterations,
-                 "max_evaluations": max_evaluations, "notes": notes},
-            )  # fmt: skip
+                out, {**header, "model_name": name, "preset": preset, **limits, "notes": notes}
+            )
+        notes, journal = _everywhere(job, notes, journal)
+        evaluator = (
+            ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
+            if shard_sequence
+            # A journal from before windows were cut has no "chunk".
+            else PopulationEvaluator(
+                model, problem.factors, notes["rows"], last_tokens, notes.get("chunk")
+            )
+        )
         ledger = Ledger(
-            PopulationEvaluator(model, problem.factors, notes["rows"], last_tokens),
+            evaluator,
             drawn.windows,
             journal,
             max_evaluations=max_evaluations,
+            ranks=None if shard_sequence else job,
         )
         task = Task(problem, ledger, sizes, descent, randoms[2], None, race)
         if method != "evolution":
@@ -320,9 +329,12 @@ def search(
                 problem.baselines()["pi"].base_inv_freq(),
                 notes["activation_checkpointing"],
                 last_tokens,
+                job,
             )
             task.random_windows = drawn.random(randoms[3])
-        ledger.on_batch = stack.enter_context(progress_bar(progress, task.most_evaluations[method]))
+        ledger.on_batch = stack.enter_context(
+            progress_bar(progress and job.first, task.most_evaluations[method])
+        )
         chosen = METHODS[method](task)
         factors = problem.factors(chosen)
         validated = ledger.losses(task.judge)[chosen] if task.judge == "validation" else None
@@ -332,9 +344,38 @@ def search(
             validation_perplexity=None if validated is None else math.exp(validated),
             history=tuple(ledger.history),
         )
-        if out is not None:
+        if out is not None and job.first:
             run_directory.write_results(out, factors, result.history, problem.baselines())
     return result
+
+
+def _everywhere(
+    job: ranks.Ranks, notes: dict[str, Any], journal: Journal | None
+) -> tuple[dict[str, Any], Replay | None]:
+    """Return the first rank's notes and its journal; on the others a copy to replay from."""
+    kept = None if journal is None else (journal.path, journal.pending)
+    notes, kept = job.broadcast((notes, kept))
+    if kept is not None:
+        job.journal_path = kept[0]
+        journal = journal or Replay(kept[0], notes, kept[1])
+    return notes, journal
+
+
+def _check_sharding(job: ranks.Ranks, method: str, problem: Problem) -> None:
+    if method != "evolution":
+        raise ValueError(
+            f"shard_sequence: expected False with method={method!r}, whose steps go backwards "
+            "through the model; method='evolution' can"
+        )
+    if job.size == 1:
+        raise ValueError(
+            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
+        )
+    if problem.target_length < 2 * job.size:
+        raise ValueError(
+            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
+            f"ranks, got {problem.target_length}"
+        )
 
 
 def _replace(settings: Any, given: dict[str, Any]) -> Any:

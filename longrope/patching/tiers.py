@@ -20,7 +20,7 @@ from longrope.patching.rotary import RescaledRotaryEmbedding
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 
 #: The order of the arguments of a decoder's forward, where they come by position.
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 #: Cache layers whose keys lie as `[B, Hk, M, D]`, oldest first: all tokens, or the last ones.
 _TURNABLE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
@@ -59,12 +59,23 @@ class Pass(NamedTuple):
     cached: int  # tokens in the cache before the pass
 
 
-def _read(args: tuple, kwargs: dict) -> Pass:
+def arguments_of(args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Return the arguments of a decoder's forward by the names of transformers 5.24.
+
+    Before it, `cache` was `past_key_values`.
+    """
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    if "past_key_values" in given:
+        given.setdefault("cache", given.pop("past_key_values"))
+    return given
+
+
+def _read(args: tuple, kwargs: dict) -> Pass:
+    given = arguments_of(args, kwargs)
     tokens = given.get("input_ids")
     tokens = given["inputs_embeds"] if tokens is None else tokens
     batch, count = tokens.shape[:2]
-    cache = given.get("past_key_values")
+    cache = given.get("cache")
     # A static cache counts in a tensor that it goes on writing to: read it now.
     cached = 0 if cache is None else int(cache.get_seq_length())
     mask = given.get("attention_mask")

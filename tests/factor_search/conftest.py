@@ -1,25 +1,10 @@
-"""A tiny model whose perplexity depends on the rescale factors, and documents for it."""
+"""The tiny model and documents of the search, and jobs of many ranks that search with them."""
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-VOCABULARY = 40
-
-
-def build_model():
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        initializer_range=0.4,  # predictions far from uniform, so that positions matter
-    )
-    return LlamaForCausalLM(config).eval()
+from support import jobs, tiny_models
+from support.tiny_search import build_documents, build_model
 
 
 @pytest.fixture(scope="session")
@@ -37,5 +22,41 @@ def model():
 @pytest.fixture(scope="session")
 def documents():
     """Eight documents of 70 tokens: two windows of 32 each."""
-    generator = torch.Generator().manual_seed(5)
-    return list(torch.randint(VOCABULARY, (8, 70), generator=generator))
+    return build_documents()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory, shared_model, documents):
+    """What one process finds where the jobs of `support.jobs` search: the folder, and by name."""
+    folder = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {
+        "evolution": jobs.search(**jobs.SMALL, out=folder / "evolution"),
+        "gradient": jobs.search(**jobs.DESCENT, out=folder / "gradient"),
+        "one window": jobs.search(**jobs.DESCENT | {"windows_per_step": 1}),
+    }
+    torch.set_num_threads(threads)
+    return folder, found
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory, alone):
+    """Run all jobs of `support.jobs` once; `ranks(scenario, size)` has what each rank came to.
+
+    None for a rank that died. `ranks.folder(scenario, size)` has the job's files.
+    """
+    folder = tmp_path_factory.mktemp("jobs")
+    tiny_models.build(vocab_size=256, pad_token_id=None).save_pretrained(folder / "model")
+    text = np.random.default_rng(0).integers(97, 123, 2000, dtype=np.uint8)
+    (folder / "text.txt").write_bytes(text.tobytes())
+    started = jobs.Jobs(folder)
+    journal = (alone[0] / "evolution" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for size in (2, 4):
+        place = started.folder("searches", size)
+        (place / "cut").mkdir(parents=True)
+        # In the middle of the third batch of two.
+        (place / "cut" / "journal.jsonl").write_bytes(b"".join(journal[:6]))
+        (place / "file").write_text("")
+    started.run()
+    return started

@@ -121,7 +121,7 @@ def test_an_exception_leaves_the_model_as_it_was(model, factors, point):
 
 
 def test_checkpointing_is_asked_for_where_memory_is_short(model, monkeypatch):
-    free = "longrope.factor_search.differentiation._free_memory"
+    free = "longrope.factor_search.differentiation.free_memory"
     monkeypatch.setattr(free, lambda device: 1 << 30)
     assert not needs_checkpointing(model, 48)
     assert needs_checkpointing(model, 1 << 20)

@@ -233,12 +233,12 @@ def test_a_killed_process_loses_nothing(method, shared_model, documents, uninter
         textwrap.dedent(f"""
             import os, signal, sys
             sys.path[:0] = [{str(Path(longrope.__file__).parents[1])!r},
-                            {str(Path(__file__).parent)!r}]
+                            {str(Path(__file__).parents[1])!r}]
             import torch
             torch.set_num_threads(1)
-            import conftest
             import longrope
             from longrope.factor_search.journal import Journal
+            from support import tiny_search
 
             append = Journal.append
 
@@ -252,7 +252,7 @@ def test_a_killed_process_loses_nothing(method, shared_model, documents, uninter
             Journal.append = append_and_die
             documents = torch.load({str(tmp_path / "documents.pt")!r}, weights_only=True)
             longrope.search(
-                conftest.build_model(), documents, method={method!r}, out={str(tmp_path)!r},
+                tiny_search.build_model(), documents, method={method!r}, out={str(tmp_path)!r},
                 attention_factor="search", **{OPTIONS[method]!r}
             )
         """)

@@ -16,6 +16,7 @@ import torch
 
 import longrope
 from longrope.factor_search import run, run_directory
+from longrope.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -200,11 +201,11 @@ def test_a_finished_run_measures_nothing_again(
 
 def test_batches_are_those_of_the_first_run(shared_model, documents, tmp_path, monkeypatch):
     """What memory is free after a restart must not change the bits of later values."""
-    monkeypatch.setattr(run, "rows_per_batch", lambda model, length: 6)
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(6, None))
     expected = search(shared_model, documents, out=tmp_path)
     content = journal_of(tmp_path).read_bytes()
     journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
-    monkeypatch.setattr(run, "rows_per_batch", lambda model, length: 2)
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, None))
     assert search(shared_model, documents, out=tmp_path).history == expected.history
     assert journal_of(tmp_path).read_bytes() == content
 
@@ -226,12 +227,12 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
         textwrap.dedent(f"""
             import os, signal, sys
             sys.path[:0] = [{str(Path(longrope.__file__).parents[1])!r},
-                            {str(Path(__file__).parent)!r}]
+                            {str(Path(__file__).parents[1])!r}]
             import torch
             torch.set_num_threads(1)
-            import conftest
             import longrope
             from longrope.factor_search.journal import Journal
+            from support import tiny_search
 
             append, calls = Journal.append, []
 
@@ -246,7 +247,7 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
             Journal.append = append_and_die
             documents = torch.load({str(tmp_path / "documents.pt")!r}, weights_only=True)
             longrope.search(
-                conftest.build_model(), documents, out={str(tmp_path / "out")!r}, **{SMALL!r}
+                tiny_search.build_model(), documents, out={str(tmp_path / "out")!r}, **{SMALL!r}
             )
         """)
     )

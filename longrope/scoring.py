@@ -1,0 +1,144 @@
+"""The negative log-likelihood of tokens given those before them, without all the logits."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from longrope import ops
+from longrope.patching import row_lengths
+from longrope.patching.cache import window_cache
+from longrope.patching.models import decoder
+from longrope.patching.rotary import RescaledRotaryEmbedding
+
+
+class NextTokenNLL:
+    """Scores the last tokens of windows; only the hidden states that predict them meet the head.
+
+    To be made and used within `evaluating(model)`.
+
+    Parameters
+    ----------
+    model
+        A causal language model.
+    chunk
+        Tokens of each window in one forward pass, with a cache of keys and values: only one chunk's
+        activations are alive at a time. None: the whole window. For models that `longrope.apply`
+        takes.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int | None = None):
+        self.model = model
+        self.chunk = chunk
+        self.device = next(model.parameters()).device
+        self.base, self.head = _base_and_head(model)
+
+    def __call__(self, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        """Return the NLL of the last `scored` tokens of each row, float32 `[B, scored]`.
+
+        `ids` is int64 `[B, N]`, `1 <= scored < N`.
+        """
+        ids = ids.to(self.device)
+        parts = []
+        for first, output in self._outputs(ids, scored):
+            targets = ids[:, first : first + output.shape[1]]
+            parts.append(self._nll(output, targets.flatten()).view_as(targets))
+        return torch.cat(parts, dim=1)
+
+    def sums(self, ids: torch.Tensor, scored: int, blocks: int = 1) -> torch.Tensor:
+        """Return the sum of the NLL in each block of each row, float64 `[B, blocks]`.
+
+        On the model's device, without waiting for it. The scored token `t` of `scored` belongs to
+        block `t * blocks // scored`.
+        """
+        ids = ids.to(self.device)
+        rows, length = ids.shape
+        totals = torch.zeros(rows * blocks, dtype=torch.float64, device=self.device)
+        first_row = blocks * torch.arange(rows, device=self.device)[:, None]
+        for first, output in self._outputs(ids, scored):
+            end = first + output.shape[1]
+            targets = ids[:, first:end].flatten()
+            token = torch.arange(first, end, device=self.device) - (length - scored)
+            block = (first_row + token * blocks // scored).flatten()
+            if self.base is None:
+                totals.index_add_(0, block, self._nll(output, targets).double())
+            else:
+                totals += ops.population_nll(
+                    output.flatten(0, 1), self.head.weight, targets, block, rows * blocks
+                )[0]
+        return totals.view(rows, blocks)
+
+    def _nll(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        output = output.flatten(0, 1)
+        if self.base is None:
+            return nn.functional.cross_entropy(output.float(), targets, reduction="none")
+        return ops.linear_nll(output, self.head.weight, targets)
+
+    def _outputs(self, ids: torch.Tensor, scored: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first token that is predicted, and what predicts it and those after it.
+
+        Hidden states `[B, n, E]`, or logits where the head is not a matrix product alone.
+        """
+        length = ids.shape[1]
+        if self.chunk is None or self.chunk >= length:
+            output = self._forward(ids, use_cache=False)
+            yield length - scored, output[:, -scored - 1 : -1]
+            return
+        cache = window_cache(self.model, length - 1)
+        first = length - scored - 1  # the token whose output predicts the first scored one
+        with self._planned(length):
+            for start in range(0, length - 1, self.chunk):  # the last token predicts none
+                end = min(start + self.chunk, length - 1)
+                output = self._forward(
+                    ids[:, start:end],
+                    position_ids=torch.arange(start, end, device=self.device)[None],
+                    use_cache=True,
+                    **{self._cache_argument: cache},
+                )
+                if end > first:
+                    skipped = max(0, first - start)
+                    yield start + skipped + 1, output[:, skipped:]
+
+    def _forward(self, ids: torch.Tensor, **arguments) -> torch.Tensor:
+        if self.base is None:
+            return self.model(input_ids=ids, **arguments).logits
+        return self.base(input_ids=ids, **arguments).last_hidden_state
+
+    @property
+    def _cache_argument(self) -> str:
+        """The name of the cache among the model's arguments: `past_key_values` before 5.24."""
+        parameters = inspect.signature(decoder(self.model).forward).parameters
+        return "cache" if "cache" in parameters else "past_key_values"
+
+    def _planned(self, length: int) -> contextlib.AbstractContextManager:
+        """Choose tiers by the whole window, which its first chunks do not show."""
+        if isinstance(decoder(self.model).rotary_emb, RescaledRotaryEmbedding):
+            return row_lengths(self.model, length)
+        return contextlib.nullcontext()
+
+
+def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """Return the model below the output layer and that layer, or `(None, None)`.
+
+    Some models do more than one matrix product at the end (a bias, a soft cap, a scale). Whether
+    the two parts give the model's own logits is tried on a few tokens, not guessed from its name.
+    """
+    base = getattr(model, "base_model", None)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if base is None or base is model or not isinstance(head, nn.Linear):
+        return None, None
+    probe = torch.arange(4, device=next(model.parameters()).device)[None]
+    try:
+        expected = model(input_ids=probe, use_cache=False).logits
+        hidden = base(input_ids=probe, use_cache=False).last_hidden_state
+        actual = nn.functional.linear(hidden, head.weight)
+    except (TypeError, AttributeError, RuntimeError):
+        return None, None
+    same = expected.shape == actual.shape and torch.allclose(
+        expected.float(), actual.float(), rtol=1e-3, atol=1e-3, equal_nan=True
+    )
+    return (base, head) if same else (None, None)

@@ -1,0 +1,30 @@
+"""A tiny model whose perplexity depends on the rescale factors, and documents for it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 40
+
+
+def build_model():
+    """Return the model, in eval mode; the same weights at every call."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        initializer_range=0.4,  # predictions far from uniform, so that positions matter
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def build_documents():
+    """Return eight documents of 70 tokens: two windows of 32 each."""
+    generator = torch.Generator().manual_seed(5)
+    return list(torch.randint(VOCABULARY, (8, 70), generator=generator))
