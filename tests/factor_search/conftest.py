@@ -35,6 +35,7 @@ def alone(tmp_path_factory, shared_model, documents):
         "evolution": jobs.search(**jobs.SMALL, out=folder / "evolution"),
         "gradient": jobs.search(**jobs.DESCENT, out=folder / "gradient"),
         "one window": jobs.search(**jobs.DESCENT | {"windows_per_step": 1}),
+        "race": jobs.search(**jobs.RACED, out=folder / "race"),
     }
     torch.set_num_threads(threads)
     return folder, found

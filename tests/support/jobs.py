@@ -30,6 +30,7 @@ SMALL = {
     "batch_size": 4,
     "progress": False,
 }
+RACED = {**SMALL, "samples": 4, "population": 10, "race": True, "critical_dimension": True}
 #: A descent with more windows in a step than two ranks.
 DESCENT = {
     "target_length": 32,
@@ -94,6 +95,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
         "one window": search(**DESCENT | {"windows_per_step": 1}),
+        "race": search(**RACED, out=folder / "race"),
         "another seed": search(**SMALL, out=folder / "none", seed=seed),
         "other documents": search(others, **SMALL),
         "another model": search(model=changed, **SMALL),
