@@ -8,8 +8,8 @@ three ways, and `run` is `longrope.search`. `ranks` lets the processes of a job 
 measurements, `ring` and `sharded` let them share one sequence.
 """
 
-from longrope.factor_search.history import Evaluation
+from longrope.factor_search.history import Evaluation, SearchResult
 from longrope.factor_search.ranks import LostRankError
-from longrope.factor_search.run import SearchResult, search
+from longrope.factor_search.run import search
 
 __all__ = ["Evaluation", "LostRankError", "SearchResult", "search"]

@@ -1,9 +1,11 @@
-"""What a search measured: one `Evaluation` per candidate and windows, or per step."""
+"""What a search measured, an `Evaluation` per candidate and windows or per step, and found."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from longrope.factors import RescaleFactors
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
 BASELINES = ("pi", "ntk", "yarn")
@@ -53,3 +55,27 @@ class Evaluation:
     def forward_equivalents(self) -> int:
         """The cost in forward passes of one window; a backward pass counts 2."""
         return self.windows * (3 if self.role == "gradient" else 1)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `longrope.search` found.
+
+    Attributes
+    ----------
+    factors
+        The selected `RescaleFactors`.
+    perplexity
+        Of `factors` on the search windows.
+    validation_perplexity
+        Of `factors` on the validation windows; None where there were none.
+    history
+        Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
+        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
+        candidate has one for each stage that it was measured in.
+    """
+
+    factors: RescaleFactors
+    perplexity: float
+    validation_perplexity: float | None
+    history: tuple[Evaluation, ...]

@@ -70,10 +70,10 @@ class Ledger:
         self.differentiate = differentiate
         self.ranks = ranks or Ranks()
         self.history: list[Evaluation] = []
-        #: What other ranks measured in the same round, for the batches that come next.
-        self._ahead: list[list[dict]] = []
         #: Of the candidates in a race, over the windows so far: float64 `[S, blocks]`.
         self.block_sums: dict[Candidate, np.ndarray] = {}
+        #: Values of the next batches, which other ranks measured in the same round.
+        self._ahead: list[list[dict]] = []
         self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in [*windows, "race"]}
 
     def losses(self, role: str) -> dict[Candidate, float]:
@@ -120,8 +120,8 @@ class Ledger:
         batches = [proposals[start : start + size] for start in range(0, len(proposals), size)]
         losses = []
         for number in range(len(batches)):
-            coming = batches[number : number + self.ranks.size]
-            losses += self._measure_batch(coming, role, windows, stage)
+            these = batches[number : number + self.ranks.size]
+            losses += self._measure_batch(these, role, windows, stage)
         return losses
 
     def step(
@@ -173,7 +173,7 @@ class Ledger:
         if entries is None:
             if not self._ahead:
                 self._ahead = self.ranks.share(
-                    [functools.partial(self._evaluate, b, windows, stage) for b in batches]
+                    [functools.partial(self._evaluate, batch, windows, stage) for batch in batches]
                 )
             measured = self._ahead.pop(0)
             for proposal, values in zip(batch, measured, strict=True):
@@ -212,16 +212,13 @@ class Ledger:
     def _evaluate(
         self, batch: Sequence[Proposal], windows: torch.Tensor, stage: Stage | None
     ) -> list[dict]:
-        """Return what the journal is to hold of each proposal's measurement."""
+        """Return what the journal keeps: the NLL, and in a race the block sums of the stage.
+
+        There the NLL is over all windows up to the end of the stage.
+        """
         candidates = [p.candidate for p in batch]
         if stage is None:
             return [{"nll": loss} for loss in self.evaluator(candidates, windows)]
-        return self._measure_blocks(candidates, windows, stage)
-
-    def _measure_blocks(
-        self, candidates: Sequence[Candidate], windows: torch.Tensor, stage: Stage
-    ) -> list[dict]:
-        """Return the block sums of a stage, and the NLL over all windows up to its end."""
         scored = scored_tokens(windows, self.evaluator.last_tokens)
         sums, _ = self.evaluator.block_sums(candidates, windows, min(BLOCKS, scored))
         measured = []

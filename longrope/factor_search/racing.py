@@ -19,17 +19,20 @@ from longrope.factor_search.evolution import Proposal
 from longrope.factor_search.history import BASELINES
 from longrope.factor_search.space import Candidate
 
-#: Windows of the stages before the last one, which takes the rest.
-STAGE_WINDOWS = (1, 2)
-#: Blocks of tokens that each window is cut into, the units of the test.
-BLOCKS = 8
+#: The test comes after 1, 2, 4, ... windows: a look more for twice the windows.
+GROWTH = 2
+#: Blocks of tokens that each window is cut into, the units of the test. On recorded evolutions with
+#: the packaged model (5 windows of 1024 tokens, 431 candidates) 16 blocks saved 2 % more of the
+#: passes than 8, for as few wrong decisions.
+BLOCKS = 16
 #: Probability at which the test would drop a candidate as good as the cut, were blocks independent.
+#: On the same, 1 of 112 dropped candidates would have been a parent, none one of the 8 best.
 P = 0.01
 #: Fewer paired differences than this decide nothing.
 FEWEST_DIFFERENCES = 6
 
 #: What a journal's header says of a race.
-SETTINGS = {"stages": STAGE_WINDOWS, "blocks": BLOCKS, "p": P}
+SETTINGS = {"growth": GROWTH, "blocks": BLOCKS, "p": P}
 
 
 class Stage(NamedTuple):
@@ -41,10 +44,12 @@ class Stage(NamedTuple):
 
 
 def stages(windows: int) -> list[Stage]:
-    """Return the stages of a race over so many windows: of 5, windows 0, 1 to 2 and 3 to 4."""
-    ends = [int(end) for end in np.cumsum(STAGE_WINDOWS) if end < windows]
-    roles = ["race"] * len(ends) + ["search"]
-    return [Stage(*stage) for stage in zip([0, *ends], [*ends, windows], roles, strict=True)]
+    """Return the stages of a race over so many windows: of 5, they end after 1, 2, 4 and 5."""
+    found, begin, end = [], 0, 1
+    while end < windows:
+        found.append(Stage(begin, end, "race"))
+        begin, end = end, end * GROWTH
+    return [*found, Stage(begin, windows, "search")]
 
 
 class Race:
@@ -113,20 +118,22 @@ class Race:
         ]
 
 
-def clearly_worse(differences: np.ndarray, p: float = P) -> bool:
+def clearly_worse(differences: np.ndarray, p: float | None = None) -> bool:
     """Say whether a candidate is worse than its opponent by a one-sided paired Student t test.
 
     `differences`, `[n]`, are the candidate's losses minus the opponent's, in sums over blocks of
     tokens of the same windows. The test takes them for independent. Neighbouring blocks of one
-    document are not, and so few documents leave nothing else to count: hence a small `p`, which is
-    no bound on the share of wrong decisions. Never true of a candidate that is at least as good in
-    sum.
+    document are not, and so few documents leave nothing else to count: hence a small `p` (None:
+    `P`), which is no bound on the share of wrong decisions. Never true of a candidate that is in
+    sum at least as good.
     """
     n = len(differences)
     mean = float(np.mean(differences))
     if n < FEWEST_DIFFERENCES or not mean > 0:
         return False
-    return mean > student_t(1 - p, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return mean > student_t(1 - (P if p is None else p), n - 1) * float(
+        np.std(differences, ddof=1)
+    ) / math.sqrt(n)
 
 
 def student_t(probability: float, degrees: int) -> float:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from longrope import _validation
-from longrope.factor_search.journal import Journal, JournalError, Replay, first_difference
+from longrope.factor_search.journal import JournalError, first_difference
 
 T = TypeVar("T")
 
@@ -261,15 +261,3 @@ def on_all_ranks(function: Callable[..., T]) -> Callable[..., T]:
             ranks.close()
 
     return together
-
-
-def share_journal(
-    job: Ranks, notes: dict[str, Any], journal: Journal | None
-) -> tuple[dict[str, Any], Replay | None]:
-    """Return the first rank's notes and its journal; on the others a copy to replay from."""
-    kept = None if journal is None else (journal.path, journal.pending)
-    notes, kept = job.broadcast((notes, kept))
-    if kept is not None:
-        job.journal_path = kept[0]
-        journal = journal or Replay(kept[0], notes, kept[1])
-    return notes, journal

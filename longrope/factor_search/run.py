@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +18,18 @@ from longrope.factor_search import needles, racing, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
-from longrope.factor_search.history import Evaluation
-from longrope.factor_search.journal import Journal
+from longrope.factor_search.history import SearchResult
+from longrope.factor_search.journal import Journal, Replay
 from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
-from longrope.factor_search.sharded import ShardedEvaluator, check_sharding
-from longrope.factors import RescaleFactors
+from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.layout import plan_batches
 from longrope.patching import rope_settings
 
 OBJECTIVES = ("perplexity", "needle")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What `longrope.search` found.
-
-    Attributes
-    ----------
-    factors
-        The selected `RescaleFactors`.
-    perplexity
-        Of `factors` on the search windows.
-    validation_perplexity
-        Of `factors` on the validation windows; None where there were none.
-    history
-        Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
-        origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
-        candidate has one for each stage that it was measured in.
-    """
-
-    factors: RescaleFactors
-    perplexity: float
-    validation_perplexity: float | None
-    history: tuple[Evaluation, ...]
 
 
 @ranks.on_all_ranks
@@ -161,14 +135,14 @@ def search(
         End the evolution after this many candidates, baselines included.
     race
         Drop candidates of the evolution that are clearly worse on the first search windows; False,
-        as in the paper: measure every candidate on all of them. A generation's new candidates are
-        measured on the first window, then on two more, then on the rest. Before each next stage
-        those go that are worse than the `parents`-th best, of the parents and of the candidates
-        still in the race, by a one-sided paired Student t test at 0.01 on the losses of 8 blocks of
-        tokens per window. They can be no parents (F-Race, Birattari et al. 2002; Maron and Moore
-        1994). The test takes blocks for independent, which neighbours in one document are not:
-        0.01 is not the share of wrong decisions. PI, NTK and YaRN are never dropped, and the losses
-        of those that remain are what they would be without the race, up to rounding.
+        as in the paper: measure every candidate on all of them. After 1, 2, 4, ... windows those of
+        a generation's new candidates go that are worse than the `parents`-th best, of the parents
+        and of the candidates still in the race, by a one-sided paired Student t test at 0.01 on the
+        losses of 16 blocks of tokens per window: they would hardly be parents (after F-Race,
+        Birattari et al. 2002, and Maron and Moore's Hoeffding races, 1994). The test takes blocks
+        for independent, which neighbours in one document are not, so 0.01 is not the share of wrong
+        decisions. PI, NTK and YaRN are never dropped, and the losses of those that remain are what
+        they would be without the race, up to rounding. Not with `"gradient"`.
     critical_dimension
         Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
         on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
@@ -266,7 +240,7 @@ def search(
         critical_dimension=critical_dimension,
     )
     if shard_sequence:
-        check_sharding(job, method, problem.target_length)
+        _check_sharding(job, method, problem)
     if objective == "needle":
         _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
         if problem.target_length < needles.SHORTEST:
@@ -333,7 +307,7 @@ def search(
             run_directory.write_config(
                 out, {**header, "model_name": name, "preset": preset, **limits, "notes": notes}
             )
-        notes, journal = ranks.share_journal(job, notes, journal)
+        notes, journal = _everywhere(job, notes, journal)
         evaluator = (
             ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
             if shard_sequence
@@ -374,6 +348,35 @@ def search(
         if out is not None and job.first:
             run_directory.write_results(out, factors, result.history, problem.baselines())
     return result
+
+
+def _everywhere(
+    job: ranks.Ranks, notes: dict[str, Any], journal: Journal | None
+) -> tuple[dict[str, Any], Replay | None]:
+    """Return the first rank's notes and its journal; on the others a copy to replay from."""
+    kept = None if journal is None else (journal.path, journal.pending)
+    notes, kept = job.broadcast((notes, kept))
+    if kept is not None:
+        job.journal_path = kept[0]
+        journal = journal or Replay(kept[0], notes, kept[1])
+    return notes, journal
+
+
+def _check_sharding(job: ranks.Ranks, method: str, problem: Problem) -> None:
+    if method != "evolution":
+        raise ValueError(
+            f"shard_sequence: expected False with method={method!r}, whose steps go backwards "
+            "through the model; method='evolution' can"
+        )
+    if job.size == 1:
+        raise ValueError(
+            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
+        )
+    if problem.target_length < 2 * job.size:
+        raise ValueError(
+            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
+            f"ranks, got {problem.target_length}"
+        )
 
 
 def _replace(settings: Any, given: dict[str, Any]) -> Any:

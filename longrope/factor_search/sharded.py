@@ -124,21 +124,3 @@ class ShardedEvaluator(PopulationEvaluator):
         else:
             nll = ops.linear_nll(hidden, head.weight, targets.flatten())
         return nll.view_as(targets)
-
-
-def check_sharding(job: Ranks, method: str, target_length: int) -> None:
-    """Raise `ValueError` where a search cannot shard its windows over the ranks."""
-    if method != "evolution":
-        raise ValueError(
-            f"shard_sequence: expected False with method={method!r}, whose steps go backwards "
-            "through the model; method='evolution' can"
-        )
-    if job.size == 1:
-        raise ValueError(
-            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
-        )
-    if target_length < 2 * job.size:
-        raise ValueError(
-            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
-            f"ranks, got {target_length}"
-        )

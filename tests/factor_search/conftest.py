@@ -33,9 +33,9 @@ def alone(tmp_path_factory, shared_model, documents):
     torch.set_num_threads(1)
     found = {
         "evolution": jobs.search(**jobs.SMALL, out=folder / "evolution"),
-        "race": jobs.search(**jobs.RACE),
         "gradient": jobs.search(**jobs.DESCENT, out=folder / "gradient"),
         "one window": jobs.search(**jobs.DESCENT | {"windows_per_step": 1}),
+        "race": jobs.search(**jobs.RACED, out=folder / "race"),
     }
     torch.set_num_threads(threads)
     return folder, found

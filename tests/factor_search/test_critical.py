@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import tiny_models
 
@@ -139,6 +139,7 @@ def test_a_bound_below_the_ratio_is_refused():
 # --- moves ------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.data(), st.floats(0.01, 1.0), st.integers(0, 2**32))
 def test_mutations_stay_in_the_space(data, probability, seed):
     space = data.draw(spaces())
@@ -147,6 +148,7 @@ def test_mutations_stay_in_the_space(data, probability, seed):
     assert_inside(space, space.mutate(parent, probability, random_of(seed)))
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 2**32))
 def test_crossovers_stay_in_the_space_and_take_from_the_parents(data, seed):
     space = data.draw(spaces())
@@ -159,6 +161,7 @@ def test_crossovers_stay_in_the_space_and_take_from_the_parents(data, seed):
     assert set(free) <= {space.least, *a.hundredths, *b.hundredths}
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 2**32))
 def test_snapping_ends_in_the_space_and_leaves_its_members_alone(data, seed):
     space = data.draw(spaces())
@@ -212,6 +215,7 @@ def test_parents_outside_of_the_space_have_children_in_it():
         assert_inside(problem.space, child)
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 2**32))
 def test_free_lambdas_give_all(data, seed):
     space = data.draw(spaces())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import longrope
-from longrope.factor_search import run, run_directory
+from longrope.factor_search import racing, run, run_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -18,7 +18,6 @@ SMALL = {
     "crossovers": 4,
     "iterations": 3,
     "parents": 4,
-    "max_lambda": 20.0,  # much too large: there are bad candidates
     "race": True,
     "progress": False,
 }
@@ -38,6 +37,14 @@ def by_candidate(result):
         if e.role in ("race", "search"):
             found[e.lambdas, e.start_tokens].append(e)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient():
+    """Random tokens hardly tell candidates apart: the test at 0.01 would drop next to none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(racing, "P", 0.2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +78,17 @@ def test_candidates_are_dropped_and_the_others_get_the_losses_of_all_windows(
 
 def test_the_cost_is_that_of_the_forward_passes(shared_model, documents, monkeypatch):
     rows = []
-    score = run.PopulationEvaluator._nll
+    measure = run.PopulationEvaluator.block_sums
 
-    def counting(self, candidates, windows):
+    def counting(self, candidates, windows, blocks):
         rows.append(len(candidates) * len(windows))
-        return score(self, candidates, windows)
+        return measure(self, candidates, windows, blocks)
 
-    monkeypatch.setattr(run.PopulationEvaluator, "_nll", counting)
+    monkeypatch.setattr(run.PopulationEvaluator, "block_sums", counting)
     result = search(shared_model, documents)
     assert sum(e.forward_equivalents for e in result.history) == sum(rows)
-    plain = search(shared_model, documents, race=False)
-    assert sum(rows) > sum(e.forward_equivalents for e in plain.history)
+    every = len(by_candidate(result)) * SMALL["samples"]
+    assert sum(e.forward_equivalents for e in result.history if e.role != "validation") < every
 
 
 def test_the_baselines_are_finalists_and_the_result_is_the_best(uninterrupted):
@@ -98,7 +105,7 @@ def test_the_baselines_are_finalists_and_the_result_is_the_best(uninterrupted):
 def test_every_evaluation_is_a_line_with_its_block_sums(uninterrupted):
     out, result = uninterrupted
     entries = [json.loads(line) for line in journal_of(out).read_text().splitlines()]
-    assert entries[0]["race"]["blocks"] == 8
+    assert entries[0]["race"] == {"growth": 2, "blocks": 16, "p": 0.01}
     assert len(entries) == 1 + len(result.history)
     sums = defaultdict(list)
     for entry, e in zip(entries[1:], result.history, strict=True):
@@ -137,7 +144,7 @@ def test_a_finished_run_measures_nothing_again(
 ):
     out, expected = uninterrupted
     journal_of(tmp_path).write_bytes(journal_of(out).read_bytes())
-    monkeypatch.setattr(run.PopulationEvaluator, "_nll", None)
+    monkeypatch.setattr(run.PopulationEvaluator, "block_sums", None)
     assert search(shared_model, documents, out=tmp_path) == expected
 
 
@@ -180,7 +187,7 @@ def test_the_journal_of_a_search_without_it_is_refused(
 
 def test_without_racing_nothing_of_it_is_there(shared_model, documents, tmp_path, monkeypatch):
     """Also a journal of a version that had no race is taken up and goes on as it was."""
-    monkeypatch.setattr(run.PopulationEvaluator, "block_sums", None)
+    monkeypatch.setattr(run.Ledger, "measure_stage", None)
     expected = search(shared_model, documents, out=tmp_path, race=False)
     assert {e.role for e in expected.history} == {"search", "validation"}
     header, *lines = journal_of(tmp_path).read_text().splitlines()

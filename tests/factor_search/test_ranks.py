@@ -33,7 +33,7 @@ def errors(ranks, name, size):
 
 
 @SIZES
-@pytest.mark.parametrize("name", ["evolution", "race", "gradient", "one window"])
+@pytest.mark.parametrize("name", ["evolution", "gradient", "one window", "race"])
 def test_every_rank_finds_what_one_process_finds(ranks, alone, name, size):
     for rank in ranks("searches", size):
         assert rank[name] == alone[1][name]
@@ -42,7 +42,12 @@ def test_every_rank_finds_what_one_process_finds(ranks, alone, name, size):
 @SIZES
 def test_the_journal_is_that_of_one_process(ranks, alone, size):
     folder = ranks.folder("searches", size)
-    for written, name in (("out", "evolution"), ("cut", "evolution"), ("descent", "gradient")):
+    for written, name in (
+        ("out", "evolution"),
+        ("cut", "evolution"),
+        ("descent", "gradient"),
+        ("race", "race"),
+    ):
         lines = journal_of(folder / written).splitlines()
         expected = journal_of(alone[0] / name).splitlines()
         assert lines[1:] == expected[1:]

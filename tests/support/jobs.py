@@ -30,8 +30,7 @@ SMALL = {
     "batch_size": 4,
     "progress": False,
 }
-#: The same as a race, with as many windows as the documents give.
-RACE = SMALL | {"samples": 8, "race": True, "start_tokens": 0}
+RACED = {**SMALL, "samples": 4, "population": 10, "race": True, "critical_dimension": True}
 #: A descent with more windows in a step than two ranks.
 DESCENT = {
     "target_length": 32,
@@ -93,10 +92,10 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     found = {"evolution": search(**SMALL, out=folder / "out")}
     run_directory.plot = lambda *arguments: None  # one is enough: a second each
     found |= {
-        "race": search(**RACE),
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
         "one window": search(**DESCENT | {"windows_per_step": 1}),
+        "race": search(**RACED, out=folder / "race"),
         "another seed": search(**SMALL, out=folder / "none", seed=seed),
         "other documents": search(others, **SMALL),
         "another model": search(model=changed, **SMALL),
