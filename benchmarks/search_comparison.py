@@ -13,7 +13,6 @@ its end: its time is the measured time of a few of these candidates, scaled to a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import math
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, commit, device_name
+from populations import losses_of_hugging_face
 
 import longrope
 from longrope.cli import load_model
@@ -85,43 +85,14 @@ def load(args):
     return model, lambda seed: (searched[quarter:], searched[:quarter], tested[: args.test_samples])
 
 
-@contextlib.contextmanager
-def plain_factors(model, factors):
-    """Put factors into the model's own rotary module: float32 angles, cos and sin in its dtype."""
-    rotary = model.base_model.rotary_emb
-    device = next(model.parameters()).device
-    base, rescaled = (
-        torch.tensor(values, dtype=torch.float32, device=device)
-        for values in (factors.base_inv_freq(), factors.inv_freq())
-    )
-
-    def forward(x, position_ids):
-        positions = position_ids[..., None]
-        early = positions < factors.start_tokens
-        angles = positions.float() * torch.where(early, base, rescaled)
-        angles = torch.cat([angles, angles], dim=-1)
-        return tuple(
-            (f(angles) * factors.attention_factor).to(x.dtype) for f in (torch.cos, torch.sin)
-        )
-
-    rotary.forward = forward
-    try:
-        yield
-    finally:
-        del rotary.forward
-
-
 def seconds_as_published(model, candidates, windows):
     """Return seconds per window of one Hugging Face forward and loss per candidate."""
     longrope.apply(model, candidates[0])
     length = windows.shape[1]
     expected = longrope.perplexity(model, list(windows), length=length, stride=length)
     longrope.remove(model)
-    losses = []
     started = clock()
-    for factors in candidates:
-        with torch.inference_mode(), plain_factors(model, factors):
-            losses.append(model(input_ids=windows, labels=windows, use_cache=False).loss.item())
+    losses = losses_of_hugging_face(model, candidates, windows)
     seconds = clock() - started
     assert abs(math.exp(losses[0]) / expected - 1) < 0.02  # rounding in the model's dtype
     return seconds / (len(candidates) * len(windows))
