@@ -32,6 +32,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--rounds", type=int, default=9, help="timed rounds over all implementations")
     p.add_argument("--seconds", type=float, default=0.15, help="least time per measurement")
+    p.add_argument(
+        "--processor-time", action="store_true",
+        help="count the processor's time: for one thread on a machine that others use too",
+    )  # fmt: skip
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     p.add_argument("--quick", action="store_true", help="small shapes, to try the script")
     return p
@@ -62,18 +66,20 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def _seconds_per_call(fn: Callable[[], object], device: str, least: float) -> float:
+def _seconds_per_call(
+    fn: Callable[[], object], device: str, least: float, clock: Callable[[], float]
+) -> float:
     fn()  # not timed: it meets what the implementation before it left in caches and free memory
     calls = 1
     while True:
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             fn()
         if device == "cuda":
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         if elapsed >= least:
             return elapsed / calls
         calls = max(calls + 1, int(calls * 1.2 * least / max(elapsed, 1e-9)))
@@ -98,8 +104,9 @@ def compare(
     names = list(implementations)
     for fn in implementations.values():
         fn()  # warm up: caches, compilation
+    clock = time.process_time if args.processor_time else time.perf_counter
     rounds = [
-        {n: _seconds_per_call(implementations[n], args.device, args.seconds) for n in names}
+        {n: _seconds_per_call(implementations[n], args.device, args.seconds, clock) for n in names}
         for _ in range(args.rounds)
     ]
     rows = []

@@ -31,7 +31,7 @@ import book_model
 import numpy as np
 import torch
 from harness import RESULTS, commit, device_name
-from plain import plain_factors
+from populations import plain_factors
 
 import longrope
 from longrope.cli import load_model

@@ -1,13 +1,18 @@
 """`longrope.perplexity` against a loop that does what its docstring says, one window at a time."""
 
+import copy
 import math
 
 import pytest
 import torch
+from support.tiny_models import build as build_tiny
+from support.tiny_models import rope_arguments
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import longrope
-from longrope.evaluation import NextTokenNLL, evaluating, sliding_windows
+from longrope import layout
+from longrope.evaluation import evaluating, sliding_windows
+from longrope.scoring import NextTokenNLL
 
 VOCABULARY = 50
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +80,76 @@ def test_equals_the_brute_force_loop(model, length, stride, lengths, batch_size)
         model, documents, length=length, stride=stride, batch_size=batch_size
     )
     assert actual == pytest.approx(brute_force(model, documents, length, stride), rel=1e-5)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Make windows go through the model in chunks of 8 tokens; returns what the model reads."""
+    monkeypatch.setattr(layout, "CPU_TOKENS_PER_BATCH", 8)
+    monkeypatch.setattr(layout, "LEAST_CHUNK", 8)
+
+    def watch(model):
+        sizes = []
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        return sizes
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "lengths"), [(16, 4, (50, 16, 33)), (20, 1, (21, 24)), (17, 17, (40,))]
+)
+def test_windows_in_chunks_equal_the_brute_force_loop(model, length, stride, lengths, chunks):
+    documents = documents_of(*lengths)
+    expected = brute_force(model, documents, length, stride)
+    model = copy.deepcopy(model)
+    sizes = chunks(model)
+    assert longrope.perplexity(model, documents, length=length, stride=stride) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert max(sizes) == 8
+
+
+def test_chunks_take_the_tier_of_the_whole_window(model, chunks):
+    settings = {"original_length": 8, "rotary_dim": 16}
+    short = longrope.RescaleFactors.none(target_length=8, **settings)
+    long = longrope.RescaleFactors.yarn(target_length=64, **settings)
+    documents = documents_of(40)
+    model = copy.deepcopy(model)
+    longrope.apply(model, long)
+    expected = brute_force(model, documents, 24, 24)
+    longrope.apply(model, [short, long])
+    sizes = chunks(model)
+    actual = longrope.perplexity(model, documents, length=24, stride=24)
+    assert actual == pytest.approx(expected, rel=1e-5)
+    assert max(sizes) == 8
+    longrope.apply(model, short)
+    assert abs(actual - brute_force(model, documents, 24, 24)) > 0.01
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_rope_that_grows_with_the_text_reads_whole_windows(rope_type, chunks):
+    scaling = {"rope_type": rope_type, "factor": 4.0}
+    if rope_type == "longrope":
+        scaling |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    rope = rope_arguments(**scaling, original_max_position_embeddings=8)
+    model = build_tiny(rope=None, max_position_embeddings=32, **rope)
+    documents = documents_of(40)
+    expected = brute_force(model, documents, 24, 24)
+    sizes = chunks(model)
+    assert longrope.perplexity(model, documents, length=24, stride=24) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert max(sizes) == 24
+
+
+def test_a_window_whose_keys_and_values_do_not_fit(model, chunks, monkeypatch):
+    monkeypatch.setattr(layout, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"^length: .* got 1 of 24 tokens, .* where 1000 are free"):
+        longrope.perplexity(model, documents_of(40), length=24, stride=24)
 
 
 def test_weighs_tokens_and_not_documents(model):

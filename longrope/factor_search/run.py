@@ -18,7 +18,7 @@ from longrope.factor_search import needles, racing, ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import DescentSettings
-from longrope.factor_search.history import SearchResult
+from longrope.factor_search.history import Evaluation, SearchResult
 from longrope.factor_search.journal import Journal, Replay
 from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task

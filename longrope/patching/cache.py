@@ -47,7 +47,9 @@ def _layer_types() -> tuple[type, type]:
             """Write new keys and values behind the others; return all of them."""
             held = self.get_seq_length()
             if not held:
-                self.lazy_initialization(key_states, value_states)
+                # What their lazy_initialization sets, whose arguments differ between versions.
+                self.dtype, self.device = key_states.dtype, key_states.device
+                self.is_initialized = True
                 self._room = tuple(
                     states.new_empty(*states.shape[:2], self.length, states.shape[3])
                     for states in (key_states, value_states)

@@ -1,5 +1,6 @@
 """The gradient with respect to rescale factors, and the model as it was afterwards."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 import longrope
+from longrope import ops
+from longrope.factor_search import differentiation
 from longrope.factor_search.differentiation import (
     LossGradient,
     checkpointing_layers,
@@ -127,3 +130,30 @@ def test_checkpointing_is_asked_for_where_memory_is_short(model, monkeypatch):
     assert needs_checkpointing(model, 1 << 20)
     monkeypatch.setattr(free, lambda device: None)
     assert not needs_checkpointing(model, 1 << 20)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
+    model, factors, point, windows, activation_checkpointing, monkeypatch
+):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(model.config._attn_implementation)
+        return attention(*args, **options)
+
+    attention = ops.attention
+    monkeypatch.setattr(ops, "attention", counted)
+    loss = LossGradient(model, factors.base_inv_freq(), activation_checkpointing)
+    nll, gradient = loss(point, 4, windows)
+    # The layers run again in the backward pass, by the same function.
+    passes = len(windows) * (2 if activation_checkpointing else 1)
+    assert calls == ["longrope"] * passes * model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(differentiation, "kernel_attention", lambda model: contextlib.nullcontext())
+    calls.clear()
+    expected, own = loss(point, 4, windows)
+    assert not calls
+    assert nll == pytest.approx(expected, abs=1e-5)
+    assert gradient == pytest.approx(own, rel=1e-3, abs=1e-5)
+    assert np.abs(own).min() > 1e-4

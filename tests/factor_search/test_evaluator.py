@@ -1,13 +1,16 @@
 """Measuring a population: each row its own candidate, the model as it was afterwards."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 import longrope
+from longrope import ops
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.objective import digest, draw_windows
 from longrope.factor_search.problem import PRESETS, Problem
@@ -150,3 +153,121 @@ def test_digest_depends_on_tokens_and_shape():
     windows = torch.arange(12).view(3, 4)
     assert digest(windows) == digest(windows.clone())
     assert len({digest(windows), digest(windows.view(4, 3)), digest(windows + 1)}) == 3
+
+
+@pytest.fixture(scope="module")
+def sliding_model():
+    """A model whose layers see 20 tokens."""
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=16,
+        sliding_window=20,
+        initializer_range=0.4,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", ["shared_model", "sliding_model"])
+@pytest.mark.parametrize(
+    ("rows", "chunk", "last_tokens"), [(5, 7, None), (1, 16, 9), (6, 1, 9), (4, 47, None)]
+)
+def test_chunks_equal_whole_windows_one_by_one(
+    name, problem, candidates, windows, rows, chunk, last_tokens, request
+):
+    """Start tokens lie in the first chunk, in several, and in all of them."""
+    model = request.getfixturevalue(name)
+    candidates = [
+        dataclasses.replace(c, start_tokens=n)
+        for c, n in zip(candidates[-4:], (0, 3, 16, 47), strict=True)
+    ]
+    evaluator = PopulationEvaluator(model, problem.factors, rows, last_tokens, chunk)
+    alone = PopulationEvaluator(model, problem.factors, 1, last_tokens)
+    expected = [alone([c], windows)[0] for c in candidates]
+    assert evaluator(candidates, windows) == pytest.approx(expected, abs=1e-4)
+    assert np.ptp(expected) > 0.01
+    plain = [dataclasses.replace(c, start_tokens=0) for c in candidates]
+    assert np.abs(np.subtract(alone(plain, windows), expected)).max() > 0.01
+
+
+def test_chunks_meet_the_model_one_at_a_time(shared_model, problem, candidates, windows):
+    seen = []
+    hook = shared_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        evaluator = PopulationEvaluator(shared_model, problem.factors, 2, 9, 20)
+        seen.clear()
+        evaluator(candidates[:1], windows)
+    finally:
+        hook.remove()
+    assert seen == [
+        (2, 20),
+        (2, 20),
+        (2, 7),
+        (1, 20),
+        (1, 20),
+        (1, 7),
+    ]  # the last token is not read
+
+
+@pytest.mark.parametrize("chunk", [None, 11])
+@pytest.mark.parametrize("blocks", [1, 4, 5, 47])
+def test_block_sums(shared_model, problem, candidates, windows, blocks, chunk):
+    evaluator = PopulationEvaluator(shared_model, problem.factors, 4, chunk=chunk)
+    sums, counts = evaluator.block_sums(candidates, windows, blocks)
+    assert sums.shape == (len(candidates), len(windows), blocks) and sums.dtype == torch.float64
+    assert counts.shape == (blocks,) and counts.sum() == LENGTH - 1
+    assert counts.max() - counts.min() <= 1
+    expected = evaluator(candidates, windows)
+    mean = sums.sum((1, 2)) / (len(windows) * counts.sum())
+    assert mean.tolist() == pytest.approx(expected, rel=1e-12)
+    # Token by token, with the factors applied.
+    longrope.apply(shared_model, problem.factors(candidates[2]))
+    with torch.no_grad():
+        logits = shared_model(windows).logits[:, :-1]
+    longrope.remove(shared_model)
+    nll = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
+    ).view(len(windows), -1)
+    for window in range(len(windows)):
+        by_block = [part.double().sum().item() for part in nll[window].split(counts.tolist())]
+        assert sums[2, window].tolist() == pytest.approx(by_block, abs=1e-3)
+
+
+def test_block_sums_of_the_last_tokens(shared_model, problem, candidates, windows):
+    every = PopulationEvaluator(shared_model, problem.factors, 4)
+    last = PopulationEvaluator(shared_model, problem.factors, 4, 9)
+    sums, counts = last.block_sums(candidates, windows, 3)
+    assert counts.tolist() == [3, 3, 3]
+    one_by_one, _ = every.block_sums(candidates, windows, LENGTH - 1)
+    torch.testing.assert_close(
+        sums, one_by_one[..., -9:].unflatten(2, (3, 3)).sum(3), rtol=1e-4, atol=1e-4
+    )
+    for blocks in (0, 10):
+        with pytest.raises(ValueError, match=f"blocks: expected 1 to the 9 .*, got {blocks}"):
+            last.block_sums(candidates, windows, blocks)
+
+
+def test_the_models_attention_is_ops_attention_meanwhile(
+    shared_model, problem, candidates, windows, monkeypatch
+):
+    calls = []
+
+    def counted(q, k, v, **options):
+        calls.append(k.shape)
+        return attention(q, k, v, **options)
+
+    attention = ops.attention
+    evaluator = PopulationEvaluator(shared_model, problem.factors, 3, chunk=24)
+    monkeypatch.setattr(ops, "attention", counted)
+    evaluator(candidates[:1], windows)
+    layers = shared_model.config.num_hidden_layers
+    assert calls == [(3, 1, 24, 16)] * layers + [(3, 1, 47, 16)] * layers
+    assert shared_model.config._attn_implementation == "sdpa"

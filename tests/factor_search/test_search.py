@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import longrope
+from longrope import layout
 from longrope.factor_search import run, run_directory
 from longrope.layout import Layout
 
@@ -210,13 +211,34 @@ def test_a_finished_run_measures_nothing_again(
 
 def test_batches_are_those_of_the_first_run(shared_model, documents, tmp_path, monkeypatch):
     """What memory is free after a restart must not change the bits of later values."""
-    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(6, None))
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(6, 10))
     expected = search(shared_model, documents, out=tmp_path)
     content = journal_of(tmp_path).read_bytes()
+    notes = json.loads(content.splitlines()[0])["notes"]
+    assert (notes["rows"], notes["chunk"]) == (6, 10)
     journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
     monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, None))
     assert search(shared_model, documents, out=tmp_path).history == expected.history
     assert journal_of(tmp_path).read_bytes() == content
+
+
+def test_a_journal_from_before_chunks_resumes_with_whole_windows(
+    shared_model, documents, tmp_path, monkeypatch
+):
+    expected = search(shared_model, documents, out=tmp_path)
+    header, *entries = journal_of(tmp_path).read_text().splitlines()
+    header = json.loads(header)
+    assert header["notes"].pop("chunk") is None
+    journal_of(tmp_path).write_text("\n".join([json.dumps(header), *entries[:5], ""]))
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, 10))
+    assert search(shared_model, documents, out=tmp_path).history == expected.history
+
+
+def test_a_window_that_does_not_fit_names_the_target_length(shared_model, documents, monkeypatch):
+    monkeypatch.setattr(layout, "CPU_TOKENS_PER_BATCH", 8)
+    monkeypatch.setattr(layout, "free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"target_length: .* of 32 tokens, .* where 1000 are free"):
+        search(shared_model, documents)
 
 
 def test_a_finished_run_goes_on_with_more_iterations(shared_model, documents, tmp_path):

@@ -1,0 +1,145 @@
+"""The search's evaluator beside one Hugging Face forward and loss per candidate; its peak memory.
+
+The packaged model, and a model of its depth and width with a vocabulary of 32,000 and random
+weights (as real ones have, and the packaged one has not). Both sides measure the same candidates of
+a population of 64, a few of them in a call, on the same windows in the same dtype; the baseline has
+the model's own attention, and the factors in the model's own rotary module. Rates are tokens of
+windows.
+
+The peak memory is that of one candidate on one window, whole and in chunks, above the model; each
+is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+from harness import commit, compare, device_name, parser, save
+from populations import losses_of_hugging_face, population
+from transformers import AutoModelForCausalLM
+
+from longrope._native import _C
+from longrope.demo import run as demo
+from longrope.factor_search.evaluator import PopulationEvaluator
+from longrope.layout import plan_batches
+
+VOCABULARIES = {"packaged model": None, "its depth and width, V 32000": 32000}
+POPULATION, WINDOWS = 64, 2
+
+
+def load(vocabulary, dtype, device):
+    """Return the packaged model, or one like it with another vocabulary and random weights."""
+    model = demo.load_packaged_model()
+    if vocabulary:
+        torch.manual_seed(0)
+        model.config.vocab_size = vocabulary
+        model = AutoModelForCausalLM.from_config(model.config).eval()
+    return model.to(device, dtype)
+
+
+def setup(model, length, candidates):
+    """Return named implementations, the first the baseline, and the tokens of a call."""
+    vocabulary = model.config.vocab_size
+    windows = torch.randint(0, vocabulary, (WINDOWS, length))
+    if vocabulary == 256:
+        windows = torch.stack(
+            [torch.from_numpy(e[:length]).long() for e in demo.excerpts("test", WINDOWS, 0)]
+        )
+    problem, every = population(model, length, POPULATION)
+    some = every[:: POPULATION // candidates]
+    factors = [problem.factors(candidate) for candidate in some]
+    rows, chunk = plan_batches(model, length)
+    evaluator = PopulationEvaluator(model, problem.factors, rows, chunk=chunk)
+    here = windows.to(next(model.parameters()).device)
+    named = {
+        "Hugging Face forward and loss": lambda: losses_of_hugging_face(model, factors, here),
+        "PopulationEvaluator": lambda: evaluator(some, windows),
+    }
+    theirs, ours = (torch.tensor(f()) for f in named.values())
+    print(
+        f"\nlargest difference: {(theirs - ours).abs().max():.1e} nats; {rows} rows, chunk {chunk}"
+    )
+    assert (theirs - ours).abs().max() < 0.02  # what bfloat16 cosines and float32 angles lose
+    return named, len(some) * windows.numel()
+
+
+def peak_memory(length, chunk):
+    """Return MiB above the model, from a fresh process (called below as a script)."""
+    command = [sys.executable, __file__, "--peak", str(length), str(chunk)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(length, chunk):
+    """Measure one candidate on one window and print by how much the process's peak rose, in MiB."""
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    model = load(None, torch.bfloat16, "cpu")
+
+    def measure(length):
+        problem, some = population(model, length, 1)
+        evaluator = PopulationEvaluator(model, problem.factors, 1, chunk=int(chunk) or None)
+        evaluator(some, torch.randint(0, 256, (1, length)))
+
+    measure(512)  # what libraries allocate once
+    before = peak()
+    measure(int(length))
+    print(peak() - before)
+
+
+def memory(lengths, args):
+    """Print and, if asked, save the peaks by length."""
+    model = load(None, torch.bfloat16, "cpu")
+    rows = []
+    for length in lengths:
+        chunk = plan_batches(model, length).chunk
+        peaks = {"whole": peak_memory(length, 0)}
+        if chunk:
+            peaks[f"chunks of {chunk}"] = peak_memory(length, chunk)
+        cache = 8 * model.config.hidden_size * length * 2 / 2**20  # 4 layers, keys and values
+        print(f"\npeak memory at {length} tokens: {peaks} MiB, the cache {cache:.0f}")
+        rows += [
+            {
+                "op": "evaluator peak memory", "case": f"packaged model, {length} tokens",
+                "dtype": "bfloat16", "implementation": name, "milliseconds": "",
+                "ratio_to_baseline": f"{peaks['whole'] / peak:.3f}", "rate": f"{peak:.1f}",
+                "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
+                "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "commit": commit(),
+            }
+            for name, peak in peaks.items()
+        ]  # fmt: skip
+    if args.save:
+        save(rows, args.device)
+
+
+def main():
+    """Time every model and dtype, then measure the peaks."""
+    p = parser(__doc__)
+    p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--length", type=int, default=2048)
+    p.add_argument("--candidates", type=int, default=4, help="of the 64, in one call")
+    p.add_argument("--only", choices=["speed", "memory"])
+    args = p.parse_args()
+    length = 512 if args.quick else args.length
+    for name, vocabulary in VOCABULARIES.items():
+        for dtype in args.dtype or ["float32", "bfloat16"]:
+            if args.only in (None, "speed"):
+                model = load(vocabulary, getattr(torch, dtype), args.device)
+                named, tokens = setup(model, length, args.candidates)
+                case = f"{name}, {WINDOWS} windows of {length}"
+                compare("population", case, dtype, named, args, tokens, "tokens/s")
+    # Short windows stay below what a process's peak shows.
+    if args.only in (None, "memory") and args.device == "cpu" and not args.quick:
+        memory((4096, 8192, 16384, 32768), args)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        print_peak(*sys.argv[2:])
+    else:
+        main()
