@@ -29,7 +29,7 @@ def documents(folder: Path, role: str) -> list[np.ndarray]:
 
 def main() -> None:
     """Train and save."""
-    parser = train.parser(__doc__.splitlines()[0], steps=2000)
+    parser = train.parser(__doc__.splitlines()[0], steps=600)
     parser.add_argument("--books", type=Path, required=True, help="folder of text files")
     args = parser.parse_args()
     from transformers import set_seed
