@@ -160,8 +160,8 @@ def search(
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
     method: Annotated[
         str,
-        typer.Option(help="evolution (Algorithm 1 of the paper), gradient (fast) or hybrid."),
-    ] = "evolution",
+        typer.Option(help="gradient (fast), evolution (Algorithm 1 of the paper) or hybrid."),
+    ] = "gradient",
     objective: Annotated[
         str, typer.Option(help="perplexity, or needle: the loss of answers far from their needle.")
     ] = "perplexity",

@@ -70,8 +70,8 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
 @pytest.mark.parametrize(
     "options",
     [
-        {"iterations": 2},
-        {"iterations": 1, "race": True, "critical_dimension": True},
+        {"method": "evolution", "iterations": 2},
+        {"method": "evolution", "iterations": 1, "race": True, "critical_dimension": True},
         {"method": "gradient", "steps": 2, "learning_rate": 0.1, "attention_factor": "search"},
     ],
 )

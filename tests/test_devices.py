@@ -45,8 +45,8 @@ def test_search(device, one_thread):
     """The search runs where the model lies and finds factors no worse than YaRN."""
     model, text = tiny_models.build().to(device), documents()
     result = longrope.search(
-        model, text, target_length=tiny_models.TARGET, population=6, iterations=2, mutations=2,
-        crossovers=2, samples=1, progress=False,
+        model, text, target_length=tiny_models.TARGET, method="evolution", population=6,
+        iterations=2, mutations=2, crossovers=2, samples=1, progress=False,
     )  # fmt: skip
     yarn = [e.nll for e in result.history if (e.role, e.origin) == ("validation", "yarn")]
     assert result.validation_perplexity <= math.exp(*yarn) * (1 + 1e-6)

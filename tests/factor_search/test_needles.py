@@ -19,8 +19,10 @@ def documents():
 
 
 def search(model, documents, **options):
-    settings = {"target_length": LENGTH, "samples": 2, "progress": False, **options}
-    if settings.get("method", "evolution") == "evolution":
+    settings = {
+        "target_length": LENGTH, "samples": 2, "method": "evolution", "progress": False, **options
+    }  # fmt: skip
+    if settings["method"] == "evolution":
         settings |= {"population": 5, "iterations": 1}
     return longrope.search(model, documents, **settings)
 

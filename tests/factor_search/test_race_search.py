@@ -11,6 +11,7 @@ from longrope.factor_search import racing, run, run_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
+    "method": "evolution",
     "target_length": 32,
     "samples": 4,
     "population": 10,

@@ -21,6 +21,7 @@ from longrope.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
+    "method": "evolution",
     "target_length": 32,
     "samples": 2,
     "population": 6,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 #: A search by Algorithm 1 of a second, in batches of two candidates.
 SMALL = {
+    "method": "evolution",
     "target_length": 32,
     "samples": 2,
     "population": 6,
