@@ -15,6 +15,7 @@ from longrope import _validation
 from longrope.documents import as_documents
 from longrope.layout import plan_batches
 from longrope.patching.attention import has_kernel_attention, kernel_attention
+from longrope.patching.mlp import inplace_mlps
 from longrope.patching.models import decoder
 from longrope.patching.rotary import RescaledRotaryEmbedding
 from longrope.patching.settings import rope_parameters, text_config
@@ -106,7 +107,7 @@ def perplexity(
     layout = plan_batches(
         model, length, len(windows), rows=batch_size, cut=_may_be_cut(model), name="length"
     )
-    with evaluating(model), kernel_attention(model):
+    with evaluating(model), kernel_attention(model), inplace_mlps(model):
         score = NextTokenNLL(model, layout.chunk)
         for batch in _batches(windows, layout.rows):
             ids = torch.stack([tokens[w.document][w.start : w.end] for w in batch])

@@ -16,6 +16,7 @@ from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
+from longrope.patching.mlp import inplace_mlps
 from longrope.scoring import NextTokenNLL
 
 #: Elements of each tensor that the fingerprint reads, evenly spread.
@@ -116,6 +117,7 @@ class PopulationEvaluator:
         with (
             evaluating(self.model),
             kernel_attention(self.model),
+            inplace_mlps(self.model),
             rows_with_factors(self.model, inv_freq[0]) as rotary,
         ):
             for row in rows.split(self.rows):
