@@ -97,16 +97,16 @@ def memory(lengths, args):
     rows = []
     for length in lengths:
         chunk = plan_batches(model, length).chunk
-        peaks = {"whole": peak_memory(length, 0)}
+        peaks = {"whole windows": peak_memory(length, 0)}
         if chunk:
-            peaks[f"chunks of {chunk}"] = peak_memory(length, chunk)
+            peaks[f"windows in chunks of {chunk}"] = peak_memory(length, chunk)
         cache = 8 * model.config.hidden_size * length * 2 / 2**20  # 4 layers, keys and values
         print(f"\npeak memory at {length} tokens: {peaks} MiB, the cache {cache:.0f}")
         rows += [
             {
                 "op": "evaluator peak memory", "case": f"packaged model, {length} tokens",
                 "dtype": "bfloat16", "implementation": name, "milliseconds": "",
-                "ratio_to_baseline": f"{peaks['whole'] / peak:.3f}", "rate": f"{peak:.1f}",
+                "ratio_to_baseline": f"{peaks["whole windows"] / peak:.3f}", "rate": f"{peak:.1f}",
                 "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
                 "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "commit": commit(),

@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What the names of this project's implementations hold.
+OURS = ("ops.", "linear_nll", "PopulationEvaluator", "windows in chunks")
 
 
 def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
@@ -39,7 +41,7 @@ def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
     for group, ratios in groups.items():
         first = at
         for name, ratio in ratios.items():
-            colour = "tab:blue" if "ops." in name or name == "linear_nll" else "0.75"
+            colour = "tab:blue" if any(ours in name for ours in OURS) else "0.75"
             axis.barh(at, ratio, color=colour, height=0.85)
             axis.text(ratio, at, f" {ratio:.2f}  {name}", va="center", fontsize=7)
             at += 1
