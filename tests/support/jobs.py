@@ -159,7 +159,8 @@ def _command(folder: Path, *change: str) -> dict:
 
     sys.argv = [
         "longrope", "search", str(folder.parent / "model"), str(folder.parent / "text.txt"),
-        "--target-length", "256", "--samples", "1", "--iterations", "2", "--device", "cpu",
+        "--target-length", "256", "--samples", "1", "--method", "evolution", "--iterations", "2",
+        "--device", "cpu",
         "--out", str(folder / "run"), *change,
     ]  # fmt: skip
     code, out, err = 0, io.StringIO(), io.StringIO()
