@@ -1,8 +1,8 @@
 """Train the packaged tiny model: `python -m longrope.demo.train --out DIR`.
 
 A byte-level Llama with a context of 256 tokens, trained on the files of Python's standard library
-whose role is `"train"` (see `longrope.demo.corpus`). Under 40 minutes on two CPU cores. Needs
-`accelerate` (`pip install longrope[train]`), because transformers' Trainer does.
+whose role is `"train"` (see `longrope.demo.corpus`). 24 minutes on one CPU core with `--compile`
+(an AMD EPYC with AVX512-BF16). Needs `accelerate` (`pip install longrope[train]`), because transformers' Trainer does.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Together(torch.optim.Optimizer):
 def optimizer_of(model: PreTrainedModel) -> Together:
     """Return Muon for the matrices of the layers and AdamW for embeddings and norms.
 
-    On a budget of minutes Muon gets much further than AdamW alone: 500 steps of 16 windows at
-    AdamW's rate of 1e-3 ended at a perplexity of 4.3 in the window, 200 with Muon at XXX.
+    On a budget of minutes Muon gets much further than AdamW alone: 730 steps of 16 windows ended at
+    a perplexity of 3.00 on unseen files, 2500 of AdamW at a rate of 1e-3 at 2.95 to 3.16.
     """
     named = dict(model.named_parameters())
     matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
