@@ -106,7 +106,7 @@ def memory(lengths, args):
             {
                 "op": "evaluator peak memory", "case": f"packaged model, {length} tokens",
                 "dtype": "bfloat16", "implementation": name, "milliseconds": "",
-                "ratio_to_baseline": f"{peaks["whole windows"] / peak:.3f}", "rate": f"{peak:.1f}",
+                "ratio_to_baseline": f"{peaks['whole windows'] / peak:.3f}", "rate": f"{peak:.1f}",
                 "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
                 "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "commit": commit(),

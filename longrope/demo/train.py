@@ -2,7 +2,8 @@
 
 A byte-level Llama with a context of 256 tokens, trained on the files of Python's standard library
 whose role is `"train"` (see `longrope.demo.corpus`). 24 minutes on one CPU core with `--compile`
-(an AMD EPYC with AVX512-BF16). Needs `accelerate` (`pip install longrope[train]`), because transformers' Trainer does.
+(an AMD EPYC with AVX512-BF16). Needs `accelerate` (`pip install longrope[train]`), because
+transformers' Trainer does.
 """
 
 from __future__ import annotations
