@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", help="folder of a model (default: the packaged one)")
     p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
-    p.add_argument("--ratio", type=int, default=8, help="target over original length")
+    p.add_argument("--ratio", type=int, default=8, help="target over original length, up to 8")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
                    choices=[*METHODS, *BOUNDS], help=", ".join([*METHODS, *BOUNDS]))  # fmt: skip
@@ -94,7 +94,8 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
         model = demo.load_packaged_model().to(args.device)
 
         def cut(role: str, count: int, seed: int) -> Sequence:
-            return demo.excerpts(role, count, seed)
+            length = args.ratio * demo.ORIGINAL_LENGTH
+            return [e[:length] for e in demo.excerpts(role, count, seed)]
     else:
         model, _ = load_model(args.model, args.device)
         books = {role: book_model.documents(args.books, role) for role in ("search", "test")}
