@@ -46,8 +46,8 @@ METHODS = {
     ALGORITHM_1: {"method": "evolution"},
     "Algorithm 1, racing": {"method": "evolution", "race": True},
     "gradient": {"method": "gradient"},
-    "gradient, attention learned": {"method": "gradient", "attention_factor": "search"},
-    "hybrid": {"method": "hybrid"},
+    "gradient, YaRN's attention": {"method": "gradient", "attention_factor": "yarn"},
+    "hybrid, YaRN's attention": {"method": "hybrid", "attention_factor": "yarn"},
 }
 #: On request: the descent with other upper bounds of lambda than 1.25 s, in units of s.
 BOUNDS = {f"gradient, lambda to {bound:g} s": bound for bound in (1, 2, 8)}

@@ -190,8 +190,9 @@ def search(
     ] = False,
     start_tokens: Annotated[str, typer.Option(help='A number, or "search".')] = "search",
     attention_factor: Annotated[
-        str, typer.Option(help='"yarn", "su", a number, or "search" (gradient and hybrid).')
-    ] = "yarn",
+        str | None,
+        typer.Option(help='"yarn", "su", a number, or "search" (default of gradient and hybrid).'),
+    ] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Held-out text for the final choice; default: part of DATA.")
     ] = None,
@@ -227,9 +228,9 @@ def search(
         race=race,
         critical_dimension=critical_dimension,
         start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
-        attention_factor=_number(
-            "--attention-factor", attention_factor, ("yarn", "su", "search"), float
-        ),
+        attention_factor=None
+        if attention_factor is None
+        else _number("--attention-factor", attention_factor, ("yarn", "su", "search"), float),
         seed=seed,
         shard_sequence=shard_sequence,
         out=out,

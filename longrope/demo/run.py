@@ -29,7 +29,7 @@ SEARCHES = {
     "LongRoPE, Algorithm 1": {
         "method": "evolution", "population": 32, "mutations": 16, "crossovers": 16, "iterations": 3,
     },
-    "LongRoPE, gradient": {"method": "gradient", "steps": 40, "attention_factor": "search"},
+    "LongRoPE, gradient": {"method": "gradient", "steps": 40},
 }  # fmt: skip
 SEARCH_SAMPLES = 4
 TEST_SAMPLES = 16

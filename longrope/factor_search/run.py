@@ -43,7 +43,7 @@ def search(
     last_tokens: int | None = None,
     preset: str = "paper",
     start_tokens: str | int = "search",
-    attention_factor: str | float = "yarn",
+    attention_factor: str | float | None = None,
     original_length: int | None = None,
     validation: Iterable[Any] | None = None,
     max_lambda: float | None = None,
@@ -116,7 +116,8 @@ def search(
         `"search"`, or a fixed number of first tokens that keep the original angles.
     attention_factor
         `"yarn"` (`0.1 ln s + 1`), `"su"` (`sqrt(1 + ln s / ln L0)`), or a number, the same for all
-        candidates; or `"search"`: learned in the descent, from YaRN's.
+        candidates; or `"search"`: learned in the descent, from YaRN's. None: `"yarn"` with
+        `method="evolution"`, else `"search"`.
     original_length
         The window the model was trained for; None: from its config.
     validation
@@ -206,6 +207,8 @@ def search(
         "learning_rate": learning_rate,
         "windows_per_step": windows_per_step,
     }
+    if attention_factor is None:
+        attention_factor = "yarn" if method == "evolution" else "search"
     if method == "gradient":
         _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
         if race:

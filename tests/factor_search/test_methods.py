@@ -164,11 +164,14 @@ def test_start_tokens_are_swept_or_fixed(shared_model, documents):
     assert {e.start_tokens for e in fixed.history} == {3}
 
 
-def test_the_attention_factor_is_learned_where_asked(shared_model, documents, uninterrupted):
+def test_the_attention_factor_is_learned_unless_given(
+    method, shared_model, documents, uninterrupted
+):
     _, learned = uninterrupted
     steps = of_role(learned, "gradient")
     assert len({e.attention_factor for e in steps}) > 1
-    fixed = search(shared_model, documents, "gradient", attention_factor=1.25)
+    assert search(shared_model, documents, method) == learned
+    fixed = search(shared_model, documents, method, attention_factor=1.25)
     assert {e.attention_factor for e in fixed.history} == {1.25}
 
 
