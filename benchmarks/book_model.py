@@ -1,6 +1,6 @@
 """Train the second model of search_comparison.py: bytes of long books, grouped-query attention.
 
-`python benchmarks/book_model.py --books FOLDER --out MODEL`: a byte-level Llama of 2.9 M parameters
+`python benchmarks/book_model.py --books FOLDER --out MODEL`: a byte-level Llama of 3.2 M parameters
 with half as many heads of keys as of queries and a context of 256, by the training of
 `longrope.demo.train`. Of the folder's text files, in the order of their names, every sixth is held
 out for tests and the one after it for searches; the folder needs at least 6 files.
