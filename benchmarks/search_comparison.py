@@ -31,7 +31,7 @@ import book_model
 import numpy as np
 import torch
 from harness import RESULTS, commit, device_name
-from populations import plain_factors
+from populations import losses_of_hugging_face
 
 import longrope
 from longrope.cli import load_model
@@ -122,11 +122,8 @@ def seconds_as_published(model, candidates, windows) -> float:
     length = windows.shape[1]
     expected = longrope.perplexity(model, list(windows), length=length, stride=length)
     longrope.remove(model)
-    losses = []
     started = clock()
-    for factors in candidates:
-        with torch.inference_mode(), plain_factors(model, factors):
-            losses.append(model(input_ids=windows, labels=windows, use_cache=False).loss.item())
+    losses = losses_of_hugging_face(model, candidates, windows)
     seconds = clock() - started
     assert abs(math.exp(losses[0]) / expected - 1) < 0.02  # rounding in the model's dtype
     return seconds / (len(candidates) * len(windows))

@@ -105,7 +105,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from longrope.demo.run import native_dtype
+    from longrope.layout import native_dtype
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -13,7 +13,6 @@ from longrope.demo import corpus
 from longrope.factors import RescaleFactors
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 MODEL_FOLDER = Path(__file__).with_name("model")
@@ -35,21 +34,12 @@ SEARCH_SAMPLES = 4
 TEST_SAMPLES = 16
 
 
-def native_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor multiplies that natively, else float32.
-
-    Twice as fast as float32 on an AVX-512 machine.
-    """
-    import torch
-
-    native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
-    return torch.bfloat16 if native else torch.float32
-
-
 def load_packaged_model() -> PreTrainedModel:
     """Load the packaged byte-level Llama (context 256) in `native_dtype()`; stored in bfloat16."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from longrope.layout import native_dtype
 
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=native_dtype()).eval()

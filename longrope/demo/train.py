@@ -74,9 +74,10 @@ def optimizer_of(model: PreTrainedModel) -> Together:
     On a budget of minutes Muon gets much further than AdamW alone: 730 steps of 16 windows ended at
     a perplexity of 3.00 on unseen files, 2500 of AdamW at a rate of 1e-3 at 2.95 to 3.16.
     """
-    named = dict(model.named_parameters())
-    matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in named.items() if not (p.ndim == 2 and "embed" not in n)]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        of_layer = parameter.ndim == 2 and "embed" not in name
+        (matrices if of_layer else others).append(parameter)
     return Together(
         torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.01),
         torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.tiny_search import SMALL
 
 import longrope
 from longrope import layout
@@ -20,17 +21,6 @@ from longrope.factor_search import run, run_directory
 from longrope.layout import Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {
-    "method": "evolution",
-    "target_length": 32,
-    "samples": 2,
-    "population": 6,
-    "mutations": 3,
-    "crossovers": 2,
-    "iterations": 4,
-    "parents": 4,
-    "progress": False,
-}
 
 
 def search(model, documents, **changes):

@@ -18,19 +18,10 @@ import sys
 import traceback
 from pathlib import Path
 
-#: A search by Algorithm 1 of a second, in batches of two candidates.
-SMALL = {
-    "method": "evolution",
-    "target_length": 32,
-    "samples": 2,
-    "population": 6,
-    "mutations": 3,
-    "crossovers": 2,
-    "iterations": 4,
-    "parents": 4,
-    "batch_size": 4,
-    "progress": False,
-}
+from support import tiny_search
+
+#: In batches of two candidates.
+SMALL = {**tiny_search.SMALL, "batch_size": 4}
 RACED = {**SMALL, "samples": 4, "population": 10, "race": True, "critical_dimension": True}
 #: A descent with more windows in a step than two ranks.
 DESCENT = {
@@ -62,7 +53,6 @@ def summary(result) -> dict:
 def search(documents=None, model=None, **options) -> dict:
     """Search on the tiny model of `tiny_search`; returns a summary or the error."""
     import longrope
-    from support import tiny_search
 
     model = model or tiny_search.build_model()
     documents = documents or tiny_search.build_documents()
@@ -80,7 +70,6 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     import torch
 
     from longrope.factor_search import run_directory
-    from support import tiny_search
 
     documents = tiny_search.build_documents()
     others = [d + (d == 0).long() for d in documents] if rank else documents
@@ -297,7 +286,7 @@ def main(folder: Path) -> None:
     import rich.progress  # noqa: F401
 
     from longrope import cli, torchrun  # noqa: F401
-    from support import ring_checks, tiny_search  # noqa: F401
+    from support import ring_checks  # noqa: F401
 
     for scenario, size in SCENARIOS:
         run(scenario, size, folder / f"{scenario.__name__}-{size}")

@@ -6,6 +6,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 40
+#: A search of a second by Algorithm 1.
+SMALL = {
+    "method": "evolution",
+    "target_length": 32,
+    "samples": 2,
+    "population": 6,
+    "mutations": 3,
+    "crossovers": 2,
+    "iterations": 4,
+    "parents": 4,
+    "progress": False,
+}
 
 
 def build_model():
