@@ -47,6 +47,7 @@ METHODS = {
     "Algorithm 1, racing": {"method": "evolution", "race": True},
     "gradient": {"method": "gradient"},
     "gradient, YaRN's attention": {"method": "gradient", "attention_factor": "yarn"},
+    "hybrid": {"method": "hybrid"},
     "hybrid, YaRN's attention": {"method": "hybrid", "attention_factor": "yarn"},
 }
 #: On request: the descent with other upper bounds of lambda than 1.25 s, in units of s.
