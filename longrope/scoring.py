@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from longrope import ops
 from longrope.patching import row_lengths
-from longrope.patching.cache import window_cache
+from longrope.patching.cache import differentiable_cache, rewind, window_cache
 from longrope.patching.models import decoder
 from longrope.patching.rotary import RescaledRotaryEmbedding
 
@@ -72,6 +73,44 @@ class NextTokenNLL:
                 )[0]
         return totals.view(rows, blocks)
 
+    def backward(self, ids: torch.Tensor, scored: int) -> torch.Tensor:
+        """Return the sum of the NLL of the last `scored` tokens, float64 `[]`, after its backward.
+
+        Gradients are added to the leaves that ask for them. With `chunk`, all chunks but the last
+        go through the model forwards, then each again from the last to the first with its backward
+        pass: besides one chunk's activations only the cache and its gradients are alive, and the
+        arithmetic is that of one more forward pass. What a leaf reaches through operations that
+        keep tensors for the backward pass, once for all chunks, must be a leaf itself.
+
+        `ids` is int64 `[B, N]`, `1 <= scored < N`.
+        """
+        ids = ids.to(self.device)
+        length = ids.shape[1]
+        if self.chunk is None or self.chunk >= length - 1:
+            nll = self(ids, scored).double().sum()
+            nll.backward()
+            return nll.detach()
+        cache = differentiable_cache(self.model, length - 1)
+        first = length - scored - 1
+        starts = range(0, length - 1, self.chunk)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._planned(length):
+            with torch.no_grad():
+                for start in starts[:-1]:
+                    self._chunk(ids, start, cache)
+            for start in reversed(starts):
+                rewind(cache, start)
+                output = self._chunk(ids, start, cache)
+                skipped = min(max(0, first - start), output.shape[1])
+                targets = ids[:, start + skipped + 1 : start + output.shape[1] + 1]
+                # Of no scored token, but later ones have read its keys and values.
+                nll = output[:, :0].double().sum()
+                if targets.numel():
+                    nll = self._nll(output[:, skipped:], targets.flatten()).double().sum()
+                nll.backward()
+                total += nll.detach()
+        return total
+
     def _nll(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         output = output.flatten(0, 1)
         if self.base is None:
@@ -92,16 +131,20 @@ class NextTokenNLL:
         first = length - scored - 1  # the token whose output predicts the first scored one
         with self._planned(length):
             for start in range(0, length - 1, self.chunk):  # the last token predicts none
-                end = min(start + self.chunk, length - 1)
-                output = self._forward(
-                    ids[:, start:end],
-                    position_ids=torch.arange(start, end, device=self.device)[None],
-                    use_cache=True,
-                    **{self._cache_argument: cache},
-                )
-                if end > first:
-                    skipped = max(0, first - start)
+                output = self._chunk(ids, start, cache)
+                skipped = max(0, first - start)
+                if skipped < output.shape[1]:
                     yield start + skipped + 1, output[:, skipped:]
+
+    def _chunk(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
+        """Return the output of the chunk that begins at `start`; the last token predicts none."""
+        end = min(start + self.chunk, ids.shape[1] - 1)
+        return self._forward(
+            ids[:, start:end],
+            position_ids=torch.arange(start, end, device=self.device)[None],
+            use_cache=True,
+            **{self._cache_argument: cache},
+        )
 
     def _forward(self, ids: torch.Tensor, **arguments) -> torch.Tensor:
         if self.base is None:

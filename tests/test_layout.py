@@ -7,9 +7,17 @@ import torch
 from support.tiny_models import build, one_thread, tokens
 
 from longrope import layout
-from longrope.layout import CPU_TOKENS_PER_BATCH, Layout, cache_bytes, plan_batches
+from longrope.layout import (
+    CPU_TOKENS_PER_BATCH,
+    WHOLE_WINDOWS,
+    GradientLayout,
+    Layout,
+    cache_bytes,
+    plan_batches,
+    plan_gradient,
+)
 from longrope.patching.attention import kernel_attention
-from longrope.patching.cache import window_cache
+from longrope.patching.cache import differentiable_cache, window_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["one_thread"]
@@ -18,6 +26,8 @@ __all__ = ["one_thread"]
 ACTIVATIONS = 3200
 #: 2 layers, keys and values, 2 heads of 16 float32.
 KEYS_AND_VALUES = 512
+#: 2 layers of (8 x 64 + 4 x 96) float32.
+KEPT = 7168
 
 
 @pytest.fixture
@@ -81,6 +91,44 @@ def test_a_window_whose_cache_does_not_fit_is_one_sentence(monkeypatch):
     assert plan_batches(build(), 8192).chunk is not None
 
 
+def test_a_backward_pass_is_cut_where_its_activations_take_half_of_the_memory(monkeypatch):
+    model, most = build(), CPU_TOKENS_PER_BATCH
+    monkeypatch.setattr(layout, "free_memory", lambda device: 2 * 8192 * KEPT)
+    assert plan_gradient(model, 8192) == WHOLE_WINDOWS
+    assert plan_gradient(model, 8193) == GradientLayout(chunk=512)
+    assert plan_gradient(model, 8193, False) == WHOLE_WINDOWS
+    assert plan_gradient(model, 2048, True) == GradientLayout(chunk=layout.LEAST_CHUNK)
+    assert plan_gradient(model, layout.LEAST_CHUNK, True) == WHOLE_WINDOWS
+    monkeypatch.setattr(layout, "free_memory", lambda device: None)
+    assert plan_gradient(model, 1 << 20) == WHOLE_WINDOWS
+    assert plan_gradient(model, 1 << 20, True) == GradientLayout(chunk=most)
+
+
+def test_a_backward_pass_is_cut_finer_beside_a_large_cache(gpu):
+    model, length = build(), 1 << 20
+    cache = 2 * KEYS_AND_VALUES * length
+    gpu(cache + 2 * 5000 * KEPT)
+    assert plan_gradient(model, length) == GradientLayout(chunk=4096)
+    gpu(1 << 42)
+    assert plan_gradient(model, length, True) == GradientLayout(chunk=layout.GPU_TOKENS_PER_CHUNK)
+
+
+def test_a_backward_pass_that_does_not_fit_is_one_sentence(monkeypatch):
+    needed = 2 * KEYS_AND_VALUES * 8192 + layout.LEAST_CHUNK * KEPT
+    monkeypatch.setattr(layout, "free_memory", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=rf"target_length: .* 8192 tokens, which need {needed} "):
+        plan_gradient(build(), 8192)
+    monkeypatch.setattr(layout, "free_memory", lambda device: needed)
+    assert plan_gradient(build(), 8192) == GradientLayout(chunk=layout.LEAST_CHUNK)
+
+
+def test_a_model_with_its_own_attention_gets_checkpointed_layers(monkeypatch):
+    monkeypatch.setattr(layout, "free_memory", lambda device: 2 * 8192 * KEPT)
+    monkeypatch.setattr(layout, "has_kernel_attention", lambda model: False)
+    assert plan_gradient(build(), 8192) == WHOLE_WINDOWS
+    assert plan_gradient(build(), 8193) == GradientLayout(checkpointed_layers=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
@@ -98,3 +146,12 @@ def test_the_size_of_the_cache(kind, extra):
     # The window's own token is not in transformers' sliding layers.
     sliding = sum(layer.is_sliding for layer in cache.layers)
     assert cache_bytes(model, 40) == held + sliding * KEYS_AND_VALUES // 2
+
+
+def test_the_size_of_a_cache_that_gradients_flow_through():
+    model = build("mistral", sliding_window=8)
+    cache = differentiable_cache(model, 40)
+    with torch.no_grad(), kernel_attention(model):
+        model.model(tokens(1, 40), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * 4 for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(model, 40, sliding=False) == held

@@ -15,18 +15,11 @@ from longrope.evaluation import evaluating
 from longrope.factor_search.gradient import Point
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.ranks import Ranks
-from longrope.layout import free_memory
+from longrope.layout import WHOLE_WINDOWS, GradientLayout
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.models import decoder
 from longrope.scoring import NextTokenNLL
-
-#: Bytes kept for the backward pass, per layer and token, over the bytes of the residual stream:
-#: the residual, norms, queries, keys and values before and after the rotation, the attention's
-#: output, some of them in float32. Measured with the packaged model: 5 in float32, 7 in bfloat16.
-_KEPT_OVER_HIDDEN = 8
-#: The same over the bytes of the inner activation: gate, its activation, up and their product.
-_KEPT_OVER_INNER = 4
 
 
 class LossGradient:
@@ -41,9 +34,8 @@ class LossGradient:
         A causal language model that `longrope.apply` supports.
     base_inv_freq
         The original frequencies, float64 `[dims]`.
-    activation_checkpointing
-        Keep only the input of each layer for the backward pass and compute the rest again there:
-        a third more work for a fraction of the memory.
+    layout
+        How windows go through the model (`longrope.layout.plan_gradient`).
     last_tokens
         Only the last tokens of each window are scored; None: all but the first.
     ranks
@@ -54,17 +46,17 @@ class LossGradient:
         self,
         model: nn.Module,
         base_inv_freq: np.ndarray,
-        activation_checkpointing: bool = False,
+        layout: GradientLayout = WHOLE_WINDOWS,
         last_tokens: int | None = None,
         ranks: Ranks | None = None,
     ):
         self.model = model
         self.last_tokens = last_tokens
         self.base_inv_freq = torch.from_numpy(base_inv_freq)
-        self.activation_checkpointing = activation_checkpointing
+        self.layout = layout
         self.ranks = ranks or Ranks()
         with evaluating(model):
-            self._score = NextTokenNLL(model)
+            self._score = NextTokenNLL(model, layout.chunk)
 
     def __call__(
         self, point: Point, start_tokens: int, windows: torch.Tensor
@@ -90,24 +82,20 @@ class LossGradient:
         self, point: Point, start_tokens: int, window: torch.Tensor
     ) -> tuple[float, np.ndarray]:
         """Return the sum of the NLL over a window's scored tokens, and its gradient."""
-        log_lambdas = torch.tensor(point.log_lambdas, requires_grad=True)
-        log_factor = torch.tensor(
-            np.log(point.attention_factor), dtype=torch.float64, requires_grad=True
-        )
+        inv_freq = self.base_inv_freq * torch.from_numpy(np.exp(-point.log_lambdas))
+        factor = torch.tensor(point.attention_factor, dtype=torch.float64)
+        inv_freq.requires_grad_()
+        factor.requires_grad_()
         with (
-            rows_with_factors(
-                self.model,
-                self.base_inv_freq * (-log_lambdas).exp(),
-                start_tokens,
-                log_factor.exp(),
-            ),
-            checkpointing_layers(self.model, self.activation_checkpointing),
+            rows_with_factors(self.model, inv_freq, start_tokens, factor),
+            checkpointing_layers(self.model, self.layout.checkpointed_layers),
         ):
             # The sum, not the mean: in float16 the gradients of a mean would underflow.
             scored = scored_tokens(window[None], self.last_tokens)
-            nll = self._score(window[None], scored).double().sum()
-            nll.backward()
-        return nll.item(), torch.cat([log_lambdas.grad, log_factor.grad[None]]).numpy()
+            nll = self._score.backward(window[None], scored).item()
+        # By log lambda, of which the frequencies are exponentials, and by the log of the factor.
+        by_log = (-inv_freq * inv_freq.grad, (factor * factor.grad)[None])
+        return nll, torch.cat(by_log).detach().numpy()
 
 
 @contextlib.contextmanager
@@ -148,15 +136,3 @@ def checkpointing_layers(model: nn.Module, active: bool = True) -> Iterator[None
                 del layer.forward
             else:
                 layer.forward = forward
-
-
-def needs_checkpointing(model: nn.Module, length: int) -> bool:
-    """Say whether the activations of one window would take more than half of the free memory."""
-    parameter = next(model.parameters())
-    config = decoder(model).config
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    layers = config.num_hidden_layers
-    kept = layers * length * (_KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner)
-    free = free_memory(parameter.device)
-    return free is not None and kept * parameter.element_size() > free / 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,23 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from longrope import _validation
-from longrope.factor_search import needles, racing, ranks, run_directory
-from longrope.factor_search.differentiation import LossGradient, needs_checkpointing
+from longrope.factor_search import ranks, run_directory
+from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
-from longrope.factor_search.gradient import DescentSettings
 from longrope.factor_search.history import Evaluation, SearchResult
 from longrope.factor_search.journal import Journal, Replay
 from longrope.factor_search.ledger import Ledger
-from longrope.factor_search.methods import HYBRID_SIZES, METHODS, SCREEN_WINDOWS, Task
+from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
-from longrope.factor_search.problem import PRESETS, Problem
 from longrope.factor_search.progress import progress_bar
+from longrope.factor_search.settings import Settings
 from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.layout import plan_batches
+from longrope.layout import GradientLayout, plan_batches, plan_gradient
 from longrope.patching import rope_settings
-
-OBJECTIVES = ("perplexity", "needle")
 
 
 @ranks.on_all_ranks
@@ -154,8 +149,9 @@ def search(
         Of the descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
     activation_checkpointing
-        Compute activations again in the backward pass instead of keeping them; None: where those
-        of one window would take more than half of the free memory.
+        Compute activations again in the backward pass, chunk by chunk, and keep only keys, values
+        and their gradients; None: where the activations of one window would take more than half of
+        the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
         Long windows go through the model in chunks, with a cache of keys and values.
@@ -191,113 +187,60 @@ def search(
         Where a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
-    _one_of("method", method, tuple(METHODS))
-    _one_of("objective", objective, OBJECTIVES)
-    _one_of("preset", preset, tuple(PRESETS))
-    sizes = {
-        "population": population,
-        "mutations": mutations,
-        "crossovers": crossovers,
-        "mutation_probability": mutation_probability,
-        "iterations": iterations,
-        "parents": parents,
-    }
-    descent = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "windows_per_step": windows_per_step,
-    }
-    if attention_factor is None:
-        attention_factor = "yarn" if method == "evolution" else "search"
-    if method == "gradient":
-        _not_with(f"method={method!r}", {**sizes, "max_evaluations": max_evaluations})
-        if race:
-            raise ValueError("race: expected False with method='gradient', got True")
-    if method == "evolution":
-        _not_with(
-            f"method={method!r}", {**descent, "activation_checkpointing": activation_checkpointing}
-        )
-        if attention_factor == "search":
-            raise ValueError(
-                "attention_factor: expected 'yarn', 'su' or a number with method='evolution', got "
-                "'search', which method='gradient' and 'hybrid' know"
-            )
-    sizes = _replace(HYBRID_SIZES if method == "hybrid" else PRESETS[preset].sizes, sizes)
-    descent = _replace(DescentSettings(), descent)
-    samples = PRESETS[preset].samples if samples is None else samples
-    samples = _validation.integer("samples", samples, 1)
-    seed = _validation.integer("seed", seed, 0)
-    for name, value in (("batch_size", batch_size), ("max_evaluations", max_evaluations)):
-        if value is not None:
-            _validation.integer(name, value, 1)
-    if last_tokens is not None:
-        _validation.integer("last_tokens", last_tokens, 1)
-    problem = Problem.of(
+    settings = Settings.of(
         rope_settings(model),
-        target_length=target_length,
-        original_length=original_length,
-        attention_factor=attention_factor,
-        start_tokens=start_tokens,
-        max_lambda=max_lambda,
-        preset=PRESETS[preset],
-        critical_dimension=critical_dimension,
+        job.size,
+        method=method,
+        objective=objective,
+        last_tokens=last_tokens,
+        preset=preset,
+        problem={
+            "target_length": target_length,
+            "original_length": original_length,
+            "attention_factor": attention_factor,
+            "start_tokens": start_tokens,
+            "max_lambda": max_lambda,
+            "critical_dimension": critical_dimension,
+        },
+        sizes={
+            "population": population,
+            "mutations": mutations,
+            "crossovers": crossovers,
+            "mutation_probability": mutation_probability,
+            "iterations": iterations,
+            "parents": parents,
+        },
+        descent={
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "windows_per_step": windows_per_step,
+        },
+        activation_checkpointing=activation_checkpointing,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        max_evaluations=max_evaluations,
+        race=race,
+        shard_sequence=shard_sequence,
     )
-    if shard_sequence:
-        _check_sharding(job, method, problem)
-    if objective == "needle":
-        _not_with(f"objective={objective!r}", {"last_tokens": last_tokens})
-        if problem.target_length < needles.SHORTEST:
-            raise ValueError(
-                f"target_length: expected at least {needles.SHORTEST} tokens with "
-                f"objective='needle', got {problem.target_length}"
-            )
-        last_tokens = needles.ANSWER_TOKENS
-    randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)]
+    problem = settings.problem
+    randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(settings.seed).spawn(5)]
     drawn = WindowsByRole.draw(
-        model, documents, validation, problem.target_length, samples, *randoms[:2],
-        screened=0 if method == "evolution" else SCREEN_WINDOWS,
+        model, documents, validation, problem.target_length, settings.samples, *randoms[:2],
+        screened=SCREEN_WINDOWS if settings.has_steps else 0,
         needles=randoms[4] if objective == "needle" else None,
     )  # fmt: skip
-    settings = {
-        "evolution": {"sizes": {k: v for k, v in vars(sizes).items() if k != "iterations"}},
-        "gradient": {"descent": vars(descent)},
-        "hybrid": {
-            "sizes": {**vars(sizes), "max_evaluations": max_evaluations},
-            "descent": vars(descent),
-        },
-    }
     header = {
-        # The first difference is what a refusal names: what decides the windows before the windows.
-        "method": method,
-        "objective": objective,
-        "last_tokens": last_tokens,
-        # None where off, as in the journals of versions that had no such option.
-        "race": racing.SETTINGS if race else None,
-        "critical_dimension": critical_dimension or None,
-        "problem": dataclasses.asdict(problem),
-        **settings[method],
-        "batch_size": batch_size,
-        "seed": seed,
+        **settings.header(),
         "model": fingerprint(model),
         "data": {role: digest(w) for role, w in drawn.windows.items()},
     }
-    if method != "evolution":
+    if settings.has_steps:
         header["data"]["documents"] = drawn.digest()
     if shard_sequence:
         header["shard_sequence"] = job.size
-    limits = {"iterations": sizes.iterations, "max_evaluations": max_evaluations}
-    job.check_same({**header, **limits})
-    held = -(-problem.target_length // job.size) if shard_sequence else problem.target_length
-    layout = plan_batches(model, held, rows=batch_size, cut=not shard_sequence)
-    notes = {
-        "rows": layout.rows,
-        "chunk": layout.chunk,
-        "activation_checkpointing": needs_checkpointing(model, problem.target_length)
-        if activation_checkpointing is None
-        else activation_checkpointing,
-        "torch": torch.__version__,
-        "device": str(next(model.parameters()).device),
-    }
+    job.check_same({**header, **settings.limits})
+    notes = _notes(model, settings, job, activation_checkpointing)
     with contextlib.ExitStack() as stack:
         journal = None
         if out is not None and job.first:
@@ -307,33 +250,23 @@ def search(
             )
             notes = journal.notes
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
-            run_directory.write_config(
-                out, {**header, "model_name": name, "preset": preset, **limits, "notes": notes}
-            )
+            about = {"model_name": name, "preset": preset, **settings.limits, "notes": notes}
+            run_directory.write_config(out, {**header, **about})
         notes, journal = _everywhere(job, notes, journal)
-        evaluator = (
-            ShardedEvaluator(model, problem.factors, notes["rows"], last_tokens, job)
-            if shard_sequence
-            # A journal from before windows were cut has no "chunk".
-            else PopulationEvaluator(
-                model, problem.factors, notes["rows"], last_tokens, notes.get("chunk")
-            )
-        )
         ledger = Ledger(
-            evaluator,
+            _evaluator(model, settings, notes, job),
             drawn.windows,
             journal,
             max_evaluations=max_evaluations,
             ranks=None if shard_sequence else job,
         )
-        task = Task(problem, ledger, sizes, descent, randoms[2], None, race)
-        if method != "evolution":
+        task = Task(problem, ledger, settings.sizes, settings.descent, randoms[2], None, race)
+        if settings.has_steps:
+            base = problem.baselines()["pi"].base_inv_freq()
+            # A journal from before backward passes were cut says one thing about them.
+            layout = notes.get("gradient", [notes.get("activation_checkpointing", False)])
             ledger.differentiate = LossGradient(
-                model,
-                problem.baselines()["pi"].base_inv_freq(),
-                notes["activation_checkpointing"],
-                last_tokens,
-                job,
+                model, base, GradientLayout(*layout), settings.last_tokens, job
             )
             task.random_windows = drawn.random(randoms[3])
         ledger.on_batch = stack.enter_context(
@@ -353,6 +286,34 @@ def search(
     return result
 
 
+def _notes(
+    model: nn.Module, settings: Settings, job: ranks.Ranks, activation_checkpointing: bool | None
+) -> dict[str, Any]:
+    """Return how this machine would run the search; a resumed one goes on as its journal says."""
+    length, sharded = settings.problem.target_length, settings.shard_sequence
+    held = -(-length // job.size) if sharded else length
+    layout = plan_batches(model, held, rows=settings.batch_size, cut=not sharded)
+    notes = {
+        "rows": layout.rows,
+        "chunk": layout.chunk,
+        "torch": torch.__version__,
+        "device": str(next(model.parameters()).device),
+    }
+    if settings.has_steps:
+        notes["gradient"] = plan_gradient(model, length, activation_checkpointing)
+    return notes
+
+
+def _evaluator(
+    model: nn.Module, settings: Settings, notes: dict[str, Any], job: ranks.Ranks
+) -> PopulationEvaluator | ShardedEvaluator:
+    arguments = (model, settings.problem.factors, notes["rows"], settings.last_tokens)
+    if settings.shard_sequence:
+        return ShardedEvaluator(*arguments, job)
+    # A journal from before windows were cut has no "chunk".
+    return PopulationEvaluator(*arguments, notes.get("chunk"))
+
+
 def _everywhere(
     job: ranks.Ranks, notes: dict[str, Any], journal: Journal | None
 ) -> tuple[dict[str, Any], Replay | None]:
@@ -363,36 +324,3 @@ def _everywhere(
         job.journal_path = kept[0]
         journal = journal or Replay(kept[0], notes, kept[1])
     return notes, journal
-
-
-def _check_sharding(job: ranks.Ranks, method: str, problem: Problem) -> None:
-    if method != "evolution":
-        raise ValueError(
-            f"shard_sequence: expected False with method={method!r}, whose steps go backwards "
-            "through the model; method='evolution' can"
-        )
-    if job.size == 1:
-        raise ValueError(
-            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
-        )
-    if problem.target_length < 2 * job.size:
-        raise ValueError(
-            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
-            f"ranks, got {problem.target_length}"
-        )
-
-
-def _replace(settings: Any, given: dict[str, Any]) -> Any:
-    return dataclasses.replace(settings, **{k: v for k, v in given.items() if v is not None})
-
-
-def _not_with(setting: str, given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None with {setting}, got {value!r}")
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")

@@ -6,18 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import tiny_models
 
 import longrope
 from longrope import ops
 from longrope.factor_search import differentiation
-from longrope.factor_search.differentiation import (
-    LossGradient,
-    checkpointing_layers,
-    needs_checkpointing,
-)
+from longrope.factor_search.differentiation import LossGradient, checkpointing_layers
 from longrope.factor_search.gradient import Point
+from longrope.layout import GradientLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+WHOLE, LAYERS, CHUNKS = GradientLayout(), GradientLayout(True), GradientLayout(chunk=20)
+every_layout = pytest.mark.parametrize("layout", [WHOLE, LAYERS, CHUNKS])
 
 
 @pytest.fixture
@@ -68,9 +68,76 @@ def test_the_gradient_is_the_slope(model, factors, point, windows):
 def test_checkpointing_changes_nothing(model, factors, point, windows, dtype):
     model = model.to(dtype)
     plain = LossGradient(model, factors.base_inv_freq())(point, 2, windows)
-    again = LossGradient(model, factors.base_inv_freq(), True)(point, 2, windows)
+    again = LossGradient(model, factors.base_inv_freq(), LAYERS)(point, 2, windows)
     assert plain[0] == again[0]
     assert (plain[1] == again[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("last_tokens", [None, 1, 9, 30])
+@pytest.mark.parametrize("chunk", [1, 16, 46, 47])  # 47 tokens predict one
+def test_chunks_give_the_gradient_of_the_whole_window(kind, last_tokens, chunk):
+    extra = {
+        "llama": {},
+        "mistral": {"sliding_window": 24},
+        "qwen2": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1},
+    }[kind]
+    model = tiny_models.build(kind, **extra)
+    factors = tiny_models.factors(target=48)
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
+    torch.manual_seed(0)
+    windows = tiny_models.tokens(2, 48)
+
+    def measure(layout):
+        return LossGradient(model, factors.base_inv_freq(), layout, last_tokens)(point, 3, windows)
+
+    nll, gradient = measure(WHOLE)
+    cut_nll, cut_gradient = measure(GradientLayout(chunk=chunk))
+    assert cut_nll == pytest.approx(nll, rel=1e-6)
+    assert cut_gradient == pytest.approx(gradient, rel=1e-4, abs=1e-4 * np.abs(gradient).max())
+    assert np.abs(gradient).min() > 1e-5
+
+
+def test_chunks_in_bfloat16_are_as_good_as_whole_windows():
+    model, factors = tiny_models.build(), tiny_models.factors()
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
+    torch.manual_seed(0)
+    windows = tiny_models.tokens(4)
+
+    def measure(layout):
+        return LossGradient(model, factors.base_inv_freq(), layout)(point, 0, windows)[1]
+
+    exact = measure(WHOLE)
+    model.bfloat16()
+    whole, cut = (np.linalg.norm(measure(lay) - exact) for lay in (WHOLE, GradientLayout(chunk=8)))
+    assert cut < 1.5 * whole + 0.01 * np.linalg.norm(exact)
+
+
+def test_chunks_keep_less():
+    model, factors = tiny_models.build(), tiny_models.factors(target=512)
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
+
+    def most_alive(layout):
+        """The most elements that a backward pass finds kept, over the passes of a window."""
+        alive, most = [0], [0]
+
+        class Kept:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                alive[0] += tensor.numel()
+                most[0] = max(most[0], alive[0])
+
+            def __del__(self):
+                alive[0] -= self.tensor.numel()
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            LossGradient(model, factors.base_inv_freq(), layout)(
+                point, 0, tiny_models.tokens(1, 512)
+            )
+        assert alive[0] == 0  # nothing outlives the call
+        return most[0]
+
+    assert most_alive(GradientLayout(chunk=64)) < most_alive(WHOLE) / 3
 
 
 def test_checkpointing_keeps_less(model, documents):
@@ -99,12 +166,12 @@ def test_bf16_weights_give_the_gradient_of_fp32_ones(model, factors, point, wind
     assert cosine > 0.97
 
 
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_the_model_is_left_as_it_was(model, factors, point, windows, activation_checkpointing):
+@every_layout
+def test_the_model_is_left_as_it_was(model, factors, point, windows, layout):
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    loss = LossGradient(model, factors.base_inv_freq(), activation_checkpointing)
+    loss = LossGradient(model, factors.base_inv_freq(), layout)
     with torch.no_grad():
         loss(point, 0, windows)
     assert model.training
@@ -114,8 +181,9 @@ def test_the_model_is_left_as_it_was(model, factors, point, windows, activation_
     assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
 
 
-def test_an_exception_leaves_the_model_as_it_was(model, factors, point):
-    loss = LossGradient(model, factors.base_inv_freq(), True)
+@every_layout
+def test_an_exception_leaves_the_model_as_it_was(model, factors, point, layout):
+    loss = LossGradient(model, factors.base_inv_freq(), layout)
     with pytest.raises(IndexError):
         loss(point, 0, torch.full((1, 48), 1000))
     assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
@@ -123,18 +191,9 @@ def test_an_exception_leaves_the_model_as_it_was(model, factors, point):
     assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
 
 
-def test_checkpointing_is_asked_for_where_memory_is_short(model, monkeypatch):
-    free = "longrope.factor_search.differentiation.free_memory"
-    monkeypatch.setattr(free, lambda device: 1 << 30)
-    assert not needs_checkpointing(model, 48)
-    assert needs_checkpointing(model, 1 << 20)
-    monkeypatch.setattr(free, lambda device: None)
-    assert not needs_checkpointing(model, 1 << 20)
-
-
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("layout", [WHOLE, LAYERS])
 def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
-    model, factors, point, windows, activation_checkpointing, monkeypatch
+    model, factors, point, windows, layout, monkeypatch
 ):
     calls = []
 
@@ -144,10 +203,10 @@ def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
 
     attention = ops.attention
     monkeypatch.setattr(ops, "attention", counted)
-    loss = LossGradient(model, factors.base_inv_freq(), activation_checkpointing)
+    loss = LossGradient(model, factors.base_inv_freq(), layout)
     nll, gradient = loss(point, 4, windows)
     # The layers run again in the backward pass, by the same function.
-    passes = len(windows) * (2 if activation_checkpointing else 1)
+    passes = len(windows) * (2 if layout is LAYERS else 1)
     assert calls == ["longrope"] * passes * model.config.num_hidden_layers
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(differentiation, "kernel_attention", lambda model: contextlib.nullcontext())
