@@ -14,6 +14,8 @@ import torch
 
 import longrope
 from longrope.factor_search import differentiation, methods, run, run_directory
+from longrope.factor_search.differentiation import LossGradient
+from longrope.layout import WHOLE_WINDOWS, GradientLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -227,6 +229,45 @@ def test_a_finished_run_measures_nothing_again(
     monkeypatch.setattr(differentiation.LossGradient, "__call__", None)
     again = search(shared_model, documents, method, out=tmp_path, attention_factor="search")
     assert again == expected
+
+
+def test_backward_passes_are_cut_as_in_the_first_run(
+    method, shared_model, documents, tmp_path, monkeypatch
+):
+    """What memory is free after a restart must not change the bits of later steps."""
+    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(chunk=10))
+    expected = search(shared_model, documents, method, out=tmp_path)
+    content = journal_of(tmp_path).read_bytes()
+    assert json.loads(content.splitlines()[0])["notes"]["gradient"] == [False, 10]
+    steps = [n for n, line in enumerate(content.splitlines()) if b'"role": "gradient"' in line]
+    monkeypatch.setattr(run, "plan_gradient", lambda *_: WHOLE_WINDOWS)
+    journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[: steps[2]]))
+    assert search(shared_model, documents, method, out=tmp_path) == expected
+    assert journal_of(tmp_path).read_bytes() == content
+    whole = search(shared_model, documents, method)
+    assert whole.history != expected.history  # else the test could not fail
+    assert whole.perplexity == pytest.approx(expected.perplexity, rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_journal_from_before_backward_passes_were_cut_resumes(
+    shared_model, documents, tmp_path, monkeypatch, checkpointing
+):
+    old = GradientLayout(checkpointed_layers=checkpointing)
+    monkeypatch.setattr(run, "plan_gradient", lambda *_: old)
+    expected = search(shared_model, documents, "gradient", out=tmp_path)
+    header, *entries = journal_of(tmp_path).read_text().splitlines()
+    header = json.loads(header)
+    del header["notes"]["gradient"]
+    header["notes"]["activation_checkpointing"] = checkpointing
+    journal_of(tmp_path).write_text("\n".join([json.dumps(header), *entries[:-8], ""]))
+    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(chunk=10))
+    made = []
+    monkeypatch.setattr(
+        run, "LossGradient", lambda *args: made.append(args[2]) or LossGradient(*args)
+    )
+    assert search(shared_model, documents, "gradient", out=tmp_path) == expected
+    assert made == [old]
 
 
 def test_a_killed_process_loses_nothing(method, shared_model, documents, uninterrupted, tmp_path):
