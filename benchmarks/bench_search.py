@@ -6,8 +6,8 @@ a population of 64, a few of them in a call, on the same windows in the same dty
 the model's own attention, and the factors in the model's own rotary module. Rates are tokens of
 windows.
 
-The peak memory is that of one candidate on one window, whole and in chunks, above the model; each
-is measured in a process of its own.
+The peak memory is that of one candidate on one window, and of one step of the descent, whole and in
+chunks, above the model; each is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import torch
 from harness import commit, compare, device_name, parser, save
 from populations import losses_of_hugging_face, population
@@ -22,9 +23,13 @@ from transformers import AutoModelForCausalLM
 
 from longrope._native import _C
 from longrope.demo import run as demo
+from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.layout import plan_batches
+from longrope.factor_search.gradient import Point
+from longrope.layout import GradientLayout, cache_bytes, plan_batches, plan_gradient
 
+#: What the peak memory is measured of.
+EVALUATION, STEP, CHECKPOINTED = "evaluation", "step", "step, checkpointed layers"
 VOCABULARIES = {"packaged model": None, "its depth and width, V 32000": 32000}
 POPULATION, WINDOWS = 64, 2
 
@@ -65,25 +70,31 @@ def setup(model, length, candidates):
     return named, len(some) * windows.numel()
 
 
-def peak_memory(length, chunk):
+def peak_memory(work, length, chunk):
     """Return MiB above the model, from a fresh process (called below as a script)."""
-    command = [sys.executable, __file__, "--peak", str(length), str(chunk)]
+    command = [sys.executable, __file__, "--peak", work, str(length), str(chunk)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(length, chunk):
-    """Measure one candidate on one window and print by how much the process's peak rose, in MiB."""
+def print_peak(work, length, chunk):
+    """Measure one window and print by how much the process's peak rose, in MiB."""
     import resource
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    model = load(None, torch.bfloat16, "cpu")
+    model, chunk = load(None, torch.bfloat16, "cpu"), int(chunk) or None
 
     def measure(length):
-        problem, some = population(model, length, 1)
-        evaluator = PopulationEvaluator(model, problem.factors, 1, chunk=int(chunk) or None)
-        evaluator(some, torch.randint(0, 256, (1, length)))
+        problem, (candidate,) = population(model, length, 1)
+        window = torch.randint(0, 256, (1, length))
+        if work == EVALUATION:
+            PopulationEvaluator(model, problem.factors, 1, chunk=chunk)([candidate], window)
+            return
+        layout = GradientLayout(work == CHECKPOINTED, chunk)
+        point = Point(np.log(candidate.lambdas), problem.attention_factor)
+        base = problem.factors(candidate).base_inv_freq()
+        LossGradient(model, base, layout)(point, candidate.start_tokens, window)
 
     measure(512)  # what libraries allocate once
     before = peak()
@@ -96,23 +107,26 @@ def memory(lengths, args):
     model = load(None, torch.bfloat16, "cpu")
     rows = []
     for length in lengths:
+        cache = cache_bytes(model, length) / 2**20
+        print(f"\npeak memory, one window of {length} tokens; its keys and values: {cache:.0f} MiB")
         chunk = plan_batches(model, length).chunk
-        peaks = {"whole windows": peak_memory(length, 0)}
-        if chunk:
-            peaks[f"windows in chunks of {chunk}"] = peak_memory(length, chunk)
-        cache = 8 * model.config.hidden_size * length * 2 / 2**20  # 4 layers, keys and values
-        print(f"\npeak memory at {length} tokens: {peaks} MiB, the cache {cache:.0f}")
-        rows += [
-            {
-                "op": "evaluator peak memory", "case": f"packaged model, {length} tokens",
+        backward = plan_gradient(model, length, True).chunk
+        cases = [(EVALUATION, 0), (EVALUATION, chunk or 0), (STEP, 0), (CHECKPOINTED, 0),
+                 (STEP, backward)]  # fmt: skip
+        whole = {}
+        for work, tokens in dict.fromkeys(cases):
+            peak = peak_memory(work, length, tokens)
+            first = whole.setdefault(EVALUATION if work == EVALUATION else STEP, peak)
+            name = f"{work}, chunks of {tokens}" if tokens else f"{work}, whole window"
+            print(f"  {name:45s}{peak:8.0f} MiB{first / peak:8.1f}x less")
+            rows.append({
+                "op": "search peak memory", "case": f"packaged model, {length} tokens",
                 "dtype": "bfloat16", "implementation": name, "milliseconds": "",
-                "ratio_to_baseline": f"{peaks['whole windows'] / peak:.3f}", "rate": f"{peak:.1f}",
+                "ratio_to_baseline": f"{first / peak:.3f}", "rate": f"{peak:.1f}",
                 "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
                 "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "commit": commit(),
-            }
-            for name, peak in peaks.items()
-        ]  # fmt: skip
+            })  # fmt: skip
     if args.save:
         save(rows, args.device)
 
