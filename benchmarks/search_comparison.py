@@ -52,6 +52,11 @@ METHODS = {
 }
 #: On request: the descent with other upper bounds of lambda than 1.25 s, in units of s.
 BOUNDS = {f"gradient, lambda to {bound:g} s": bound for bound in (1, 2, 8)}
+#: Ratios are costs of Algorithm 1 as published over the method's own.
+HEAD = """\
+| method | seeds | passes | seconds | less than as published: passes, seconds \
+| less to Algorithm 1's end: passes, seconds | test perplexity | better than Algorithm 1 |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
 FILE = RESULTS / "search_comparison.csv"
 #: Excerpts for the search, and those held out in it.
 SEARCH_EXCERPTS, VALIDATION_EXCERPTS = 24, 8
@@ -73,7 +78,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--published", type=int, default=6, help="candidates timed as published")
     p.add_argument("--device", default="cpu")
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
-    p.add_argument("--table", action="store_true", help="only print the table of what was saved")
+    p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     return p.parse_args()
 
 
@@ -244,52 +249,58 @@ def save(row: dict) -> None:
         writer.writerow(row)
 
 
-def print_table(rows: list[dict]) -> None:
-    """Print medians over seeds, by model, budget and method, and the ratios to the published."""
-    groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+def print_tables(rows: list[dict]) -> None:
+    """Print a Markdown table for each model and budget: a line per method, medians over seeds."""
+    groups: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
     for row in rows:
         by_method = groups.setdefault((row["model"], row["budget"]), {})
-        by_method.setdefault(row["method"], []).append(row)
+        by_method.setdefault(row["method"], {})[row["seed"]] = row
     for (model, budget), by_method in groups.items():
-        some = next(iter(by_method.values()))
-        print(f"\n{model} model; {budget}; {some[0]['device']}, {some[0]['threads']} threads")
-        print(
-            f"{'':28s}{'seeds':>6s}{'passes':>8s}{'seconds':>8s}   to Algorithm 1's end: passes, "
-            "seconds   test: median (least to most), better than Algorithm 1"
-        )
-        for method, group in by_method.items():
-            print(as_line(method, group, by_method))
+        some = next(iter(next(iter(by_method.values())).values()))
+        print(f"\n{model} model; {budget}; {some['device']}, {some['threads']} threads\n")
+        print(HEAD)
+        for method, by_seed in by_method.items():
+            cells = as_cells(by_seed, by_method.get(PUBLISHED, {}), by_method.get(ALGORITHM_1, {}))
+            print(f"| {' | '.join([method, str(len(by_seed)), *cells])} |")
 
 
-def as_line(method: str, group: list[dict], by_method: dict[str, list[dict]]) -> str:
-    """Return the line of one method."""
+def as_cells(by_seed: dict, published: dict, algorithm_1: dict) -> list[str]:
+    """Return the cells of a method's line; the ratios are those of the seeds that both have."""
 
-    def by_seed(name: str, column: str) -> dict[str, float]:
-        rows = by_method.get(name, [])
-        return {row["seed"]: float(row[column]) for row in rows if row[column] != ""}
+    def numbers(column: str) -> list[float]:
+        return [float(row[column]) for row in by_seed.values()]
 
-    def median(values) -> float:
-        return statistics.median(values) if values else math.nan
+    def times_less(columns: Sequence[str]) -> str:
+        """Return the medians of the ratios to Algorithm 1 as published; 0 where never reached."""
+        medians = []
+        for column, cost in zip(("forward_equivalents", "seconds"), columns, strict=True):
+            ratios = [
+                float(published[seed][column]) / float(row[cost]) if row[cost] else 0.0
+                for seed, row in by_seed.items() if seed in published and row[cost] != "0.0"
+            ]  # fmt: skip
+            medians += [statistics.median(ratios)] if ratios else []
+        digits = 1 if max(medians, default=0) < 20 else 0
+        return ", ".join(f"{m:.{digits}f}x" for m in medians)
 
-    def times_less(column: str) -> str:
-        """Median over seeds of the ratio to Algorithm 1 as published; never reached: 0 there."""
-        published = by_seed(PUBLISHED, column)
-        mine = by_seed(method, f"{column}_to_end_of_algorithm_1")
-        if not mine or not published:
-            return f"{'':18s}"
-        ratios = [published[s] / mine[s] if s in mine else 0.0 for s in published]
-        return f"{median(list(mine.values())):8.0f} ({median(ratios):5.1f}x)"
-
-    tested, goal = by_seed(method, "test_perplexity"), by_seed(ALGORITHM_1, "test_perplexity")
-    better = sum(tested[s] < goal[s] for s in tested if s in goal)
+    costs = ("forward_equivalents", "seconds")
+    own = by_seed is published or by_seed is algorithm_1
+    searched = any(numbers("forward_equivalents"))
+    whole = times_less(costs) if searched and by_seed is not published else ""
+    to_end = times_less([f"{c}_to_end_of_algorithm_1" for c in costs]) if not own else ""
+    reached = sum(row["seconds_to_end_of_algorithm_1"] != "" for row in by_seed.values())
+    if searched and to_end and reached < len(by_seed):
+        to_end += f" (in {reached} of {len(by_seed)})"
+    tested = {seed: float(row["test_perplexity"]) for seed, row in by_seed.items()}
+    shared = [seed for seed in tested if seed in algorithm_1]
+    better = sum(tested[s] < float(algorithm_1[s]["test_perplexity"]) for s in shared)
     values = list(tested.values())
-    return (
-        f"{method:28s}{len(group):6d}"
-        f"{median(list(by_seed(method, 'forward_equivalents').values())):8.0f}"
-        f"{median(list(by_seed(method, 'seconds').values())):8.0f}   "
-        f"{times_less('forward_equivalents')}  {times_less('seconds')}   "
-        f"{median(values):.4f} ({min(values):.4f} to {max(values):.4f})  {better} of {len(values)}"
-    )
+    return [
+        *(f"{statistics.median(numbers(column)):.0f}" for column in costs),
+        whole,
+        to_end if searched else "",
+        f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
+        "" if own or not shared else f"{better} of {len(shared)}",
+    ]
 
 
 def main() -> None:
@@ -297,7 +308,7 @@ def main() -> None:
     args = arguments()
     if args.table:
         with FILE.open(newline="") as file:
-            return print_table(list(csv.DictReader(file)))
+            return print_tables(list(csv.DictReader(file)))
     if (args.model is None) != (args.books is None):
         raise SystemExit("--model and --books go together")
     model, documents = load(args)
@@ -308,7 +319,7 @@ def main() -> None:
             if args.save:
                 save(row)
             rows.append(row)
-    print_table(rows)
+    print_tables(rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ import math
 
 import pytest
 import torch
-from support.tiny_models import build as build_tiny
-from support.tiny_models import rope_arguments
-from transformers import LlamaConfig, LlamaForCausalLM
+from support import tiny_models
 
 import longrope
 from longrope import layout
@@ -20,18 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # far from uniform predictions
+    return tiny_models.build(
+        vocab_size=VOCABULARY, max_position_embeddings=64, num_key_value_heads=1, pad_token_id=None
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def documents_of(*lengths, seed=0):
@@ -135,8 +124,8 @@ def test_a_rope_that_grows_with_the_text_reads_whole_windows(rope_type, chunks):
     scaling = {"rope_type": rope_type, "factor": 4.0}
     if rope_type == "longrope":
         scaling |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
-    rope = rope_arguments(**scaling, original_max_position_embeddings=8)
-    model = build_tiny(rope=None, max_position_embeddings=32, **rope)
+    rope = tiny_models.rope_arguments(**scaling, original_max_position_embeddings=8)
+    model = tiny_models.build(rope=None, max_position_embeddings=32, **rope)
     documents = documents_of(40)
     expected = brute_force(model, documents, 24, 24)
     sizes = chunks(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import build, one_thread, tokens
+from support.tiny_models import build, tokens
 
 from longrope import layout
 from longrope.layout import (
@@ -20,7 +20,6 @@ from longrope.patching.attention import kernel_attention
 from longrope.patching.cache import differentiable_cache, window_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 #: Bytes of a token in the models of `build`: (8 x 64 + 3 x 96) float32.
 ACTIVATIONS = 3200

@@ -17,7 +17,6 @@ from support.tiny_models import (
     TARGET,
     build,
     factors,
-    one_thread,
     rope_arguments,
     tokens,
 )
@@ -37,7 +36,6 @@ from longrope import RescaleFactors
 from longrope.patching import rope_settings, rotary, rotary_of, rotation
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
-__all__ = ["one_thread"]
 
 TYPES = [
     ("pi", {"rope_type": "linear", "factor": 4.0}),

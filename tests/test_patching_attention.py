@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.criterion import assert_as_accurate
-from support.tiny_models import CONFIGS, build, one_thread, tokens
+from support.tiny_models import CONFIGS, build, tokens
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.models.llama import modeling_llama
 
@@ -15,7 +15,6 @@ from longrope.patching.attention import NAME, has_kernel_attention, kernel_atten
 from longrope.patching.cache import window_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 #: Shorter than the texts here. Qwen2 has it in the layers from the second on.
 WINDOW = {"sliding_window": 24}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import CONFIGS, build, one_thread, tokens
+from support.tiny_models import CONFIGS, build, tokens
 
 from longrope.patching.mlp import inplace_mlps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 
 def products(model, ids):

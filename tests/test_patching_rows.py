@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.tiny_models import ROTARY_DIM, build, factors, one_thread, tokens
+from support.tiny_models import ROTARY_DIM, build, factors, tokens
 
 import longrope
 from longrope.patching import rotary, rotary_of, rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 POPULATION = [
     factors("none"),

@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from support.tiny_models import ORIGINAL, build, factors, one_thread, tokens
+from support.tiny_models import ORIGINAL, build, factors, tokens
 from transformers import DynamicCache, StaticCache
 
 import longrope
 from longrope.patching import rotary, row_lengths, tiers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-__all__ = ["one_thread"]
 
 SHORT = factors("none", target=ORIGINAL)
 MIDDLE = factors("ntk", target=48, start_tokens=4, attention_factor=1.1)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from support import tiny_models, tiny_search
 
 import longrope
 from longrope import ops
@@ -159,19 +159,7 @@ def test_digest_depends_on_tokens_and_shape():
 def sliding_model():
     """A model whose layers see 20 tokens."""
     torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=16,
-        sliding_window=20,
-        initializer_range=0.4,
-    )
-    return MistralForCausalLM(config).eval()
+    return tiny_models.build("mistral", **tiny_search.SIZES, sliding_window=20)
 
 
 @pytest.mark.parametrize("name", ["shared_model", "sliding_model"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
@@ -61,12 +60,3 @@ def factors(kind="yarn", target=TARGET, **changes):
 def tokens(batch=2, length=TARGET):
     """Return random token ids without the padding token."""
     return torch.randint(1, 64, (batch, length))
-
-
-@pytest.fixture
-def one_thread():
-    """Run on one thread: for models this small, waiting for a second one dominates."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
