@@ -29,7 +29,7 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   // Few rows against many keys: part the keys until there is work for many threads, in parts that
   // are long against the work of merging them; then part the rows. By shape alone, so that results
   // do not depend on the number of threads.
-  constexpr int64_t kEnoughTasks = 32, kLeastKeys = 4 * kBlockKeys;
+  constexpr int64_t kEnoughTasks = 24, kLeastKeys = 4 * kBlockKeys;
   const int64_t rows = p.queries * (p.heads / p.kv_heads);
   const auto tasks = [&] {
     plan.row_blocks = ceil_divide(rows, plan.block_rows);
