@@ -150,6 +150,17 @@ def demo(
     run(out, seed=seed, iterations=iterations, steps=steps)
 
 
+#: Headings of the options of `search` in its help.
+PROBLEM, EVOLUTION, DESCENT, MACHINE = (
+    "The factors and what they are measured by", "Evolution (Algorithm 1)", "Descent",
+    "Run and machine",
+)  # fmt: skip
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
 @app.command()
 @one_sentence_errors
 @in_job
@@ -162,81 +173,107 @@ def search(
         str,
         typer.Option(help="gradient (fast), evolution (Algorithm 1 of the paper) or hybrid."),
     ] = "gradient",
-    objective: Annotated[
-        str, typer.Option(help="perplexity, or needle: the loss of answers far from their needle.")
-    ] = "perplexity",
-    last_tokens: Annotated[
-        int | None, typer.Option(help="Score only so many tokens at the end of each window.")
-    ] = None,
     preset: Annotated[
         str, typer.Option(help="Settings: paper, paper-long (above 512k) or official-code.")
     ] = "paper",
-    iterations: Annotated[
-        int | None, typer.Option(help="Generations of the evolution (paper: 40, hybrid: 5).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the descent (80).")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the descent at its begin (0.05).")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Search windows (paper: 5).")] = None,
-    race: Annotated[
-        bool, typer.Option("--race", help="Drop clearly worse candidates after a few windows.")
-    ] = False,
-    critical_dimension: Annotated[
-        bool,
-        typer.Option(
-            "--critical-dimension", help="Search only from a critical pair on (LongRoPE2)."
-        ),
-    ] = False,
-    start_tokens: Annotated[str, typer.Option(help='A number, or "search".')] = "search",
-    attention_factor: Annotated[
-        str | None,
-        typer.Option(help='"yarn", "su", a number, or "search" (default of gradient and hybrid).'),
-    ] = None,
     validation: Annotated[
         Path | None, typer.Option(help="Held-out text for the final choice; default: part of DATA.")
     ] = None,
     seed: Seed = 0,
-    shard_sequence: Annotated[
-        bool, typer.Option(help="Spread each window over the ranks of torchrun (evolution).")
+    objective: Annotated[
+        str, _option(PROBLEM, "perplexity, or needle: the loss of answers far from their needle.")
+    ] = "perplexity",
+    last_tokens: Annotated[
+        int | None, _option(PROBLEM, "Score only so many tokens at the end of each window.")
+    ] = None,
+    samples: Annotated[int | None, _option(PROBLEM, "Search windows (paper: 5).")] = None,
+    original_length: Annotated[
+        int | None, _option(PROBLEM, "The window of the model; default: what its config says.")
+    ] = None,
+    start_tokens: Annotated[str, _option(PROBLEM, 'A number, or "search".')] = "search",
+    attention_factor: Annotated[
+        str | None,
+        _option(PROBLEM, '"yarn", "su", a number, or "search" (default of gradient and hybrid).'),
+    ] = None,
+    max_lambda: Annotated[
+        float | None, _option(PROBLEM, "Upper bound of the factors (paper: 1.25 s).")
+    ] = None,
+    critical_dimension: Annotated[
+        bool,
+        _option(PROBLEM, "Search from a critical pair on (LongRoPE2).", "--critical-dimension"),
     ] = False,
-    resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+    iterations: Annotated[
+        int | None, _option(EVOLUTION, "Generations (paper: 40, hybrid: 5).")
+    ] = None,
+    population: Annotated[
+        int | None, _option(EVOLUTION, "Candidates of the first one (paper: 64, hybrid: 16).")
+    ] = None,
+    max_evaluations: Annotated[
+        int | None, _option(EVOLUTION, "Stop after so many candidates.")
+    ] = None,
+    race: Annotated[
+        bool, _option(EVOLUTION, "Drop clearly worse candidates after a few windows.", "--race")
+    ] = False,
+    steps: Annotated[int | None, _option(DESCENT, "Steps (80).")] = None,
+    learning_rate: Annotated[
+        float | None, _option(DESCENT, "Learning rate at its begin (0.05).")
+    ] = None,
+    windows_per_step: Annotated[int | None, _option(DESCENT, "Random windows (1).")] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        _option(
+            DESCENT,
+            "Go backwards in chunks, in less memory; default: where it is short.",
+            "--activation-checkpointing/--no-activation-checkpointing",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, _option(MACHINE, "Windows of one forward pass; default: by free memory.")
+    ] = None,
+    shard_sequence: Annotated[
+        bool, _option(MACHINE, "Spread each window over the ranks of torchrun (evolution).")
+    ] = False,
+    resume: Annotated[bool, _option(MACHINE, "Continue the run found in --out.")] = True,
+    device: Annotated[str | None, _option(MACHINE, "cpu or cuda; default: what is there.")] = None,
 ) -> None:
     """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
     import longrope
 
-    options = {
-        "iterations": iterations,
-        "last_tokens": last_tokens,
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "samples": samples,
-    }
     network, tokenizer = load_model(model, device)
+    held_out = None
     if validation is not None:
-        options["validation"] = longrope.load_data(
-            validation, tokenizer=tokenizer, min_length=target_length
-        )
+        held_out = longrope.load_data(validation, tokenizer=tokenizer, min_length=target_length)
     result = longrope.search(
         network,
         longrope.load_data(data, tokenizer=tokenizer),
         target_length=target_length,
+        out=out,
         method=method,
-        objective=objective,
         preset=preset,
-        race=race,
-        critical_dimension=critical_dimension,
+        validation=held_out,
+        seed=seed,
+        objective=objective,
+        last_tokens=last_tokens,
+        samples=samples,
+        original_length=original_length,
         start_tokens=_number("--start-tokens", start_tokens, ("search",), int),
         attention_factor=None
         if attention_factor is None
         else _number("--attention-factor", attention_factor, ("yarn", "su", "search"), float),
-        seed=seed,
+        max_lambda=max_lambda,
+        critical_dimension=critical_dimension,
+        iterations=iterations,
+        population=population,
+        max_evaluations=max_evaluations,
+        race=race,
+        steps=steps,
+        learning_rate=learning_rate,
+        windows_per_step=windows_per_step,
+        activation_checkpointing=activation_checkpointing,
+        batch_size=batch_size,
         shard_sequence=shard_sequence,
-        out=out,
         resume=resume,
         progress=True,
-        **{name: value for name, value in options.items() if value is not None},
     )
     if _rank() > 0:
         return

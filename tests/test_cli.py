@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from support import tiny_models
 from typer.testing import CliRunner
 
 import longrope
+from longrope import cli
 from longrope.cli import app
 
 
@@ -70,11 +72,13 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "evolution", "iterations": 2},
+        {"method": "evolution", "iterations": 2, "population": 8, "max_evaluations": 12,
+         "max_lambda": 3.0, "original_length": 24, "batch_size": 3},
         {"method": "evolution", "iterations": 1, "race": True, "critical_dimension": True},
-        {"method": "gradient", "steps": 2, "learning_rate": 0.1, "attention_factor": "search"},
+        {"method": "gradient", "steps": 2, "learning_rate": 0.1, "attention_factor": "search",
+         "windows_per_step": 2, "activation_checkpointing": True},
     ],
-)
+)  # fmt: skip
 def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path, options):
     options = {"target_length": 64, "samples": 1, "seed": 3, **options}
     flags = []
@@ -86,6 +90,13 @@ def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tm
     model, _ = longrope.cli.load_model(str(model_folder), "cpu")
     expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors
+
+
+def test_search_has_the_options_of_the_library():
+    only_there = {"documents", "mutations", "crossovers", "mutation_probability", "parents"}
+    there = set(inspect.signature(longrope.search).parameters) - only_there - {"progress"}
+    here = set(inspect.signature(cli.search).parameters) - {"data", "device"}
+    assert here == there
 
 
 def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
