@@ -79,8 +79,8 @@ class NextTokenNLL:
         Gradients are added to the leaves that ask for them. With `chunk`, all chunks but the last
         go through the model forwards, then each again from the last to the first with its backward
         pass: besides one chunk's activations only the cache and its gradients are alive, and the
-        arithmetic is that of one more forward pass. What a leaf reaches through operations that
-        keep tensors for the backward pass, once for all chunks, must be a leaf itself.
+        arithmetic is that of one more forward pass. Every chunk has a graph of its own, so the
+        leaves are what the model is given, not what that was computed from.
 
         `ids` is int64 `[B, N]`, `1 <= scored < N`.
         """
