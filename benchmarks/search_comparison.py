@@ -50,16 +50,20 @@ METHODS = {
     "hybrid": {"method": "hybrid"},
     "hybrid, YaRN's attention": {"method": "hybrid", "attention_factor": "yarn"},
 }
+#: On request: in the search space of LongRoPE2.
+CRITICAL = {
+    f"{name}, critical dimension": {**METHODS[name], "critical_dimension": True}
+    for name in (ALGORITHM_1, "gradient")
+}
 #: On request: the descent with other upper bounds of lambda than 1.25 s, in units of s.
 BOUNDS = {f"gradient, lambda to {bound:g} s": bound for bound in (1, 2, 8)}
+EVERY = [*METHODS, *CRITICAL, *BOUNDS]
 #: Ratios are costs of Algorithm 1 as published over the method's own.
 HEAD = """\
 | method | seeds | passes | seconds | less than as published: passes, seconds \
 | less to Algorithm 1's end: passes, seconds | test perplexity | better than Algorithm 1 |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 FILE = RESULTS / "search_comparison.csv"
-#: Excerpts for the search, and those held out in it.
-SEARCH_EXCERPTS, VALIDATION_EXCERPTS = 24, 8
 
 
 def arguments() -> argparse.Namespace:
@@ -70,7 +74,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--ratio", type=int, default=8, help="target over original length, up to 8")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
-                   choices=[*METHODS, *BOUNDS], help=", ".join([*METHODS, *BOUNDS]))  # fmt: skip
+                   choices=EVERY, help=", ".join(EVERY))  # fmt: skip
+    p.add_argument("--excerpts", type=int, default=24, help="excerpts to search on")
+    p.add_argument("--validation-excerpts", type=int, default=8, help="held out in the search")
     p.add_argument("--samples", type=int, default=5, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
     p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
@@ -95,7 +101,7 @@ Excerpts = Callable[[int], tuple[list, list, list]]
 
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
     """Return the model, and a function from a seed to search, validation and test excerpts."""
-    searched = SEARCH_EXCERPTS + VALIDATION_EXCERPTS
+    searched = args.excerpts + args.validation_excerpts
     if args.model is None:
         model = demo.load_packaged_model().to(args.device)
 
@@ -114,8 +120,8 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
     def documents(seed: int) -> tuple[list, list, list]:
         found = cut("search", searched, seed)
         return (
-            found[:SEARCH_EXCERPTS],
-            found[SEARCH_EXCERPTS:],
+            found[: args.excerpts],
+            found[args.excerpts :],
             cut("test", args.test_samples, seed),
         )
 
@@ -177,7 +183,7 @@ def one_seed(model, documents: Excerpts, seed: int, args) -> Iterator[dict]:
 
     goal = None
     for name in args.methods:
-        options = dict(METHODS.get(name) or METHODS["gradient"])
+        options = dict({**METHODS, **CRITICAL}.get(name) or METHODS["gradient"])
         if name in BOUNDS:
             options["max_lambda"] = BOUNDS[name] * args.ratio
         options |= (
@@ -230,7 +236,7 @@ def as_row(name: str, seed: int, end: tuple, until: tuple, perplexity: float, ar
         "test_perplexity": f"{perplexity:.4f}",
         "model": Path(args.model).name if args.model else "packaged",
         "budget": f"{args.iterations} generations; {args.steps} steps; {args.samples} windows, "
-        f"{args.ratio}x",
+        f"{args.ratio}x" + ("" if args.excerpts == 24 else f"; {args.excerpts} excerpts"),
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
