@@ -15,6 +15,12 @@ def integer(name: str, value, least: int) -> int:
     return int(value)
 
 
+def switch(name: str, value) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
 def even(name: str, value) -> int:
     if integer(name, value, 2) % 2:
         raise ValueError(f"{name}: expected an even number, got {value}")

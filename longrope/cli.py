@@ -6,13 +6,13 @@ Bad input ends with one sentence on standard error and exit code 2, without a tr
 from __future__ import annotations
 
 import functools
-import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from longrope.cli_inputs import choose_device, load_documents, load_model, rank
 
 app = typer.Typer(
     help="Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753).",
@@ -35,19 +35,22 @@ def one_sentence_errors(command):
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, NotImplementedError) as error:
             # What all ranks of a job end with is said by the first, and by the one that failed.
-            if _rank() in (0, getattr(error, "failed_rank", _rank())):
-                print(f"longrope: {_one_line(error)}", file=sys.stderr)
+            if rank() in (0, getattr(error, "failed_rank", rank())):
+                where = f" (rank {rank()})" if rank() else ""
+                print(f"longrope{where}: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except RuntimeError as error:
             if type(error).__name__ != "LostRankError":  # of a module that imports torch
                 raise
             print(f"longrope: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            if _rank() == 0:
-                print(
-                    "longrope: interrupted; the same search resumes where it was", file=sys.stderr
-                )
+        except KeyboardInterrupt as error:
+            if rank() == 0:
+                what = "interrupted"
+                if type(error).__name__ == "TerminatedError":  # of a module that imports torch
+                    what = "ended by torchrun, as when another rank has failed"
+                resumes = "out" in kwargs and (Path(kwargs["out"]) / "journal.jsonl").exists()
+                print(f"longrope: {what}" + "; the same command resumes" * resumes, file=sys.stderr)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -60,76 +63,14 @@ def in_job(command):
     def wrapped(*args, device, **kwargs):
         from longrope.torchrun import job
 
-        with job(_device(device)) as device:
+        with job(choose_device(device)) as device:
             return command(*args, device=device, **kwargs)
 
     return wrapped
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _device(name: str | None) -> str:
-    """Return the device to run on, or refuse one that this machine lacks."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"--device: got {name!r}, and torch {torch.__version__} sees {count or 'no'} CUDA "
-            f"device{'' if count == 1 else 's'}"
-        )
-    return name
-
-
-def _first_sentence(error: Exception) -> str:
-    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__
-
-
-def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
-    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from longrope.layout import native_dtype
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
-    device = _device(device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    except Exception as error:  # many kinds, of transformers, safetensors and the hub
-        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
-    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
-    tokenizer = None
-    if model.config.vocab_size != 256:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception as error:
-            raise ValueError(
-                f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
-            ) from None
-    return model.to(device), tokenizer
 
 
 @app.command()
@@ -242,10 +183,10 @@ def search(
     network, tokenizer = load_model(model, device)
     held_out = None
     if validation is not None:
-        held_out = longrope.load_data(validation, tokenizer=tokenizer, min_length=target_length)
+        held_out = load_documents("--validation", validation, tokenizer, target_length)
     result = longrope.search(
         network,
-        longrope.load_data(data, tokenizer=tokenizer),
+        load_documents("DATA", data, tokenizer, target_length),
         target_length=target_length,
         out=out,
         method=method,
@@ -275,11 +216,16 @@ def search(
         resume=resume,
         progress=True,
     )
-    if _rank() > 0:
+    if rank() > 0:
         return
-    print(f"perplexity {result.perplexity:.4f} on the search windows")
-    if result.validation_perplexity is not None:
-        print(f"perplexity {result.validation_perplexity:.4f} on held-out windows")
+    yarn = {e.role: e.perplexity for e in result.history if e.origin == "yarn"}
+    for role, name, reached in (
+        ("search", "search", result.perplexity),
+        ("validation", "held-out", result.validation_perplexity),
+    ):
+        if reached is not None:
+            beside = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
+            print(f"perplexity {reached:.4f} on the {name} windows{beside}")
     print(f"start_tokens {result.factors.start_tokens}")
     print(f"factors in {out / 'factors.json'}")
 
@@ -333,10 +279,11 @@ def perplexity(
 @one_sentence_errors
 def info(
     what: Annotated[
-        str | None, typer.Argument(help="A model folder or a factors file; default: the build.")
+        str | None,
+        typer.Argument(help="A folder of a model or a search, or factors; default: the build."),
     ] = None,
 ) -> None:
-    """Show what was built, or what a model or a factors file holds."""
+    """Show what was built, or what a model, a search or a factors file holds."""
     from rich.console import Console
     from rich.table import Table
 
@@ -365,12 +312,18 @@ def _facts(what: str | None) -> dict[str, Any]:
             "rotary dim": factors.rotary_dim,
             "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
         }
+    from longrope.factor_search.run_directory import JOURNAL, summary
+
+    if (Path(what) / JOURNAL).is_file():
+        return summary(Path(what))
     from transformers import AutoConfig
 
     from longrope.patching import rope_settings
 
     if not (Path(what) / "config.json").is_file():
-        raise ValueError(f"WHAT: expected a model folder or a factors file, got {what!r}")
+        raise ValueError(
+            f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
+        )
     return rope_settings(AutoConfig.from_pretrained(what))._asdict()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +29,10 @@ LEAST_CHUNK = 256
 _KEPT_OVER_HIDDEN = 8
 #: The same over the bytes of the inner activation: gate, its activation, up and their product.
 _KEPT_OVER_INNER = 4
+
+
+#: Where Linux says what this process's control group may use (version 2, seen from inside).
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Layout(NamedTuple):
@@ -177,16 +184,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU, or of this machine where it says so (Linux)."""
+    """Return the free bytes of a GPU, or of this machine where it says so (Linux).
+
+    Of a machine, what its control group leaves (containers, batch systems), shared among the ranks
+    that torchrun runs on it.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return None
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        most, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, max(0, most - used))
+    return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _bytes_per_token(model: nn.Module) -> int:
@@ -209,7 +223,8 @@ def _kept_per_token(model: nn.Module) -> int:
 
 
 def _power_of_two(tokens: int) -> int:
-    return 1 << max(0, tokens.bit_length() - 1)
+    """Return the largest power of two up to `tokens`, at least 1."""
+    return 1 << max(0, max(0, tokens).bit_length() - 1)
 
 
 def native_dtype() -> torch.dtype:

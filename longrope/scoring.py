@@ -20,7 +20,7 @@ from longrope.patching.rotary import RescaledRotaryEmbedding
 class NextTokenNLL:
     """Scores the last tokens of windows; only the hidden states that predict them meet the head.
 
-    To be made and used within `evaluating(model)`.
+    To be made within `evaluating(model)`, and used within it too, but for `backward`.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class NextTokenNLL:
         parts = []
         for first, output in self._outputs(ids, scored):
             targets = ids[:, first : first + output.shape[1]]
-            parts.append(self._nll(output, targets.flatten()).view_as(targets))
+            parts.append(self.nll(output, targets.flatten()).view_as(targets))
         return torch.cat(parts, dim=1)
 
     def sums(self, ids: torch.Tensor, scored: int, blocks: int = 1) -> torch.Tensor:
@@ -65,12 +65,7 @@ class NextTokenNLL:
             targets = ids[:, first:end].flatten()
             token = torch.arange(first, end, device=self.device) - (length - scored)
             block = (first_row + token * blocks // scored).flatten()
-            if self.base is None:
-                totals.index_add_(0, block, self._nll(output, targets).double())
-            else:
-                totals += ops.population_nll(
-                    output.flatten(0, 1), self.head.weight, targets, block, rows * blocks
-                )[0]
+            totals += block_sums(self.nll(output, targets), targets, block, rows * blocks)
         return totals.view(rows, blocks)
 
     def backward(self, ids: torch.Tensor, scored: int) -> torch.Tensor:
@@ -106,12 +101,13 @@ class NextTokenNLL:
                 # Of no scored token, but later ones have read its keys and values.
                 nll = output[:, :0].double().sum()
                 if targets.numel():
-                    nll = self._nll(output[:, skipped:], targets.flatten()).double().sum()
+                    nll = self.nll(output[:, skipped:], targets.flatten()).double().sum()
                 nll.backward()
                 total += nll.detach()
         return total
 
-    def _nll(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def nll(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the NLL of `targets` `[T]` under outputs of `forward` `[B, n, ...]`, `B n = T`."""
         output = output.flatten(0, 1)
         if self.base is None:
             return nn.functional.cross_entropy(output.float(), targets, reduction="none")
@@ -120,11 +116,11 @@ class NextTokenNLL:
     def _outputs(self, ids: torch.Tensor, scored: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield the first token that is predicted, and what predicts it and those after it.
 
-        Hidden states `[B, n, E]`, or logits where the head is not a matrix product alone.
+        Each `[B, n, ...]`, as `forward` returns it.
         """
         length = ids.shape[1]
         if self.chunk is None or self.chunk >= length:
-            output = self._forward(ids, use_cache=False)
+            output = self.forward(ids, use_cache=False)
             yield length - scored, output[:, -scored - 1 : -1]
             return
         cache = window_cache(self.model, length - 1)
@@ -139,14 +135,15 @@ class NextTokenNLL:
     def _chunk(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
         """Return the output of the chunk that begins at `start`; the last token predicts none."""
         end = min(start + self.chunk, ids.shape[1] - 1)
-        return self._forward(
+        return self.forward(
             ids[:, start:end],
             position_ids=torch.arange(start, end, device=self.device)[None],
             use_cache=True,
             **{self._cache_argument: cache},
         )
 
-    def _forward(self, ids: torch.Tensor, **arguments) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, **arguments) -> torch.Tensor:
+        """Return hidden states, or logits where the head is not a matrix product alone."""
         if self.base is None:
             return self.model(input_ids=ids, **arguments).logits
         return self.base(input_ids=ids, **arguments).last_hidden_state
@@ -164,13 +161,26 @@ class NextTokenNLL:
         return contextlib.nullcontext()
 
 
+def block_sums(
+    nll: torch.Tensor, targets: torch.Tensor, block: torch.Tensor, blocks: int
+) -> torch.Tensor:
+    """Return the sum of the NLL `[T]` of each block of tokens, float64 `[blocks]`.
+
+    Added in an order that is always the same, on a GPU too, where `index_add_` has none.
+    """
+    return torch.ops.longrope.candidate_sums(nll, targets, block, blocks)[0]
+
+
 def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """Return the model below the output layer and that layer, or `(None, None)`.
 
     Some models do more than one matrix product at the end (a bias, a soft cap, a scale). Whether
     the two parts give the model's own logits is tried on a few tokens, not guessed from its name.
     """
-    base = getattr(model, "base_model", None)
+    try:
+        base = decoder(model)  # also below a wrapper, whose base_model is something else
+    except (AttributeError, TypeError, ValueError):
+        base = getattr(model, "base_model", None)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if base is None or base is model or not isinstance(head, nn.Linear):
         return None, None
@@ -179,6 +189,8 @@ def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None
         expected = model(input_ids=probe, use_cache=False).logits
         hidden = base(input_ids=probe, use_cache=False).last_hidden_state
         actual = nn.functional.linear(hidden, head.weight)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, AttributeError, RuntimeError):
         return None, None
     same = expected.shape == actual.shape and torch.allclose(

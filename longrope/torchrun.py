@@ -11,6 +11,14 @@ from collections.abc import Iterator
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came, which acts like Ctrl-C."""
+
+
+def _terminate(*_) -> None:
+    raise TerminatedError
+
+
 @contextlib.contextmanager
 def job(device: str) -> Iterator[str]:
     """Be a rank of torchrun's job inside a `with` block; yields this rank's device.
@@ -18,7 +26,7 @@ def job(device: str) -> Iterator[str]:
     The backend is nccl for `"cuda"`, where the rank takes the device of its `LOCAL_RANK`, and gloo
     for `"cpu"`. A process that torchrun did not start, or that has joined a job already, keeps the
     device that it was given. SIGTERM, by which torchrun ends the other ranks when one has failed,
-    acts like Ctrl-C.
+    raises `TerminatedError`.
 
     Raises
     ------
@@ -27,6 +35,8 @@ def job(device: str) -> Iterator[str]:
     """
     import torch
     import torch.distributed as dist
+
+    from longrope.factor_search.ranks import timeout
 
     if not all(name in os.environ for name in _TOLD) or dist.is_initialized():
         yield device
@@ -37,7 +47,7 @@ def job(device: str) -> Iterator[str]:
             f"--device: expected cuda or cpu under torchrun, whose ranks take a device each, got "
             f"{device!r}"
         )
-    options = {"backend": "gloo"}
+    options = {"backend": "gloo", "timeout": timeout()}
     if device.startswith("cuda"):
         device = f"cuda:{local_rank}" if device == "cuda" else device
         if torch.device(device).index >= torch.cuda.device_count():
@@ -46,7 +56,7 @@ def job(device: str) -> Iterator[str]:
                 f"its number of CUDA devices, got LOCAL_RANK {local_rank}"
             )
         torch.cuda.set_device(device)
-        options = {"backend": "nccl", "device_id": torch.device(device)}
+        options |= {"backend": "nccl", "device_id": torch.device(device)}
     try:
         dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
@@ -55,7 +65,7 @@ def job(device: str) -> Iterator[str]:
             f"torchrun: cannot join the job of {os.environ['WORLD_SIZE']} ranks at {where} "
             f"({str(error).splitlines()[0]})"
         ) from None
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield device
     except BaseException:

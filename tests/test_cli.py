@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,8 +14,10 @@ from support import tiny_models
 from typer.testing import CliRunner
 
 import longrope
-from longrope import cli
+from longrope import cli, layout
 from longrope.cli import app
+from longrope.factor_search.differentiation import LossGradient
+from longrope.torchrun import TerminatedError
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +83,85 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
          "windows_per_step": 2, "activation_checkpointing": True},
     ],
 )  # fmt: skip
-def test_search_writes_factors_that_the_library_finds_too(model_folder, text, tmp_path, options):
+def test_search_writes_factors_that_the_library_finds_too(
+    model_folder, text, tmp_path, options, monkeypatch
+):
+    monkeypatch.setattr(layout, "LEAST_CHUNK", 16)
     options = {"target_length": 64, "samples": 1, "seed": 3, **options}
     flags = []
     for name, value in options.items():
         flags += [f"--{name.replace('_', '-')}"] + [value] * (value is not True)
     call("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu", *flags)
     header = json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[0])
+    if options.get("activation_checkpointing"):
+        assert header["notes"]["gradient"] == [False, 16]
     assert bool(header["race"]) is bool(header["critical_dimension"]) is ("race" in options)
     model, _ = longrope.cli.load_model(str(model_folder), "cpu")
     expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors
+
+
+def test_search_says_what_yarn_reaches_and_info_what_a_run_is(model_folder, text, tmp_path):
+    run = tmp_path / "run"
+    options = ("--target-length", 64, "--samples", 2, "--steps", 3, "--device", "cpu")
+    said = call("search", model_folder, text, "--out", run, *options).stdout
+    lines = re.findall(r"perplexity (\S+) on the (\S+) windows, (\S+) with YaRN", said)
+    assert [line[1] for line in lines] == ["search", "held-out"]
+    with (run / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for (_, _, yarn), role in zip(lines, ("search", "validation"), strict=True):
+        measured = {r["role"]: r["perplexity"] for r in rows if r["origin"] == "yarn"}
+        assert float(yarn) == pytest.approx(float(measured[role]), abs=1e-4)
+    shown = call("info", run).stdout
+    assert "gradient" in shown and "3 steps" in shown and " finished" in shown
+    (run / "factors.json").unlink()
+    assert "not finished" in call("info", run).stdout
+
+
+def test_short_documents_are_left_out_and_counted(model_folder, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, size in (("a", 500), ("b", 63), ("c", 64)):
+        (texts / f"{name}.txt").write_text("x" * size)
+    options = ("--samples", 1, "--steps", 1, "--out", tmp_path / "run", "--device", "cpu")
+    done = call("search", model_folder, texts, "--target-length", 64, *options)
+    assert f"1 of 3 documents in {texts} are shorter than 64 tokens and left out" in done.stderr
+    options = ("--target-length", 501, *options)
+    assert "DATA: " in sentence("search", model_folder, texts, *options)
+    other = ("--validation", tmp_path / "none")
+    assert "--validation: there is no" in sentence("search", model_folder, texts, *options, *other)
+
+
+def test_the_folder_of_a_model_is_no_run_directory(model_folder, text):
+    before = (model_folder / "config.json").read_bytes()
+    options = ("--target-length", 64, "--out", model_folder, "--device", "cpu")
+    assert "which holds config.json" in sentence("search", model_folder, text, *options)
+    assert (model_folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TerminatedError])
+def test_an_interrupted_command_says_whether_it_resumes(
+    model_folder, text, tmp_path, monkeypatch, kind
+):
+    options = ("--target-length", 64, "--samples", 1, "--steps", 5, "--device", "cpu")
+    arguments = [str(a) for a in ("search", model_folder, text, "--out", tmp_path / "a", *options)]
+
+    def interrupt(*_):
+        raise kind
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LossGradient, "__call__", interrupt)
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 130
+    said = "interrupted" if kind is KeyboardInterrupt else "ended by torchrun"
+    assert f"longrope: {said}" in done.stderr
+    assert done.stderr.strip().endswith("; the same command resumes")
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "load_model", interrupt)
+        arguments[4] = str(tmp_path / "b")
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 130
+    assert "resumes" not in done.stderr
 
 
 def test_search_has_the_options_of_the_library():

@@ -90,6 +90,28 @@ def test_a_window_whose_cache_does_not_fit_is_one_sentence(monkeypatch):
     assert plan_batches(build(), 8192).chunk is not None
 
 
+def test_on_a_gpu_that_holds_little_beside_the_cache_chunks_are_least(gpu):
+    length = 1 << 20
+    gpu(KEYS_AND_VALUES * length + layout.LEAST_CHUNK * ACTIVATIONS)
+    assert plan_batches(build(), length) == Layout(1, layout.LEAST_CHUNK)
+
+
+def test_free_memory_is_what_the_control_group_leaves_each_rank(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(layout, "CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert layout.free_memory(cpu) > 1 << 20
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert layout.free_memory(cpu) > 1 << 20
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert layout.free_memory(cpu) == 8000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert layout.free_memory(cpu) == 2000
+    (tmp_path / "memory.max").write_text("10\n")
+    assert layout.free_memory(cpu) == 0
+
+
 def test_a_backward_pass_is_cut_where_its_activations_take_half_of_the_memory(monkeypatch):
     model, most = build(), CPU_TOKENS_PER_BATCH
     monkeypatch.setattr(layout, "free_memory", lambda device: 2 * 8192 * KEPT)

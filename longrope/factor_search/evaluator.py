@@ -101,8 +101,7 @@ class PopulationEvaluator:
             Where `blocks` is out of range.
         """
         scored = scored_tokens(windows, self.last_tokens)
-        if not 1 <= blocks <= scored:
-            raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
+        counts = tokens_of_blocks(scored, blocks)
         device = self._score.device
         windows = windows.to(device)
         factors = [self.to_factors(candidate) for candidate in candidates]
@@ -126,8 +125,17 @@ class PopulationEvaluator:
                     inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
                 )
                 sums.append(self._score.sums(windows[window], scored, blocks))
-        counts = torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
+
+
+def tokens_of_blocks(scored: int, blocks: int) -> torch.Tensor:
+    """Return how many of the scored tokens are in each block, int64 `[blocks]`.
+
+    Raises `ValueError` where there are more blocks than tokens.
+    """
+    if not 1 <= blocks <= scored:
+        raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
+    return torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
 
 
 def fingerprint(model: nn.Module) -> str:

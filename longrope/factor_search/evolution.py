@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,12 @@ class EvolutionSettings:
     def __post_init__(self):
         for name in ("population", "mutations", "crossovers", "iterations", "parents"):
             least = 0 if name in ("mutations", "crossovers") else 1
-            _validation.integer(name, getattr(self, name), least)
-        if not 0 < self.mutation_probability <= 1:
-            raise ValueError(
-                f"mutation_probability: expected 0 < p <= 1, got {self.mutation_probability!r}"
-            )
+            # What is kept is Python's own number, which JSON can write.
+            object.__setattr__(self, name, _validation.integer(name, getattr(self, name), least))
+        probability = self.mutation_probability
+        if not isinstance(probability, numbers.Real) or not 0 < probability <= 1:
+            raise ValueError(f"mutation_probability: expected 0 < p <= 1, got {probability!r}")
+        object.__setattr__(self, "mutation_probability", float(probability))
 
     @property
     def most_evaluations(self) -> int:

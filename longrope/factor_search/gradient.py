@@ -62,8 +62,9 @@ class DescentSettings:
 
     def __post_init__(self):
         for name in ("steps", "windows_per_step", "checkpoints"):
-            _validation.integer(name, getattr(self, name), 1)
-        _validation.positive("learning_rate", self.learning_rate)
+            object.__setattr__(self, name, _validation.integer(name, getattr(self, name), 1))
+        rate = _validation.positive("learning_rate", self.learning_rate)
+        object.__setattr__(self, "learning_rate", rate)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step: a half cosine that ends near 0."""

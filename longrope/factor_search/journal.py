@@ -8,8 +8,10 @@ the uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,8 +79,8 @@ class Journal(Replay):
         JSON values of the first run that a resumed one need not share (`journal.notes` has them):
         how evaluations were batched, which a resumed run must take over because the bits of a
         value can depend on it, and versions.
-    resume
-        False: an existing journal is moved aside (`.previous`) and a new one begins.
+    explain
+        Words a difference for people.
     """
 
     def __init__(
@@ -86,19 +88,12 @@ class Journal(Replay):
         path: Path,
         header: dict[str, Any],
         notes: dict[str, Any] | None = None,
-        resume: bool = True,
+        explain: Callable[[str], str] = str,
     ):
         self.path = path = Path(path)
         # Through JSON, so that it compares equal to what was read back (tuples become lists).
         header = json.loads(json.dumps({"format": FORMAT, **header, "notes": notes or {}}))
-        if not resume and path.exists():
-            os.replace(path, path.with_name(path.name + ".previous"))
-        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        try:
-            _lock(self._file)
-        except OSError:
-            self._file.close()
-            raise JournalError(f"out: another search is writing to {self.path}") from None
+        self._file = _open_locked(path)
         try:
             lines = self._complete_lines()
             if lines:
@@ -107,8 +102,9 @@ class Journal(Replay):
                 difference = first_difference({**old, "notes": None}, {**header, "notes": None})
                 if difference:
                     raise JournalError(
-                        f"out: {self.path} is the journal of another search ({difference}); "
-                        "choose another folder, or resume=False to start again"
+                        f"out: {self.path} is the journal of another search "
+                        f"({explain(difference)}); choose another folder, or resume=False "
+                        "(--no-resume) to start again"
                     )
             else:
                 notes = header["notes"]
@@ -127,6 +123,11 @@ class Journal(Replay):
             self._file.truncate(sum(self._sizes[: 1 + self._read]))
         super().append(entries)
         self._write(entries)
+
+    @staticmethod
+    def locked(path: Path) -> contextlib.closing:
+        """Hold the lock of an existing journal inside a `with` block."""
+        return contextlib.closing(_open_locked(path))
 
     def close(self) -> None:
         """Close the file and release its lock."""
@@ -165,6 +166,24 @@ class Journal(Replay):
         return entry
 
 
+def is_begun(path: Path) -> bool:
+    """Say whether there is a journal whose header was written; one that was cut off is none.
+
+    Raises `JournalError` where the file is something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return False
+    begin = json.dumps({"format": FORMAT})[:-1].encode()
+    if not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
+        return False  # killed while the header was written
+    if not line.startswith(begin):
+        raise JournalError(f"out: {path} is not the journal of a search; choose another folder")
+    return True
+
+
 def first_difference(
     old: Any, new: Any, name: str = "", places: tuple[str, str] = ("there", "here")
 ) -> str | None:
@@ -184,6 +203,21 @@ def first_difference(
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
+    try:
+        _lock(file)
+    except BlockingIOError:
+        file.close()
+        raise JournalError(f"out: another search is writing to {path}") from None
+    except OSError as error:
+        file.close()
+        raise JournalError(
+            f"out: cannot lock {path} ({error.strerror}); choose a folder on another file system"
+        ) from None
+    return file
 
 
 def _lock(file: BinaryIO) -> None:

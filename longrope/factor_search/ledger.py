@@ -74,6 +74,7 @@ class Ledger:
         self.block_sums: dict[Candidate, np.ndarray] = {}
         #: Values of the next batches, which other ranks measured in the same round.
         self._ahead: list[list[dict]] = []
+        self._spent = 0  # of max_evaluations
         self._losses: dict[str, dict[Candidate, float]] = {role: {} for role in [*windows, "race"]}
 
     def losses(self, role: str) -> dict[Candidate, float]:
@@ -90,9 +91,11 @@ class Ledger:
         `measure` may be a `Race` instead. Raises `OutOfBudgetError` after the last candidate that
         is allowed where there are more.
         """
-        room = self.max_evaluations - len(self._losses["search"] | self._losses["race"])
-        losses = (measure or self.measure)(proposals[: max(room, 0)])
-        if room < len(proposals):
+        room = self.max_evaluations - self._spent
+        allowed = proposals[:room]
+        losses = (measure or self.measure)(allowed)
+        self._spent += len(allowed)
+        if len(allowed) < len(proposals):
             raise OutOfBudgetError
         return losses
 
@@ -235,14 +238,22 @@ class Ledger:
             earlier = [self.block_sums[candidate]] if stage.begin else []
             self.block_sums[candidate] = np.concatenate([*earlier, np.array(added)])
 
+    def finish(self) -> None:
+        """Raise `JournalError` where the journal goes on after what this search has asked for."""
+        if self.journal is not None and self.journal.pending:
+            raise self._too_many()
+
+    def _too_many(self) -> JournalError:
+        return JournalError(
+            f"out: {self.journal.path} holds more evaluations than this budget allows; "
+            "give at least the earlier run's, or choose another folder"
+        )
+
     def _replay(self, asked: list[dict]) -> list[dict] | None:
         """Take a whole batch from the journal; None: measure it (an incomplete one is redone)."""
         entries = [] if self.journal is None else self.journal.peek(len(asked))
         if entries and _precedes(entries[0], asked[0]):
-            raise JournalError(
-                f"out: {self.journal.path} holds more evaluations than this budget allows; "
-                "give at least the earlier run's, or choose another folder"
-            )
+            raise self._too_many()
         if asked[0]["role"] != "gradient":
             # A finished run that goes on with a larger budget validates again at its new end, and
             # has more candidates in the stage of a race that the budget had ended.

@@ -104,7 +104,7 @@ def evolution(task: Task) -> Candidate:
     """Algorithm 1; the validation windows choose among the best and the baselines."""
     task.evolve(task.problem.seeds())
     searched = task.ledger.losses("search")
-    ranked = sorted(searched, key=searched.__getitem__)
+    ranked = _ranked(searched)
     if task.judge == "search":
         return ranked[0]
     seeds = [c for c in task.problem.seeds().values() if c in searched]

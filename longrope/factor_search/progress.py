@@ -16,7 +16,7 @@ def progress_bar(
     total: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[Sequence[Evaluation], int], None]]:
-    """Show evaluations done, the best perplexity, tokens per second and the time left.
+    """Show evaluations done, the best perplexity, tokens per second, the time so far and left.
 
     Yields the function to call with new evaluations and the tokens that were measured for them: 0
     where they came from a journal. The speed is that of all such tokens since the begin.
@@ -47,10 +47,10 @@ def progress_bar(
     with Progress(
         BarColumn(bar_width=None),  # the rest of the line: what is left of 80 columns is little
         MofNCompleteColumn(),
-        TextColumn("best perplexity {task.fields[best]}"),
+        TextColumn("perplexity {task.fields[best]}"),
         TextColumn("{task.fields[speed]} tokens/s"),
         TimeElapsedColumn(),
-        TextColumn("so far,"),
+        TextColumn("+"),
         TimeRemainingColumn(),
         TextColumn("left"),
         speed_estimate_period=120,

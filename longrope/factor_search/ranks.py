@@ -123,7 +123,7 @@ class JobRanks(Ranks):
         self.journal_path = None
         self._group = None
         with self._watching():
-            self._group = dist.new_group(backend="gloo", timeout=_timeout())
+            self._group = dist.new_group(backend="gloo", timeout=timeout())
 
     def gather(self, value: T) -> list[T]:
         return self._exchange(value, None)
@@ -208,7 +208,8 @@ class JobRanks(Ranks):
             ) from error
 
 
-def _timeout() -> datetime.timedelta:
+def timeout() -> datetime.timedelta:
+    """Return how long a rank waits for the others; `ValueError` where the variable is no number."""
     given = os.environ.get(TIMEOUT, str(DEFAULT_TIMEOUT))
     try:
         return datetime.timedelta(seconds=_validation.positive(TIMEOUT, float(given)))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope import _validation
 from longrope.factor_search import ranks, run_directory
 from longrope.factor_search.differentiation import LossGradient
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
@@ -21,13 +22,20 @@ from longrope.factor_search.ledger import Ledger
 from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task
 from longrope.factor_search.objective import WindowsByRole, digest
 from longrope.factor_search.progress import progress_bar
-from longrope.factor_search.settings import Settings
+from longrope.factor_search.settings import Settings, explain
 from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.layout import GradientLayout, plan_batches, plan_gradient
+from longrope.layout import (
+    WHOLE_WINDOWS,
+    GradientLayout,
+    device_of,
+    plan_batches,
+    plan_gradient,
+)
 from longrope.patching import rope_settings
 
 
 @ranks.on_all_ranks
+@torch.inference_mode(False)  # windows that are made in it could not be differentiated
 def search(
     model: nn.Module,
     documents: Iterable[Any],
@@ -121,9 +129,10 @@ def search(
         Upper bound of lambda; None: `1.25 s` with `s = target_length / original_length`.
     seed
         Of the windows and of the search. Equal arguments give equal results to the bit on one
-        machine.
+        machine, in equal batches: these follow from the free memory, and a resumed search has
+        those of its journal.
     samples
-        Search windows (paper: 5).
+        Search windows (paper: 5), at most; fewer where the documents hold fewer.
     population, mutations, crossovers, mutation_probability, iterations, parents
         Sizes of Algorithm 1 (paper: 64, 16, 16, 0.3, 40, 32; hybrid: 16, 8, 8, 0.3, 5, 8).
         `iterations` counts the populations that are measured, the first included.
@@ -167,9 +176,10 @@ def search(
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
         `iterations` and `max_evaluations` may be larger than before; any other difference is
-        refused and named. False: set an existing journal aside and start again.
+        refused and named. False: set an existing search aside, in a folder `previous-1` and so on
+        of `out`, and start again.
     progress
-        Show a progress bar; or a function that is called with the new evaluations after every
+        True: show a progress bar; or a function that is called with the new evaluations after every
         batch, also with those that an earlier run's journal gave.
 
     Returns
@@ -187,6 +197,9 @@ def search(
         Where a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
+    if not callable(progress) and progress not in (True, False):
+        raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
+    resume = _validation.switch("resume", resume)
     settings = Settings.of(
         rope_settings(model),
         job.size,
@@ -223,6 +236,11 @@ def search(
         race=race,
         shard_sequence=shard_sequence,
     )
+    if settings.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected parameters that were made outside torch.inference_mode(), "
+            "got inference tensors, which take no part in gradients"
+        )
     problem = settings.problem
     randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(settings.seed).spawn(5)]
     drawn = WindowsByRole.draw(
@@ -240,13 +258,13 @@ def search(
     if shard_sequence:
         header["shard_sequence"] = job.size
     job.check_same({**header, **settings.limits})
-    notes = _notes(model, settings, job, activation_checkpointing)
+    notes = _notes(model, settings, job)
     with contextlib.ExitStack() as stack:
         journal = None
         if out is not None and job.first:
-            out = run_directory.prepare(out)
+            out = run_directory.prepare(out, resume)
             journal = stack.enter_context(
-                Journal(out / run_directory.JOURNAL, header, notes, resume)
+                Journal(out / run_directory.JOURNAL, header, notes, explain)
             )
             notes = journal.notes
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -281,27 +299,34 @@ def search(
             validation_perplexity=None if validated is None else math.exp(validated),
             history=tuple(ledger.history),
         )
+        ledger.finish()
         if out is not None and job.first:
             run_directory.write_results(out, factors, result.history, problem.baselines())
     return result
 
 
-def _notes(
-    model: nn.Module, settings: Settings, job: ranks.Ranks, activation_checkpointing: bool | None
-) -> dict[str, Any]:
-    """Return how this machine would run the search; a resumed one goes on as its journal says."""
+def _notes(model: nn.Module, settings: Settings, job: ranks.Ranks) -> dict[str, Any]:
+    """Return how the job would run the search; a resumed one goes on as its journal says."""
     length, sharded = settings.problem.target_length, settings.shard_sequence
     held = -(-length // job.size) if sharded else length
     layout = plan_batches(model, held, rows=settings.batch_size, cut=not sharded)
-    notes = {
-        "rows": layout.rows,
-        "chunk": layout.chunk,
-        "torch": torch.__version__,
-        "device": str(next(model.parameters()).device),
-    }
+    backward = WHOLE_WINDOWS
     if settings.has_steps:
-        notes["gradient"] = plan_gradient(model, length, activation_checkpointing)
-    return notes
+        backward = plan_gradient(model, length, settings.activation_checkpointing)
+    everywhere = job.gather((layout, backward))
+    # Where least memory is free decides.
+    rows, chunk = min((plan for plan, _ in everywhere), key=lambda p: (p.rows, p.chunk or math.inf))
+    backward = min(
+        (plan for _, plan in everywhere),
+        key=lambda p: (p.chunk or math.inf, not p.checkpointed_layers),
+    )
+    notes = {
+        "rows": rows,
+        "chunk": chunk,
+        "torch": torch.__version__,
+        "device": str(device_of(model)),
+    }
+    return notes | ({"gradient": backward} if settings.has_steps else {})
 
 
 def _evaluator(

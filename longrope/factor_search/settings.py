@@ -28,6 +28,7 @@ class Settings:
     problem: Problem
     sizes: EvolutionSettings
     descent: DescentSettings
+    activation_checkpointing: bool | None
     samples: int
     seed: int
     batch_size: int | None
@@ -92,12 +93,27 @@ class Settings:
         samples = PRESETS[preset].samples if samples is None else samples
         samples = _validation.integer("samples", samples, 1)
         seed = _validation.integer("seed", seed, 0)
-        for name, value in (("batch_size", batch_size), ("max_evaluations", max_evaluations)):
-            if value is not None:
-                _validation.integer(name, value, 1)
-        if last_tokens is not None:
-            _validation.integer("last_tokens", last_tokens, 1)
+        batch_size, max_evaluations, last_tokens = (
+            None if value is None else _validation.integer(name, value, 1)
+            for name, value in (
+                ("batch_size", batch_size), ("max_evaluations", max_evaluations),
+                ("last_tokens", last_tokens),
+            )
+        )  # fmt: skip
+        race = _validation.switch("race", race)
+        critical_dimension = _validation.switch("critical_dimension", problem["critical_dimension"])
+        shard_sequence = _validation.switch("shard_sequence", shard_sequence)
+        if activation_checkpointing is not None:
+            _validation.switch("activation_checkpointing", activation_checkpointing)
+        evolves = method != "gradient" and sizes.iterations > 1
+        if evolves and not sizes.mutations + sizes.crossovers:
+            raise ValueError("mutations, crossovers: expected at least 1 of either, got 0 and 0")
         checked = Problem.of(rope, preset=PRESETS[preset], **problem)
+        if last_tokens is not None and last_tokens >= checked.target_length:
+            raise ValueError(
+                f"last_tokens: expected less than the target length {checked.target_length}, "
+                f"got {last_tokens}"
+            )
         if shard_sequence:
             _check_sharding(ranks, method, checked)
         if objective == "needle":
@@ -109,8 +125,9 @@ class Settings:
                 )
             last_tokens = needles.ANSWER_TOKENS
         return cls(
-            method, objective, last_tokens, preset, checked, sizes, descent, samples, seed,
-            batch_size, max_evaluations, race, problem["critical_dimension"], shard_sequence,
+            method, objective, last_tokens, preset, checked, sizes, descent,
+            activation_checkpointing, samples, seed, batch_size, max_evaluations, race,
+            critical_dimension, shard_sequence,
         )  # fmt: skip
 
     @property
@@ -121,6 +138,8 @@ class Settings:
     @property
     def limits(self) -> dict[str, int | None]:
         """How far a search goes: what a resumed one may raise."""
+        if self.method == "gradient":
+            return {}
         return {"iterations": self.sizes.iterations, "max_evaluations": self.max_evaluations}
 
     def header(self) -> dict[str, Any]:
@@ -146,9 +165,30 @@ class Settings:
             "critical_dimension": self.critical_dimension or None,
             "problem": dataclasses.asdict(self.problem),
             **by_method[self.method],
+            "activation_checkpointing": self.activation_checkpointing,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
+
+
+#: What people call the parts of a header whose names there are ours.
+_MEANT = {
+    "data.search:": "search windows, of documents and samples:",
+    "data.screen:": "first search windows, of documents and samples:",
+    "data.validation:": "validation windows, of documents or validation:",
+    "data.documents:": "documents:",
+    "problem.space.start_tokens:": "start_tokens:",
+    "problem.space.upper:": "max_lambda, in hundredths:",
+    "problem.learn_attention:": "attention_factor, learned:",
+}
+
+
+def explain(difference: str) -> str:
+    """Return a difference between two headers in the words of `longrope.search`."""
+    for name, meant in _MEANT.items():
+        if difference.startswith(name):
+            return meant + difference.removeprefix(name)
+    return difference
 
 
 def _check_sharding(ranks: int, method: str, problem: Problem) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from longrope import ops
 from longrope.evaluation import evaluating
-from longrope.factor_search.evaluator import PopulationEvaluator
+from longrope.factor_search.evaluator import PopulationEvaluator, tokens_of_blocks
 from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.ranks import Ranks
 from longrope.factor_search.ring import RingAttention
@@ -17,6 +16,7 @@ from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import has_kernel_attention, kernel_attention
+from longrope.scoring import block_sums
 
 
 class ShardedEvaluator(PopulationEvaluator):
@@ -68,8 +68,7 @@ class ShardedEvaluator(PopulationEvaluator):
     ) -> tuple[Tensor, Tensor]:
         """As `PopulationEvaluator.block_sums`, of whole windows; `N >= 2 * ranks.size`."""
         scored = scored_tokens(windows, self.last_tokens)
-        if not 1 <= blocks <= scored:
-            raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
+        counts = tokens_of_blocks(scored, blocks)
         factors = [self.to_factors(candidate) for candidate in candidates]
         rows = [(f, window) for f in factors for window in windows]
         sums = []
@@ -78,7 +77,6 @@ class ShardedEvaluator(PopulationEvaluator):
                 sums.append(self._sums(rows[start : start + self.rows], scored, blocks))
         everywhere = self.ranks.gather(torch.cat(sums).cpu())
         total = sum(everywhere[1:], start=everywhere[0])
-        counts = torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
         return total.view(len(factors), len(windows), blocks), counts
 
     def _sums(
@@ -99,28 +97,16 @@ class ShardedEvaluator(PopulationEvaluator):
             rows_with_factors(self.model, inv_freq, starts, attention_factors),
             kernel_attention(self.model, ring),
         ):
-            nll = self._nll(ids[:, positions], positions, predicts, ids[:, predicted])
+            device = self._score.device
+            output = self._score.forward(
+                ids[:, positions].to(device),
+                position_ids=positions.to(device)[None],
+                use_cache=False,
+            )
+        if not predicts.any():
+            return torch.zeros(len(rows), blocks, dtype=torch.float64, device=device)
+        targets = ids[:, predicted].flatten().to(device)
+        nll = self._score.nll(output[:, predicts.to(device)], targets)
         block = (predicted - (length - scored)) * blocks // scored
-        sums = torch.zeros(len(rows), blocks, dtype=torch.float64, device=nll.device)
-        return sums.index_add_(1, block.to(nll.device), nll.double())
-
-    def _nll(self, ids: Tensor, positions: Tensor, predicts: Tensor, targets: Tensor) -> Tensor:
-        base, head, device = self._score.base, self._score.head, self._score.device
-        call = {
-            "input_ids": ids.to(device),
-            "position_ids": positions.to(device)[None],
-            "use_cache": False,
-        }
-        targets, rows = targets.to(device), predicts.to(device)
-        if base is None:
-            hidden = self.model(**call).logits[:, rows]
-        else:
-            hidden = base(**call).last_hidden_state[:, rows]
-        hidden = hidden.flatten(0, 1)
-        if not targets.numel():
-            return targets.float()  # none of this rank's tokens is scored
-        if base is None:
-            nll = nn.functional.cross_entropy(hidden.float(), targets.flatten(), reduction="none")
-        else:
-            nll = ops.linear_nll(hidden, head.weight, targets.flatten())
-        return nll.view_as(targets)
+        block = (blocks * torch.arange(len(rows))[:, None] + block).flatten().to(device)
+        return block_sums(nll, targets, block, len(rows) * blocks).view(len(rows), blocks)

@@ -92,12 +92,11 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         Journal(path, HEADER)
 
 
-def test_starting_again_sets_the_old_journal_aside(tmp_path):
+def test_a_difference_is_said_in_the_words_given(tmp_path):
     path = tmp_path / "journal.jsonl"
-    content = written(path)
-    with Journal(path, {"seed": 5}, resume=False) as journal:
-        assert journal.peek(1) == []
-    assert (tmp_path / "journal.jsonl.previous").read_bytes() == content
+    written(path)
+    with pytest.raises(JournalError, match=r"another search \(the seed: 0 there, 1 here\)"):
+        Journal(path, {**HEADER, "seed": 1}, explain=lambda difference: "the " + difference)
 
 
 def test_two_searches_cannot_write_one_journal(tmp_path):

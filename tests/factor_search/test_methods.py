@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.tiny_search import build_model
 
 import longrope
 from longrope.factor_search import differentiation, methods, run, run_directory
@@ -215,12 +216,12 @@ def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
         # Cut after `count` lines, and in the middle of the next one.
         for part in (0, 20):
             cut = b"".join(lines[:count]) + (lines[count][:part] if count < len(lines) else b"")
-            journal_of(tmp_path).write_bytes(cut)
-            result = search(
-                shared_model, documents, method, out=tmp_path, attention_factor="search"
-            )
+            again = tmp_path / f"{count} {part}"
+            again.mkdir()
+            journal_of(again).write_bytes(cut)
+            result = search(shared_model, documents, method, out=again, attention_factor="search")
             assert result == expected
-            assert journal_of(tmp_path).read_bytes() == content
+            assert journal_of(again).read_bytes() == content
 
 
 def test_a_finished_run_measures_nothing_again(
@@ -318,8 +319,9 @@ def test_a_killed_process_loses_nothing(method, shared_model, documents, uninter
     ("changes", "difference"),
     [
         ({"steps": 7}, "descent.steps: 6 there, 7 here"),
+        ({"activation_checkpointing": True}, "activation_checkpointing: null there, true here"),
         ({"learning_rate": 0.1}, "descent.learning_rate: 0.2 there, 0.1 here"),
-        ({"attention_factor": "yarn"}, "problem.learn_attention: true there, false here"),
+        ({"attention_factor": "yarn"}, "attention_factor, learned: true there, false here"),
         ({"method": "evolution"}, "method: "),
     ],
 )
@@ -344,17 +346,38 @@ def test_other_documents_are_refused_even_where_the_windows_are_the_same(
         search(shared_model, documents[:4], "gradient", out=tmp_path, validation=held_out)
 
 
-@pytest.mark.parametrize("budget", [1, 6])
-def test_the_budget_of_a_hybrid_search_ends_its_evolution_alone(shared_model, documents, budget):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_budget_of_a_hybrid_search_ends_its_evolution_alone(shared_model, documents, samples):
     """Also where there is one window, on which the ramps are compared too."""
-    for samples in (1, 3):
+    searched = []
+    for budget in (1, 4, 6):
         result = search(
             shared_model, documents, "hybrid", max_evaluations=budget, samples=samples, steps=2
         )
-        origins = [e.origin for e in of_role(result, "search")]
-        evolved = [o for o in origins if o in ("mutation", "crossover")]
-        assert len(evolved) < budget
-        assert len(of_role(result, "gradient")) == 2
+        steps = [n for n, e in enumerate(result.history) if e.role == "gradient"]
+        assert len(steps) == 2
+        searched.append(sum(e.role == "search" for e in result.history[: steps[0]]))
+    assert np.diff(searched).tolist() == [3, 2]
+
+
+def test_a_search_inside_inference_mode(shared_model, documents, method):
+    expected = search(shared_model, documents, method)
+    with torch.inference_mode():
+        given = [d + 0 for d in documents]
+        assert search(shared_model, given, method) == expected
+        made_here = build_model()
+        with pytest.raises(ValueError, match="model: expected parameters that were made outside"):
+            search(made_here, given, method)
+
+
+def test_numbers_of_numpy_are_numbers(shared_model, documents, tmp_path):
+    plain = {"steps": 3, "learning_rate": 0.25, "windows_per_step": 1, "batch_size": 2, "seed": 4}
+    numpy = {name: np.array(value, np.float32 if name == "learning_rate" else None)[()]
+             for name, value in plain.items()}  # fmt: skip
+    sizes = {"population": 5, "iterations": 2, "mutation_probability": 0.5, "max_evaluations": 8}
+    numpy |= {name: np.array(value)[()] for name, value in sizes.items()}
+    expected = search(shared_model, documents, "hybrid", **plain, **sizes)
+    assert search(shared_model, documents, "hybrid", **numpy, out=tmp_path) == expected
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -371,11 +394,22 @@ def test_the_budget_of_a_hybrid_search_ends_its_evolution_alone(shared_model, do
         ({"method": "evolution", "steps": 8}, "steps: expected None with method='evolution'"),
         ({"method": "evolution", "attention_factor": "search"}, "attention_factor: expected 'yarn"),
         ({"method": "hybrid", "iterations": 0}, "iterations: expected an integer of at least 1"),
+        ({"method": "hybrid", "mutations": 0, "crossovers": 0}, "mutations, crossovers: expected"),
+        ({"method": "hybrid", "mutation_probability": "0.3"}, "mutation_probability: expected 0"),
+        ({"method": "hybrid", "mutation_probability": 1.5}, "mutation_probability: expected 0"),
+        ({"method": "hybrid", "race": "no"}, "race: expected True or False, got 'no'"),
+        ({"method": "gradient", "activation_checkpointing": 1}, "activation_checkpointing: expect"),
+        ({"method": "gradient", "last_tokens": 32}, "last_tokens: expected less than the target"),
+        ({"method": "gradient", "progress": "x"}, "progress: expected True, False or a function"),
+        ({"method": "gradient", "resume": None}, "resume: expected True or False, got None"),
+        ({"method": "gradient", "out": 3}, "out: expected a path, got int"),
     ],
 )
 def test_bad_input_is_one_sentence(shared_model, documents, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        longrope.search(shared_model, documents, target_length=32, progress=False, **options)
+        longrope.search(
+            shared_model, documents, **{"target_length": 32, "progress": False} | options
+        )
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_step(

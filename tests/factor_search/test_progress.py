@@ -34,10 +34,19 @@ def test_counts_speed_and_the_best(capsys):
         ([evaluation(3, "validation", nll=0.5)], 5_000, 1),
     ]
     line = shown(capsys, batches)
-    assert "best perplexity 2.7183" in line
+    assert " perplexity 2.7183" in line
     assert "12.5k tokens/s" in line  # 50,000 in 4 seconds
     assert "4/4" in line  # the search was over before its most evaluations
-    assert re.search(r"\d:\d\d:\d\d so far, \d:\d\d:\d\d left", line)
+    assert re.search(r"\d:\d\d:\d\d \+ \d:\d\d:\d\d left", line)
+
+
+def test_a_line_of_80_columns_holds_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    batches = [([evaluation(n, nll=5.0) for n in range(1000)], 3_000_000, 20)] * 2
+    line = shown(capsys, batches, total=9000)
+    assert "perplexity 148.4132" in line and "150.0k tokens/s" in line
+    assert "\u2026" not in line
+    assert line.endswith("left")
 
 
 def test_what_comes_from_a_journal_is_no_speed(capsys):

@@ -134,10 +134,12 @@ def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     for count in range(0, len(lines) + 1, 1 if method == "evolution" else 7):
         for part in (0, 20) if count % 7 == 0 else (0,):  # also in the middle of a line
             cut = b"".join(lines[:count]) + (lines[count][:part] if count < len(lines) else b"")
-            journal_of(tmp_path).write_bytes(cut)
-            result = search(shared_model, documents, out=tmp_path, **changes)
+            again = tmp_path / f"{count} {part}"
+            again.mkdir()
+            journal_of(again).write_bytes(cut)
+            result = search(shared_model, documents, out=again, **changes)
             assert result == expected
-            assert journal_of(tmp_path).read_bytes() == content
+            assert journal_of(again).read_bytes() == content
 
 
 def test_a_finished_run_measures_nothing_again(

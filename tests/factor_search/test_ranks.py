@@ -137,11 +137,11 @@ def test_an_error_ends_all_ranks_with_one_sentence(ranks, name, sentence, size):
 
 def test_the_timeout_is_a_number_of_seconds(monkeypatch):
     monkeypatch.setenv("LONGROPE_RANK_TIMEOUT", "90.5")
-    assert ranks_module._timeout().total_seconds() == 90.5
+    assert ranks_module.timeout().total_seconds() == 90.5
     for wrong in ("soon", "0", "inf"):
         monkeypatch.setenv("LONGROPE_RANK_TIMEOUT", wrong)
         with pytest.raises(ValueError, match="LONGROPE_RANK_TIMEOUT: expected a number of seconds"):
-            ranks_module._timeout()
+            ranks_module.timeout()
 
 
 def test_one_process_alone_cannot_shard(shared_model, documents):
@@ -187,7 +187,7 @@ def test_the_command_joins_the_job_and_the_first_rank_speaks(ranks):
     assert (first["code"], second["code"]) == (0, 0), (first, second)
     assert "perplexity" in first["out"]
     assert f"factors in {ranks.folder('command', 2) / 'run' / 'factors.json'}" in first["out"]
-    assert "best perplexity" in first["err"]  # the progress bar
+    assert "perplexity" in first["err"]  # the progress bar
     assert second["out"] == second["err"] == ""
 
 

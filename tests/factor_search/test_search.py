@@ -167,7 +167,7 @@ def test_the_run_directory(uninterrupted):
 
 def test_progress_is_shown(shared_model, documents, capsys):
     search(shared_model, documents, progress=True)
-    assert "best perplexity" in capsys.readouterr().err
+    assert "perplexity" in capsys.readouterr().err
 
 
 # --- resuming ---------------------------------------------------------------------------------
@@ -184,11 +184,13 @@ def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
         # Cut after `count` lines, and in the middle of the next one.
         for part in (0, 20):
             cut = b"".join(lines[:count]) + (lines[count][:part] if count < len(lines) else b"")
-            journal_of(tmp_path).write_bytes(cut)
-            result = search(shared_model, documents, out=tmp_path)
+            again = tmp_path / f"{count} {part}"
+            again.mkdir()
+            journal_of(again).write_bytes(cut)
+            result = search(shared_model, documents, out=again)
             assert result.history == expected.history
             assert result.factors == expected.factors
-            assert journal_of(tmp_path).read_bytes() == content
+            assert journal_of(again).read_bytes() == content
 
 
 def test_a_finished_run_measures_nothing_again(
@@ -240,6 +242,17 @@ def test_a_finished_run_goes_on_with_more_iterations(shared_model, documents, tm
     assert journal_of(tmp_path / "short").read_bytes() == journal_of(tmp_path / "long").read_bytes()
     with pytest.raises(ValueError, match="holds more evaluations than this budget allows"):
         search(shared_model, documents, out=tmp_path / "short", iterations=2)
+
+
+def test_a_smaller_budget_is_refused_without_validation_windows_too(
+    shared_model, documents, tmp_path
+):
+    few = [d[:32] for d in documents[:2]]  # the search windows alone
+    search(shared_model, few, out=tmp_path, iterations=4)
+    before = (tmp_path / "history.csv").read_bytes()
+    with pytest.raises(ValueError, match="holds more evaluations than this budget allows"):
+        search(shared_model, few, out=tmp_path, iterations=2)
+    assert (tmp_path / "history.csv").read_bytes() == before
 
 
 def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, tmp_path):
@@ -294,7 +307,9 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
         ({"target_length": 34}, "target_length: 32 there, 34 here"),
         ({"attention_factor": 1.5}, "attention_factor: 1.069"),
         ({"start_tokens": 0}, "start_tokens: [0, 1, 2"),
-        ({"documents": "others"}, "data.search: "),
+        ({"max_lambda": 3.0}, "max_lambda, in hundredths: 250 there, 300 here"),
+        ({"samples": 1}, "search windows, of documents and samples: "),
+        ({"documents": "others"}, "search windows, of documents and samples: "),
     ],
 )
 def test_the_journal_of_another_search_is_refused(
@@ -323,7 +338,7 @@ def test_another_model_is_refused_and_starting_again_is_possible(
         search(model, documents, out=tmp_path)
     result = search(model, documents, out=tmp_path, resume=False)
     assert len(journal_of(tmp_path).read_text().splitlines()) == 1 + len(result.history)
-    assert journal_of(tmp_path).with_name("journal.jsonl.previous").read_bytes() == content
+    assert journal_of(tmp_path / "previous-1").read_bytes() == content
 
 
 # --- bad input --------------------------------------------------------------------------------
