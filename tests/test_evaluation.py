@@ -268,3 +268,37 @@ def test_nan_names_the_window(model):
             longrope.perplexity(model, documents_of(20), length=16, stride=8)
     finally:
         weight.copy_(kept)
+
+
+def test_a_wrapped_model_keeps_its_logits_out_of_memory(model):
+    """As PEFT wraps it: `base_model` is another wrapper, and the rest is delegated."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, **arguments):
+            return self.model(**arguments)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = Inner()
+            self.config = model.config
+
+        def get_base_model(self):
+            return model
+
+        def get_output_embeddings(self):
+            return model.get_output_embeddings()
+
+        def forward(self, **arguments):
+            return self.base_model(**arguments)
+
+    wrapped = Wrapper().eval()
+    with evaluating(wrapped):
+        assert NextTokenNLL(wrapped).head is model.lm_head
+    documents = documents_of(40)
+    expected = longrope.perplexity(model, documents, length=16, stride=8)
+    assert longrope.perplexity(wrapped, documents, length=16, stride=8) == expected

@@ -1,5 +1,6 @@
 """The journal: durable, repaired after a crash, refused when it is of another search."""
 
+import errno
 import json
 
 import pytest
@@ -116,3 +117,14 @@ def test_values_survive_to_the_bit(tmp_path):
             journal.append([{"nll": float("nan")}])
     with Journal(path, HEADER) as journal:
         assert [entry["nll"] for entry in journal.peek(9)] == values
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(JournalError, match=r"cannot lock .* \(Function not implemented\)"):
+        Journal(tmp_path / "journal.jsonl", HEADER)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from support.tiny_search import SMALL
 import longrope
 from longrope import layout
 from longrope.factor_search import run, run_directory
-from longrope.layout import Layout
+from longrope.layout import GradientLayout, Layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -213,6 +214,31 @@ def test_batches_are_those_of_the_first_run(shared_model, documents, tmp_path, m
     monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, None))
     assert search(shared_model, documents, out=tmp_path).history == expected.history
     assert journal_of(tmp_path).read_bytes() == content
+
+
+def test_the_rank_with_least_memory_decides_the_batches(shared_model, monkeypatch):
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(4, None))
+    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(checkpointed_layers=True))
+    others = [
+        (Layout(2, None), GradientLayout()),
+        (Layout(2, 512), GradientLayout(chunk=512)),
+        (Layout(2, 1024), GradientLayout(chunk=1024)),
+    ]
+
+    class Job:
+        size = 4
+
+        def gather(self, value):
+            return [value, *others]
+
+    asked = types.SimpleNamespace(
+        problem=types.SimpleNamespace(target_length=4096), shard_sequence=False, batch_size=None,
+        has_steps=True, activation_checkpointing=None,
+    )  # fmt: skip
+    notes = run._notes(shared_model, asked, Job())
+    assert (notes["rows"], notes["chunk"], notes["gradient"]) == (2, 512, (False, 512))
+    others[1:] = []
+    assert run._notes(shared_model, asked, Job())["gradient"] == (True, None)
 
 
 def test_a_journal_from_before_chunks_resumes_with_whole_windows(
