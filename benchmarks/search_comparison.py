@@ -292,10 +292,11 @@ def as_cells(by_seed: dict, published: dict, algorithm_1: dict) -> list[str]:
     own = by_seed is published or by_seed is algorithm_1
     searched = any(numbers("forward_equivalents"))
     whole = times_less(costs) if searched and by_seed is not published else ""
-    to_end = times_less([f"{c}_to_end_of_algorithm_1" for c in costs]) if not own else ""
     reached = sum(row["seconds_to_end_of_algorithm_1"] != "" for row in by_seed.values())
-    if searched and to_end and reached < len(by_seed):
-        to_end += f" (in {reached} of {len(by_seed)})"
+    to_end = ""
+    if searched and reached and not own:
+        to_end = times_less([f"{c}_to_end_of_algorithm_1" for c in costs])
+        to_end += f" (in {reached} of {len(by_seed)})" * (reached < len(by_seed))
     tested = {seed: float(row["test_perplexity"]) for seed, row in by_seed.items()}
     shared = [seed for seed in tested if seed in algorithm_1]
     better = sum(tested[s] < float(algorithm_1[s]["test_perplexity"]) for s in shared)
@@ -303,7 +304,7 @@ def as_cells(by_seed: dict, published: dict, algorithm_1: dict) -> list[str]:
     return [
         *(f"{statistics.median(numbers(column)):.0f}" for column in costs),
         whole,
-        to_end if searched else "",
+        to_end,
         f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})",
         "" if own or not shared else f"{better} of {len(shared)}",
     ]
