@@ -96,7 +96,7 @@ def print_peak(work, length, chunk):
         base = problem.factors(candidate).base_inv_freq()
         LossGradient(model, base, layout)(point, candidate.start_tokens, window)
 
-    measure(512)  # what libraries allocate once
+    measure(257)  # what libraries allocate once; two chunks of the smallest size
     before = peak()
     measure(int(length))
     print(peak() - before)
