@@ -149,6 +149,18 @@ def search(
     population: Annotated[
         int | None, _option(EVOLUTION, "Candidates of the first one (paper: 64, hybrid: 16).")
     ] = None,
+    mutations: Annotated[
+        int | None, _option(EVOLUTION, "New ones of each later one (paper: 16, hybrid: 8).")
+    ] = None,
+    crossovers: Annotated[
+        int | None, _option(EVOLUTION, "Likewise (paper: 16, hybrid: 8).")
+    ] = None,
+    mutation_probability: Annotated[
+        float | None, _option(EVOLUTION, "For each dimension of a mutation (0.3).")
+    ] = None,
+    parents: Annotated[
+        int | None, _option(EVOLUTION, "Candidates that survive (paper: 32, hybrid: 8).")
+    ] = None,
     max_evaluations: Annotated[
         int | None, _option(EVOLUTION, "Stop after so many candidates.")
     ] = None,
@@ -205,6 +217,10 @@ def search(
         critical_dimension=critical_dimension,
         iterations=iterations,
         population=population,
+        mutations=mutations,
+        crossovers=crossovers,
+        mutation_probability=mutation_probability,
+        parents=parents,
         max_evaluations=max_evaluations,
         race=race,
         steps=steps,
