@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import backends
+from support.threads import threads
 
 from longrope import _C
 
@@ -34,7 +35,5 @@ def seeded():
 @pytest.fixture
 def one_thread():
     """Run tiny models on one thread: two that wait for each other on a busy machine take 100x."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield

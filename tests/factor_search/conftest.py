@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from support import jobs, tiny_models
+from support.threads import threads
 from support.tiny_search import build_documents, build_model
 
 
@@ -29,15 +29,13 @@ def documents():
 def alone(tmp_path_factory, shared_model, documents):
     """What one process finds where the jobs of `support.jobs` search: the folder, and by name."""
     folder = tmp_path_factory.mktemp("alone")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = {
-        "evolution": jobs.search(**jobs.SMALL, out=folder / "evolution"),
-        "gradient": jobs.search(**jobs.DESCENT, out=folder / "gradient"),
-        "one window": jobs.search(**jobs.DESCENT | {"windows_per_step": 1}),
-        "race": jobs.search(**jobs.RACED, out=folder / "race"),
-    }
-    torch.set_num_threads(threads)
+    with threads(1):
+        found = {
+            "evolution": jobs.search(**jobs.SMALL, out=folder / "evolution"),
+            "gradient": jobs.search(**jobs.DESCENT, out=folder / "gradient"),
+            "one window": jobs.search(**jobs.DESCENT | {"windows_per_step": 1}),
+            "race": jobs.search(**jobs.RACED, out=folder / "race"),
+        }
     return folder, found
 
 

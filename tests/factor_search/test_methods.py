@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.threads import threads
 from support.tiny_search import build_model
 
 import longrope
@@ -51,10 +52,8 @@ def method(request):
 def uninterrupted(method, shared_model, documents, tmp_path_factory):
     """A finished run: its folder and its result."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = search(shared_model, documents, method, out=out, attention_factor="search")
-    torch.set_num_threads(before)
+    with threads(1):
+        result = search(shared_model, documents, method, out=out, attention_factor="search")
     return out, result
 
 

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 
 import pytest
-import torch
+from support.threads import threads
 
 import longrope
 from longrope.factor_search import racing, run, run_directory
@@ -52,10 +52,8 @@ def lenient():
 def uninterrupted(shared_model, documents, tmp_path_factory):
     """A finished run: its folder and its result."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = search(shared_model, documents, out=out)
-    torch.set_num_threads(before)
+    with threads(1):
+        result = search(shared_model, documents, out=out)
     return out, result
 
 

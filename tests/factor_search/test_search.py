@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.threads import threads
 from support.tiny_search import SMALL
 
 import longrope
@@ -36,10 +37,8 @@ def journal_of(out):
 def uninterrupted(shared_model, documents, tmp_path_factory):
     """A finished run: its folder and its result."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = search(shared_model, documents, out=out)
-    torch.set_num_threads(before)
+    with threads(1):
+        result = search(shared_model, documents, out=out)
     return out, result
 
 

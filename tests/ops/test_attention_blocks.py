@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.criterion import assert_as_accurate
+from support.threads import threads
 
 from longrope import ops
 
@@ -93,13 +94,9 @@ def test_what_no_query_sees_may_be_nan(isa, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_changes_nothing(dtype):
     tensors = inputs((4, 2, 200, 2300), 64, dtype)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
             results.append(ops.attention(*tensors, return_lse=True))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.criterion import assert_as_accurate, assert_nonzero_gradient
+from support.threads import threads
 
 from longrope import RescaleFactors, ops
 from longrope.ops.reference.rope import phase_turns
@@ -192,12 +193,10 @@ def test_gradient_is_the_same_for_any_number_of_threads():
     """The sums over tokens are added in one order."""
     q, inv_freq = torch.randn(1, 2, 3000, 16), frequencies(8).requires_grad_()
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        out = ops.rope(q, q, torch.arange(3000), inv_freq)[0]
-        results.append(torch.autograd.grad(out.square().mul(q).sum(), inv_freq)[0])
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            out = ops.rope(q, q, torch.arange(3000), inv_freq)[0]
+            results.append(torch.autograd.grad(out.square().mul(q).sum(), inv_freq)[0])
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
