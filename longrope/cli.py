@@ -318,20 +318,12 @@ def _facts(what: str | None) -> dict[str, Any]:
         facts = {"longrope": longrope.__version__, **longrope._C.build_info()}
         return {**facts, "transformers": transformers.__version__}
     if Path(what).is_file():
-        factors = longrope.RescaleFactors.load(what)
-        return {
-            "original length": factors.original_length,
-            "target length": factors.target_length,
-            "start tokens": factors.start_tokens,
-            "attention factor": f"{factors.attention_factor:.6g}",
-            "rope theta": factors.rope_theta,
-            "rotary dim": factors.rotary_dim,
-            "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
-        }
-    from longrope.factor_search.run_directory import JOURNAL, summary
+        return _facts_of_factors(what)
+    from longrope.factor_search.run_directory import FACTORS, JOURNAL, summary
 
     if (Path(what) / JOURNAL).is_file():
-        return summary(Path(what))
+        found = Path(what) / FACTORS
+        return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
     from transformers import AutoConfig
 
     from longrope.patching import rope_settings
@@ -341,6 +333,21 @@ def _facts(what: str | None) -> dict[str, Any]:
             f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
         )
     return rope_settings(AutoConfig.from_pretrained(what))._asdict()
+
+
+def _facts_of_factors(path: str | Path) -> dict[str, Any]:
+    import longrope
+
+    factors = longrope.RescaleFactors.load(path)
+    return {
+        "original length": factors.original_length,
+        "target length": factors.target_length,
+        "start tokens": factors.start_tokens,
+        "attention factor": f"{factors.attention_factor:.6g}",
+        "rope theta": factors.rope_theta,
+        "rotary dim": factors.rotary_dim,
+        "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+    }
 
 
 def main() -> None:

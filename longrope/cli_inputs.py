@@ -37,21 +37,15 @@ def choose_device(name: str | None) -> str:
 
 def load_documents(name: str, path: Path, tokenizer: Any, length: int) -> list[Any]:
     """Load the documents of at least `length` tokens; errors name the argument of the command."""
-    import longrope
+    from longrope.documents import load_data, long_enough
 
     try:
-        documents = longrope.load_data(path, tokenizer=tokenizer)
+        documents = load_data(path, tokenizer=tokenizer)
     except (ValueError, OSError, ImportError) as error:
         if str(error).startswith("path: "):
             raise type(error)(f"{name}: {str(error).removeprefix('path: ')}") from None
         raise
-    kept = [document for document in documents if len(document) >= length]
-    if not kept:
-        longest = max(map(len, documents))
-        raise ValueError(
-            f"{name}: {str(path)!r} holds no document of at least {length} tokens "
-            f"({len(documents)} documents, the longest {longest} tokens)"
-        )
+    kept = long_enough(documents, length, f"{name}: {str(path)!r}")
     if len(kept) < len(documents) and rank() == 0:
         print(
             f"{len(documents) - len(kept)} of {len(documents)} documents in {path} are shorter "

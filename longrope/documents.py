@@ -63,11 +63,16 @@ def load_data(
     else:
         texts = _read(path, text_field)
     documents = [_tokens(text, encode) for text in texts]
-    kept = [d for d in documents if len(d) >= max(min_length, 1)]
+    return long_enough(documents, max(min_length, 1), f"path: {str(path)!r}")
+
+
+def long_enough(documents: Sequence[np.ndarray], least: int, where: str) -> list[np.ndarray]:
+    """Return the documents of at least `least` tokens; `ValueError` where there is none."""
+    kept = [document for document in documents if len(document) >= least]
     if not kept:
         longest = max(map(len, documents), default=0)
         raise ValueError(
-            f"path: {str(path)!r} holds no document of at least {max(min_length, 1)} tokens "
+            f"{where} holds no document of at least {least} tokens "
             f"({len(documents)} documents, the longest {longest} tokens)"
         )
     return kept

@@ -105,7 +105,6 @@ def summary(out: Path) -> dict[str, Any]:
     header, *entries = (json.loads(line) for line in lines)
     problem = header["problem"]
     steps = sum(entry["role"] == "gradient" for entry in entries)
-    finished = (out / FACTORS).exists()
     facts = {
         "search": header["method"],
         "objective": header["objective"],
@@ -113,7 +112,9 @@ def summary(out: Path) -> dict[str, Any]:
         "target length": problem["target_length"],
         "seed": header["seed"],
         "measured": f"{len(entries) - steps} candidates on windows, {steps} steps",
-        "state": "finished" if finished else "not finished; the same command resumes",
+        "state": "finished"
+        if (out / FACTORS).exists()
+        else "not finished; the same command resumes",
     }
     for role, name in (("search", "search windows"), ("validation", "held-out windows")):
         found = [e for e in entries if e["role"] == role and e["nll"] is not None]
@@ -122,11 +123,6 @@ def summary(out: Path) -> dict[str, Any]:
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
             beside = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
             facts[f"best on the {name}"] = f"perplexity {math.exp(best['nll']):.4f}{beside}"
-    if finished:
-        factors = RescaleFactors.load(out / FACTORS)
-        facts["start tokens"] = factors.start_tokens
-        facts["attention factor"] = f"{factors.attention_factor:.6g}"
-        facts["lambdas"] = " ".join(f"{v:g}" for v in factors.lambdas)
     return facts
 
 

@@ -24,7 +24,6 @@ class Settings:
     method: str
     objective: str
     last_tokens: int | None
-    preset: str
     problem: Problem
     sizes: EvolutionSettings
     descent: DescentSettings
@@ -71,6 +70,7 @@ class Settings:
             if value not in choices:
                 listed = ", ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+        race = _validation.switch("race", race)
         if problem["attention_factor"] is None:
             learned = "yarn" if method == "evolution" else "search"
             problem = {**problem, "attention_factor": learned}
@@ -100,11 +100,12 @@ class Settings:
                 ("last_tokens", last_tokens),
             )
         )  # fmt: skip
-        race = _validation.switch("race", race)
         critical_dimension = _validation.switch("critical_dimension", problem["critical_dimension"])
         shard_sequence = _validation.switch("shard_sequence", shard_sequence)
         if activation_checkpointing is not None:
-            _validation.switch("activation_checkpointing", activation_checkpointing)
+            activation_checkpointing = _validation.switch(
+                "activation_checkpointing", activation_checkpointing
+            )
         evolves = method != "gradient" and sizes.iterations > 1
         if evolves and not sizes.mutations + sizes.crossovers:
             raise ValueError("mutations, crossovers: expected at least 1 of either, got 0 and 0")
@@ -125,7 +126,7 @@ class Settings:
                 )
             last_tokens = needles.ANSWER_TOKENS
         return cls(
-            method, objective, last_tokens, preset, checked, sizes, descent,
+            method, objective, last_tokens, checked, sizes, descent,
             activation_checkpointing, samples, seed, batch_size, max_evaluations, race,
             critical_dimension, shard_sequence,
         )  # fmt: skip

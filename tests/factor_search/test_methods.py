@@ -375,6 +375,8 @@ def test_numbers_of_numpy_are_numbers(shared_model, documents, tmp_path):
              for name, value in plain.items()}  # fmt: skip
     sizes = {"population": 5, "iterations": 2, "mutation_probability": 0.5, "max_evaluations": 8}
     numpy |= {name: np.array(value)[()] for name, value in sizes.items()}
+    numpy["activation_checkpointing"] = np.bool_(False)
+    plain["activation_checkpointing"] = False
     expected = search(shared_model, documents, "hybrid", **plain, **sizes)
     assert search(shared_model, documents, "hybrid", **numpy, out=tmp_path) == expected
 
