@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from longrope._native import _C
 from longrope.demo import run as demo
-from longrope.factor_search.differentiation import LossGradient
+from longrope.evaluation.memory import GradientLayout, cache_bytes, plan_batches, plan_gradient
+from longrope.factor_search.descent import Point
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.factor_search.gradient import Point
-from longrope.layout import GradientLayout, cache_bytes, plan_batches, plan_gradient
+from longrope.factor_search.gradient import LossGradient
 
 #: What the peak memory is measured of.
 EVALUATION, STEP, CHECKPOINTED = "evaluation", "step", "step, checkpointed layers"

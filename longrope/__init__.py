@@ -6,8 +6,13 @@ __version__ = "0.1.0"  # the one place: pyproject.toml and the extension read it
 
 import importlib
 
-from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
-from longrope.published import published, published_names
+from longrope.factors import (
+    RescaleFactors,
+    published,
+    published_names,
+    su_attention_factor,
+    yarn_attention_factor,
+)
 
 #: Public names whose modules are imported on first use, so that `import longrope.ops` starts
 #: without transformers.
@@ -16,7 +21,7 @@ _LAZY = {
     "SearchResult": "longrope.factor_search",
     "apply": "longrope.patching",
     "load_data": "longrope.documents",
-    "perplexity": "longrope.evaluation",
+    "perplexity": "longrope.evaluation.perplexity",
     "remove": "longrope.patching",
     "search": "longrope.factor_search",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
+from typing import Any
 
 import numpy as np
 
@@ -59,3 +61,24 @@ def longer(original_length: int, target_length: int) -> None:
         raise ValueError(
             f"target_length: expected at least original_length ({original}), got {target_length}"
         )
+
+
+def first_difference(
+    old: Any, new: Any, name: str = "", places: tuple[str, str] = ("there", "here")
+) -> str | None:
+    """Name the first place where two JSON values differ, `"seed: 1 there, 2 here"`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            below = f"{name}.{key}" if name else str(key)
+            found = first_difference(old.get(key), new.get(key), below, places)
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{name}: {_short(old)} {places[0]}, {_short(new)} {places[1]}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

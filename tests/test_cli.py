@@ -14,10 +14,12 @@ from support import tiny_models
 from typer.testing import CliRunner
 
 import longrope
-from longrope import cli, layout
-from longrope.cli import app
-from longrope.factor_search.differentiation import LossGradient
-from longrope.torchrun import TerminatedError
+from longrope.cli import inputs
+from longrope.cli import search as search_command
+from longrope.cli.main import app
+from longrope.errors import TerminatedError
+from longrope.evaluation import memory
+from longrope.factor_search.gradient import LossGradient
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_info_shows_the_build_a_model_and_factors(model_folder, tmp_path):
 
 
 def test_perplexity_equals_the_library_with_and_without_factors(model_folder, text, tmp_path):
-    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    model, _ = inputs.load_model(str(model_folder), "cpu")
     documents = longrope.load_data(text)
     options = ("--length", 128, "--stride", 64, "--device", "cpu")
     expected = longrope.perplexity(model, documents, length=128, stride=64)
@@ -87,7 +89,7 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
 def test_search_writes_factors_that_the_library_finds_too(
     model_folder, text, tmp_path, options, monkeypatch
 ):
-    monkeypatch.setattr(layout, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(memory, "LEAST_CHUNK", 16)
     options = {"target_length": 64, "samples": 1, "seed": 3, **options}
     flags = []
     for name, value in options.items():
@@ -97,7 +99,7 @@ def test_search_writes_factors_that_the_library_finds_too(
     if options.get("activation_checkpointing"):
         assert header["notes"]["gradient"] == [False, 16]
     assert bool(header["race"]) is bool(header["critical_dimension"]) is ("race" in options)
-    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    model, _ = inputs.load_model(str(model_folder), "cpu")
     expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors
 
@@ -158,7 +160,7 @@ def test_an_interrupted_command_says_whether_it_resumes(
     assert f"longrope: {said}" in done.stderr
     assert done.stderr.strip().endswith("; the same command resumes")
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "load_model", interrupt)
+        patched.setattr(search_command, "load_model", interrupt)
         arguments[4] = str(tmp_path / "b")
         done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130
@@ -167,7 +169,7 @@ def test_an_interrupted_command_says_whether_it_resumes(
 
 def test_search_has_the_options_of_the_library():
     there = set(inspect.signature(longrope.search).parameters) - {"documents", "progress"}
-    here = set(inspect.signature(cli.search).parameters) - {"data", "device"}
+    here = set(inspect.signature(search_command.search).parameters) - {"data", "device"}
     assert here == there
 
 

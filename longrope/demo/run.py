@@ -39,7 +39,7 @@ def load_packaged_model() -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from longrope.layout import native_dtype
+    from longrope.evaluation.memory import native_dtype
 
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=native_dtype()).eval()

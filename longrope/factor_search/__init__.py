@@ -1,15 +1,15 @@
 """The search for rescale factors.
 
 `space` holds the search space and its moves, `critical` that of LongRoPE2; `evolution` Algorithm 1
-on any loss and `racing` what saves measurements there, `gradient` the descent and `ramps` where it
-can start; `objective` the windows that are measured, `evaluator` and `differentiation` the
-measuring, `ledger`, `journal` and `history` what was measured; `methods` puts the parts together in
-three ways, and `run` is `longrope.search`. `ranks` lets the processes of a job share the
-measurements, `ring` and `sharded` let them share one sequence.
+on any loss and `racing` what saves measurements there, `descent` the descent and `ramps` where it
+can start; `windows` what is measured on, `evaluator` and `gradient` the measuring, `ledger` and
+`history` what was measured; `methods` puts the parts together in three ways, `folder` is the run
+directory, and `run` is `longrope.search`. `sharded` measures windows that the ranks of a job
+share.
 """
 
+from longrope.errors import LostRankError
 from longrope.factor_search.history import Evaluation, SearchResult
-from longrope.factor_search.ranks import LostRankError
 from longrope.factor_search.run import search
 
 __all__ = ["Evaluation", "LostRankError", "SearchResult", "search"]

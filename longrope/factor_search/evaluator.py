@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from longrope.evaluation import evaluating
-from longrope.factor_search.objective import scored_tokens
+from longrope.evaluation.modes import evaluating
+from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.space import Candidate
+from longrope.factor_search.windows import scored_tokens
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
-from longrope.scoring import NextTokenNLL
 
 #: Elements of each tensor that the fingerprint reads, evenly spread.
 _FINGERPRINT_SAMPLES = 4096

@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from longrope.factor_search.differentiation import LossGradient
+from longrope.distributed.ranks import Ranks
+from longrope.errors import JournalError
+from longrope.factor_search.descent import Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
-from longrope.factor_search.gradient import Point
+from longrope.factor_search.gradient import LossGradient
 from longrope.factor_search.history import BASELINES, Evaluation
-from longrope.factor_search.journal import JournalError, Replay
-from longrope.factor_search.objective import scored_tokens
 from longrope.factor_search.racing import BLOCKS, Stage
-from longrope.factor_search.ranks import Ranks
 from longrope.factor_search.space import Candidate
+from longrope.factor_search.windows import scored_tokens
+from longrope.runs.journal import Replay
 
 #: What a journal's entry holds beyond what was asked for.
 _MEASURED = ("nll", "gradient", "block_sums")

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evolution import EvolutionSettings, Proposal, evolve
-from longrope.factor_search.gradient import Descent, DescentSettings, Point
 from longrope.factor_search.ledger import Ledger, OutOfBudgetError
-from longrope.factor_search.objective import RandomWindows
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.racing import Race
 from longrope.factor_search.ramps import ramps
 from longrope.factor_search.space import STEPS, Candidate
+from longrope.factor_search.windows import RandomWindows
 
 #: How many of the best candidates the validation windows choose from, the baselines aside.
 FINALISTS = 8

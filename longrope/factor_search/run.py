@@ -13,25 +13,26 @@ import torch
 from torch import nn
 
 from longrope import _validation
-from longrope.factor_search import ranks, run_directory
-from longrope.factor_search.differentiation import LossGradient
-from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
-from longrope.factor_search.history import Evaluation, SearchResult
-from longrope.factor_search.journal import Journal, Replay
-from longrope.factor_search.ledger import Ledger
-from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task
-from longrope.factor_search.objective import WindowsByRole, digest
-from longrope.factor_search.progress import progress_bar
-from longrope.factor_search.settings import Settings, explain
-from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.layout import (
+from longrope.distributed import ranks
+from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     GradientLayout,
     device_of,
     plan_batches,
     plan_gradient,
 )
+from longrope.factor_search import folder
+from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
+from longrope.factor_search.gradient import LossGradient
+from longrope.factor_search.history import Evaluation, SearchResult
+from longrope.factor_search.ledger import Ledger
+from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task
+from longrope.factor_search.progress import progress_bar
+from longrope.factor_search.settings import Settings, explain
+from longrope.factor_search.sharded import ShardedEvaluator
+from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.patching import rope_settings
+from longrope.runs.journal import Journal, Replay
 
 
 @ranks.on_all_ranks
@@ -262,14 +263,12 @@ def search(
     with contextlib.ExitStack() as stack:
         journal = None
         if out is not None and job.first:
-            out = run_directory.prepare(out, resume)
-            journal = stack.enter_context(
-                Journal(out / run_directory.JOURNAL, header, notes, explain)
-            )
+            out = folder.prepare(out, resume)
+            journal = stack.enter_context(Journal(out / folder.JOURNAL, header, notes, explain))
             notes = journal.notes
             name = getattr(getattr(model, "config", None), "_name_or_path", "")
             about = {"model_name": name, "preset": preset, **settings.limits, "notes": notes}
-            run_directory.write_config(out, {**header, **about})
+            folder.write_config(out, {**header, **about})
         notes, journal = _everywhere(job, notes, journal)
         ledger = Ledger(
             _evaluator(model, settings, notes, job),
@@ -301,7 +300,7 @@ def search(
         )
         ledger.finish()
         if out is not None and job.first:
-            run_directory.write_results(out, factors, result.history, problem.baselines())
+            folder.write_results(out, factors, result.history, problem.baselines())
     return result
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from longrope import _validation
-from longrope.factor_search import needles, racing
+from longrope.evaluation import needles
+from longrope.factor_search import racing
+from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
-from longrope.factor_search.gradient import DescentSettings
 from longrope.factor_search.methods import HYBRID_SIZES, METHODS
 from longrope.factor_search.problem import PRESETS, Problem
 from longrope.patching import RopeSettings

@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from longrope.evaluation import evaluating
+from longrope.distributed.ranks import Ranks
+from longrope.distributed.ring import RingAttention
+from longrope.evaluation.modes import evaluating
+from longrope.evaluation.nll import block_sums
 from longrope.factor_search.evaluator import PopulationEvaluator, tokens_of_blocks
-from longrope.factor_search.objective import scored_tokens
-from longrope.factor_search.ranks import Ranks
-from longrope.factor_search.ring import RingAttention
 from longrope.factor_search.space import Candidate
+from longrope.factor_search.windows import scored_tokens
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import has_kernel_attention, kernel_attention
-from longrope.scoring import block_sums
 
 
 class ShardedEvaluator(PopulationEvaluator):

@@ -1,6 +1,6 @@
 """Rescale factors inside Hugging Face models: `apply`, `remove`, and factors by row."""
 
-from longrope.patching.models import (
+from longrope.patching.apply import (
     SUPPORTED_MODEL_TYPES,
     apply,
     remove,

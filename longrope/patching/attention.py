@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
-from longrope.patching.models import decoder
+from longrope.patching.apply import decoder
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
 from longrope.patching.tiers import arguments_of

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from longrope.patching.models import decoder
+from longrope.patching.apply import decoder
 
 #: Classes whose forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")

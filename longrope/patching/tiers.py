@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longrope import ops
 from longrope.factors import RescaleFactors
-from longrope.patching.rotary import RescaledRotaryEmbedding
+from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 
 #: The order of the arguments of a decoder's forward, where they come by position.

@@ -12,8 +12,8 @@ from support import tiny_models, tiny_search
 import longrope
 from longrope import ops
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
-from longrope.factor_search.objective import digest, draw_windows
 from longrope.factor_search.problem import PRESETS, Problem
+from longrope.factor_search.windows import digest, draw_windows
 from longrope.patching import rope_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,9 @@ from support.threads import threads
 from support.tiny_search import build_model
 
 import longrope
-from longrope.factor_search import differentiation, methods, run, run_directory
-from longrope.factor_search.differentiation import LossGradient
-from longrope.layout import WHOLE_WINDOWS, GradientLayout
+from longrope.evaluation.memory import WHOLE_WINDOWS, GradientLayout
+from longrope.factor_search import folder, gradient, methods, run
+from longrope.factor_search.gradient import LossGradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -108,13 +108,13 @@ def test_the_descent_improves_on_its_start(shared_model, documents):
 
 def test_a_descent_goes_back_to_its_best_point(shared_model, documents, monkeypatch):
     """With gradients that lead uphill every segment begins at the start again, more slowly."""
-    step = differentiation.LossGradient.__call__
+    step = gradient.LossGradient.__call__
 
     def uphill(self, point, start_tokens, windows):
         nll, gradient = step(self, point, start_tokens, windows)
         return nll, -gradient
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    monkeypatch.setattr(gradient.LossGradient, "__call__", uphill)
     one = [documents[0][:32]]
     result = search(shared_model, one, "gradient", steps=10, start_tokens=0, learning_rate=0.3)
     steps = of_role(result, "gradient")
@@ -140,7 +140,7 @@ def test_every_step_and_evaluation_is_in_the_history_and_in_the_journal(uninterr
 
 def test_steps_never_see_a_validation_window(shared_model, documents, monkeypatch):
     seen = {"gradient": set(), "validation": set()}
-    step, measure = differentiation.LossGradient.__call__, run.PopulationEvaluator.__call__
+    step, measure = gradient.LossGradient.__call__, run.PopulationEvaluator.__call__
 
     def stepping(self, point, start_tokens, windows):
         seen["gradient"] |= set(windows.flatten().tolist())
@@ -151,7 +151,7 @@ def test_steps_never_see_a_validation_window(shared_model, documents, monkeypatc
             seen["validation"] |= set(windows.flatten().tolist())
         return measure(self, candidates, windows)
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", stepping)
+    monkeypatch.setattr(gradient.LossGradient, "__call__", stepping)
     monkeypatch.setattr(run.PopulationEvaluator, "__call__", measuring)
     # Two documents whose tokens are all different, so that a token tells its place.
     long = [torch.arange(0, 20), torch.arange(20, 40)]
@@ -189,13 +189,13 @@ def test_seeds_decide(method, shared_model, documents, uninterrupted):
 def test_never_worse_than_yarn_even_with_steps_that_only_harm(
     method, shared_model, documents, monkeypatch
 ):
-    step = differentiation.LossGradient.__call__
+    step = gradient.LossGradient.__call__
 
     def uphill(self, point, start_tokens, windows):
         nll, gradient = step(self, point, start_tokens, windows)
         return nll, -gradient
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    monkeypatch.setattr(gradient.LossGradient, "__call__", uphill)
     result = search(shared_model, documents, method, learning_rate=0.5)
     yarn = [e for e in of_role(result, "validation") if e.origin == "yarn"]
     assert result.validation_perplexity <= yarn[0].perplexity
@@ -207,7 +207,7 @@ def test_never_worse_than_yarn_even_with_steps_that_only_harm(
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_directory, "plot", lambda *args: None)
+    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)
@@ -229,7 +229,7 @@ def test_a_finished_run_measures_nothing_again(
     out, expected = uninterrupted
     journal_of(tmp_path).write_bytes(journal_of(out).read_bytes())
     monkeypatch.setattr(run.PopulationEvaluator, "__call__", None)
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", None)
+    monkeypatch.setattr(gradient.LossGradient, "__call__", None)
     again = search(shared_model, documents, method, out=tmp_path, attention_factor="search")
     assert again == expected
 
@@ -284,7 +284,7 @@ def test_a_killed_process_loses_nothing(method, shared_model, documents, uninter
             import torch
             torch.set_num_threads(1)
             import longrope
-            from longrope.factor_search.journal import Journal
+            from longrope.runs.journal import Journal
             from support import tiny_search
 
             append = Journal.append
@@ -417,7 +417,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_step(
     shared_model, documents, monkeypatch
 ):
     monkeypatch.setattr(
-        differentiation.LossGradient,
+        gradient.LossGradient,
         "__call__",
         lambda self, point, start_tokens, windows: (1.0, np.full(9, np.nan)),
     )

@@ -18,9 +18,9 @@ from support.threads import threads
 from support.tiny_search import SMALL
 
 import longrope
-from longrope import layout
-from longrope.factor_search import run, run_directory
-from longrope.layout import GradientLayout, Layout
+from longrope.evaluation import memory
+from longrope.evaluation.memory import GradientLayout, Layout
+from longrope.factor_search import folder, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,7 +176,7 @@ def test_progress_is_shown(shared_model, documents, capsys):
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_directory, "plot", lambda *args: None)  # a tenth of the time without
+    monkeypatch.setattr(folder, "plot", lambda *args: None)  # a tenth of the time without
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)
@@ -253,8 +253,8 @@ def test_a_journal_from_before_chunks_resumes_with_whole_windows(
 
 
 def test_a_window_that_does_not_fit_names_the_target_length(shared_model, documents, monkeypatch):
-    monkeypatch.setattr(layout, "CPU_TOKENS_PER_BATCH", 8)
-    monkeypatch.setattr(layout, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "CPU_TOKENS_PER_BATCH", 8)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"target_length: .* of 32 tokens, .* where 1000 are free"):
         search(shared_model, documents)
 
@@ -291,7 +291,7 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
             import torch
             torch.set_num_threads(1)
             import longrope
-            from longrope.factor_search.journal import Journal
+            from longrope.runs.journal import Journal
             from support import tiny_search
 
             append, calls = Journal.append, []

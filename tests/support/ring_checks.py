@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from longrope import ops
-from longrope.factor_search import ranks
+from longrope.distributed import ranks
+from longrope.distributed.ring import RingAttention
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.problem import PRESETS, Problem
-from longrope.factor_search.ring import RingAttention
 from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.patching import rope_settings
 from support import tiny_models

@@ -8,7 +8,7 @@
 #include "common/cuda/types.cuh"
 #include "common/dtype.h"
 
-// States the most registers that `kernel` may use; ci/nvcc_check.py reads it from the source and
+// States the most registers that `kernel` may use; .ci/nvcc_check.py reads it from the source and
 // holds ptxas to it. Spills fail too, unless a third argument allows so many bytes of them.
 #define LONGROPE_MAX_REGISTERS(...)
 

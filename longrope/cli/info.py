@@ -1,0 +1,68 @@
+"""`longrope info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli.common import one_sentence_errors
+
+
+@one_sentence_errors
+def info(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A folder of a model or a search, or factors; default: the build."),
+    ] = None,
+) -> None:
+    """Show what was built, or what a model, a search or a factors file holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in _facts(what).items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _facts(what: str | None) -> dict[str, Any]:
+    import longrope
+
+    if what is None:
+        import transformers
+
+        facts = {"longrope": longrope.__version__, **longrope._C.build_info()}
+        return {**facts, "transformers": transformers.__version__}
+    if Path(what).is_file():
+        return _facts_of_factors(what)
+    from longrope.factor_search.folder import FACTORS, JOURNAL, summary
+
+    if (Path(what) / JOURNAL).is_file():
+        found = Path(what) / FACTORS
+        return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
+    from transformers import AutoConfig
+
+    from longrope.patching import rope_settings
+
+    if not (Path(what) / "config.json").is_file():
+        raise ValueError(
+            f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
+        )
+    return rope_settings(AutoConfig.from_pretrained(what))._asdict()
+
+
+def _facts_of_factors(path: str | Path) -> dict[str, Any]:
+    import longrope
+
+    factors = longrope.RescaleFactors.load(path)
+    return {
+        "original length": factors.original_length,
+        "target length": factors.target_length,
+        "start tokens": factors.start_tokens,
+        "attention factor": f"{factors.attention_factor:.6g}",
+        "rope theta": factors.rope_theta,
+        "rotary dim": factors.rotary_dim,
+        "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+    }

@@ -1,0 +1,91 @@
+"""What the commands read: devices, models and documents; errors name the command's arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def rank() -> int:
+    """Return the number of this process in its job, 0 where there is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(name: str | None) -> str:
+    """Return the device to run on, or refuse one that this machine lacks."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device: got {name!r}, and torch {torch.__version__} sees {count or 'no'} CUDA "
+            f"device{'' if count == 1 else 's'}"
+        )
+    return name
+
+
+def load_documents(name: str, path: Path, tokenizer: Any, length: int) -> list[Any]:
+    """Load the documents of at least `length` tokens; errors name the argument of the command."""
+    from longrope.documents import load_data, long_enough
+
+    try:
+        documents = load_data(path, tokenizer=tokenizer)
+    except (ValueError, OSError, ImportError) as error:
+        if str(error).startswith("path: "):
+            raise type(error)(f"{name}: {str(error).removeprefix('path: ')}") from None
+        raise
+    kept = long_enough(documents, length, f"{name}: {str(path)!r}")
+    if len(kept) < len(documents) and rank() == 0:
+        print(
+            f"{len(documents) - len(kept)} of {len(documents)} documents in {path} are shorter "
+            f"than {length} tokens and left out", file=sys.stderr,
+        )  # fmt: skip
+    return kept
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from longrope.evaluation.memory import native_dtype
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
+    device = choose_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except Exception as error:  # many kinds, of transformers, safetensors and the hub
+        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
+    tokenizer = None
+    if model.config.vocab_size != 256:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
+            ) from None
+    return model.to(device), tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__

@@ -1,0 +1,271 @@
+"""Rescale factors: how much each rotary dimension slows down, and for which lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from longrope._validation import even, integer, lambda_array, longer, positive
+from longrope.factors import files
+from longrope.factors.rules import (
+    ntk_lambdas,
+    yarn_attention_factor,
+    yarn_lambdas,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RescaleFactors:
+    """Rescaled rotary frequencies `1 / (lambda_i * theta^(2i/R))` and what they are made for.
+
+    LongRoPE (arXiv 2402.13753, section 3): position `n` turns pair `i` by
+    `n / (lambda_i * theta^(2i/R))`, except that positions below `start_tokens` keep the original
+    frequency `1 / theta^(2i/R)`. The object is immutable and hashable; `replace` makes variants.
+
+    Parameters
+    ----------
+    lambdas
+        `[R/2]` finite positive factors, fastest dimension first. A factor above 1 slows its
+        dimension down. They need be neither monotone nor at least 1: that binds the search, and
+        some of the published sets break the order.
+    start_tokens
+        The paper's n-hat, in tokens: absolute positions below it are not rescaled.
+    attention_factor
+        Multiplies cos and sin of every position, so attention logits by its square.
+    original_length, target_length
+        Context length in tokens before and after the extension.
+    rope_theta
+        Base of the original frequencies.
+    rotary_dim
+        `R`, the number of rotated channels of a head. Even.
+
+    Raises
+    ------
+    ValueError
+        In one sentence that names the argument, what was expected and what came.
+    """
+
+    lambdas: np.ndarray
+    start_tokens: int = 0
+    attention_factor: float = 1.0
+    original_length: int = 4096
+    target_length: int = 32768
+    rope_theta: float = 10000.0
+    rotary_dim: int = 128
+
+    def __post_init__(self):
+        checked = {
+            "start_tokens": integer("start_tokens", self.start_tokens, 0),
+            "attention_factor": positive("attention_factor", self.attention_factor),
+            "original_length": integer("original_length", self.original_length, 1),
+            "target_length": integer("target_length", self.target_length, 1),
+            "rope_theta": positive("rope_theta", self.rope_theta, above=1),
+            "rotary_dim": even("rotary_dim", self.rotary_dim),
+        }
+        checked["lambdas"] = lambda_array(self.lambdas, checked["rotary_dim"])
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    # --- the four baselines ---------------------------------------------------------------------
+
+    @classmethod
+    def none(
+        cls,
+        *,
+        original_length: int,
+        target_length: int | None = None,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return factors that change nothing: every lambda is 1.
+
+        `target_length` (default: `original_length`) only says up to which length they are meant.
+        """
+        target_length = original_length if target_length is None else target_length
+        return cls._baseline(
+            lambda s: np.ones(rotary_dim // 2), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def pi(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return position interpolation (arXiv 2306.15595): every lambda is the ratio `s`.
+
+        transformers calls it rope type `"linear"`.
+        """
+        longer(original_length, target_length)
+        return cls._baseline(
+            lambda s: np.full(rotary_dim // 2, s), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def ntk(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return NTK-aware scaling: `lambda_i = s^(2i/(R-2))`, from 1 at the fastest to `s`.
+
+        The same as a larger base `theta * s^(R/(R-2))`; transformers' rope type `"dynamic"` with
+        factor 1 gives these frequencies at a sequence of `target_length` tokens.
+        """
+        longer(original_length, target_length)
+
+        return cls._baseline(
+            lambda s: ntk_lambdas(s, rotary_dim), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def yarn(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+        truncate: bool = True,
+    ) -> RescaleFactors:
+        """Return YaRN (arXiv 2309.00071) with its attention factor `0.1 ln s + 1`.
+
+        `lambda_i = 1 / (ramp_i / s + 1 - ramp_i)`, where the ramp rises linearly over the
+        dimension index, from 0 at the dimension that turns 32 times in the original window to 1 at
+        the one that turns once. `truncate` rounds these two outwards to whole dimensions. Both
+        settings agree with transformers' rope type `"yarn"`.
+        """
+        longer(original_length, target_length)
+        made = cls._baseline(
+            lambda s: yarn_lambdas(s, original_length, rope_theta, rotary_dim, truncate),
+            original_length, target_length, rope_theta, rotary_dim,
+        )  # fmt: skip
+        return made.replace(attention_factor=yarn_attention_factor(made.ratio))
+
+    @classmethod
+    def _baseline(cls, lambdas, original_length, target_length, rope_theta, rotary_dim):
+        # Validate the settings before the formula sees them.
+        plain = cls(
+            np.ones(even("rotary_dim", rotary_dim) // 2),
+            original_length=original_length,
+            target_length=target_length,
+            rope_theta=rope_theta,
+            rotary_dim=rotary_dim,
+        )
+        return plain.replace(lambdas=lambdas(plain.ratio))
+
+    # --- what they are --------------------------------------------------------------------------
+
+    @property
+    def ratio(self) -> float:
+        """`target_length / original_length`, the paper's `s`."""
+        return self.target_length / self.original_length
+
+    def base_inv_freq(self) -> np.ndarray:
+        """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
+        return self.rope_theta ** (-np.arange(0, self.rotary_dim, 2) / self.rotary_dim)
+
+    def inv_freq(self) -> np.ndarray:
+        """Return the rescaled frequencies, radians per token, float64 `[R/2]`."""
+        return self.base_inv_freq() / self.lambdas
+
+    def replace(self, **changes) -> RescaleFactors:
+        """Return a copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def __mul__(self, other: RescaleFactors) -> RescaleFactors:
+        """Compose two stages: `f * g` extends by `f`, then by `g` (paper, section 3.3).
+
+        Lambdas, ratios and attention factors multiply. The original length is that of `f`, the
+        start tokens are those of `g`. The lengths need not meet: a target that the ratios put
+        between two whole tokens is rounded. The stages must have the same `rope_theta` and
+        `rotary_dim`.
+        """
+        if not isinstance(other, RescaleFactors):
+            return NotImplemented
+        for name in ("rope_theta", "rotary_dim"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{name}: expected the same value in both factors of a product, "
+                    f"got {ours} and {theirs}"
+                )
+        # Whole numbers of any size divide exactly here; floats would round beyond 2^53.
+        product, original = self.target_length * other.target_length, other.original_length
+        return self.replace(
+            lambdas=self.lambdas * other.lambdas,
+            start_tokens=other.start_tokens,
+            attention_factor=self.attention_factor * other.attention_factor,
+            target_length=max(1, (2 * product + original) // (2 * original)),
+        )
+
+    def _key(self) -> tuple:
+        settings = tuple(getattr(self, f.name) for f in dataclasses.fields(self)[1:])
+        return (self.lambdas.tobytes(), *settings)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, RescaleFactors) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self):
+        # Through the constructor: an array that numpy unpickles itself would be writable.
+        fields = dataclasses.fields(self)
+        return type(self), tuple(getattr(self, field.name) for field in fields)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors to a JSON file, which `load` reads back to the bit.
+
+        The file appears whole or not at all: an interrupted write leaves what was there before.
+        Raises `OSError` with one sentence where the file cannot be written.
+        """
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        files.write_json(Path(path), settings | {"lambdas": self.lambdas.tolist()})
+
+    @classmethod
+    def load(cls, path: str | Path, **settings) -> RescaleFactors:
+        """Read a file written by `save`, or a CSV file of the official LongRoPE code.
+
+        Parameters
+        ----------
+        path
+            JSON (told by its content, not by its name), or CSV: one factor a line, or one line of
+            `R/2` factors for each layer, which must all be equal.
+        **settings
+            For CSV, which holds the factors alone: any field of this class except `lambdas`. Left
+            out, `rotary_dim` is twice the number of factors, and the others take the defaults of
+            the class: start_tokens 0, attention_factor 1.0, original_length 4096, target_length
+            32768, rope_theta 10000.0. Refused for JSON, which states them itself.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            With one sentence that names the file and what is wrong with it.
+        """
+        content = files.read(Path(path))
+        if isinstance(content, list):
+            content = {"lambdas": content, "rotary_dim": 2 * len(content)} | settings
+        elif settings:
+            raise ValueError(
+                f"{next(iter(settings))}: expected no settings beside {path}, "
+                "a JSON file that states them itself; change them with .replace()"
+            )
+        try:
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

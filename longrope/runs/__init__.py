@@ -1,0 +1,1 @@
+"""Runs that are kept on disk and resume: the journal."""
