@@ -15,9 +15,9 @@ from longrope.documents import as_documents
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
-from longrope.patching.apply import decoder
 from longrope.patching.attention import has_kernel_attention, kernel_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
+from longrope.patching.families import decoder
 from longrope.patching.mlp import inplace_mlps
 from longrope.patching.settings import rope_parameters, text_config
 
