@@ -175,12 +175,10 @@ class _Rows:
         """Turn keys `[b, Hk, n, D]` that are held into the form of the rows' tiers, in place."""
         before = form[rows].tolist()
         pairs = [(old, self._form(tier)) for old, tier in zip(before, tiers, strict=True)]
-        for (old, new), run in itertools.groupby(range(len(pairs)), pairs.__getitem__):
-            if old == new:
-                continue
-            run = list(run)
-            these = slice(run[0], run[-1] + 1)
-            self._turn(keys[these], positions[these], old, new, (rows.start or 0) + run[0])
+        for (old, new), these in _runs(pairs):
+            if old != new:
+                row = (rows.start or 0) + these.start
+                self._turn(keys[these], positions[these], old, new, row)
 
     def _turn(self, keys: Tensor, positions: Tensor, old: int, new: int, row: int) -> None:
         """Turn keys from one form into another, in place, with one rounding."""
@@ -217,13 +215,10 @@ class _Rows:
         `row` is the place of the first of them in the batch.
         """
         turned = keys.clone() if 0 in tiers else torch.empty_like(keys)
-        for tier, run in itertools.groupby(range(len(tiers)), tiers.__getitem__):
-            run = list(run)
-            these = slice(run[0], run[-1] + 1)
+        for tier, these in _runs(tiers):
             if tier:
-                settings = self.rotary.settings(tier)
                 turned[these] = self._turned_by(
-                    keys[these], positions[these], settings, row + run[0]
+                    keys[these], positions[these], self.rotary.settings(tier), row + these.start
                 )
         return turned
 
@@ -293,10 +288,7 @@ class _Rows:
             row = (rows.start or 0) + these.start
             return self._turned_by(states[these], positions[these], self.rotary.settings(tier), row)
 
-        runs = [
-            (t, list(run)) for t, run in itertools.groupby(range(len(tiers)), tiers.__getitem__)
-        ]
-        parts = [turned(slice(run[0], run[-1] + 1), tier) for tier, run in runs]
+        parts = [turned(these, tier) for tier, these in _runs(tiers)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _turned_by(
@@ -317,19 +309,37 @@ class _Rows:
         self, query: Tensor, keys: Tensor, values: Tensor, rows: slice, document: int = 0
     ) -> Tensor:
         """Attend the last queries to keys: ours, or torch's where that can do it."""
-        o = self.options
-        start, length = self.plan.key_start, self.plan.key_length
+        o, plan, end = self.options, self.plan, document + keys.shape[2]
+        if plan.mask is not None or not _has_kernels(query):
+            mask = plan.mask
+            if mask is None and plan.key_start is not None:
+                mask = self._mask_of_bounds(end)
+            return _by_torch(query, keys, values, mask if mask is None else mask[rows, :end], o)
         bounds = {}
-        if start is not None:
-            most = keys.shape[2]
-            bounds["key_start"] = [min(s, most) for s in start[rows]]
-            bounds["key_length"] = [min(n, most) for n in length[rows]]
-        if not _has_kernels(query):
-            return _by_torch(query, keys, values, bounds, o)
-        bounds = {name: torch.tensor(b, device=query.device) for name, b in bounds.items()}
+        if plan.key_start is not None:
+            for name in ("key_start", "key_length"):
+                found = [min(x, end) for x in getattr(plan, name)[rows]]
+                bounds[name] = torch.tensor(found, device=query.device)
         return ops.attention(
             query, keys, values, window=o.window, scale=o.scale, softcap=o.softcap, **bounds
         )
+
+    def _mask_of_bounds(self, end: int) -> Tensor:
+        """Return which of the first `end` keys exist, bool `[B, end]`."""
+        device = self.query.device
+        key = torch.arange(end, device=device)
+        first, length = (
+            torch.tensor(x, device=device)[:, None]
+            for x in (self.plan.key_start, self.plan.key_length)
+        )
+        return (key >= first) & (key < length)
+
+
+def _runs(values: list) -> Iterator[tuple[Any, slice]]:
+    """Yield each run of equal neighbours, and where it lies."""
+    for value, run in itertools.groupby(range(len(values)), values.__getitem__):
+        places = list(run)
+        yield value, slice(places[0], places[-1] + 1)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -337,13 +347,16 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 def _by_torch(
-    query: Tensor, keys: Tensor, values: Tensor, bounds: dict[str, list[int]], options: Options
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:
-    """Attend by `scaled_dot_product_attention`, for devices whose kernels are not built."""
+    """Attend by `scaled_dot_product_attention`: where our kernels are not built, or keys are amiss.
+
+    `mask` is bool `[B, M]`, which keys exist.
+    """
     if options.softcap is not None:
         raise ValueError(
-            f"softcap: expected none on {query.device.type}, where longrope's kernels are not "
-            f"built, got {options.softcap}"
+            "softcap: expected none where attention_mask has holes or longrope's kernels are not "
+            f"built for {query.device.type}, got {options.softcap}"
         )
     count, total = query.shape[2], keys.shape[2]
     key = torch.arange(total, device=query.device)
@@ -351,13 +364,9 @@ def _by_torch(
     seen = key <= position
     if options.window is not None:
         seen &= key > position - options.window
-    if bounds:
-        first, end = (
-            torch.tensor(bounds[name], device=query.device)[:, None, None, None]
-            for name in ("key_start", "key_length")
-        )
-        seen = seen & (key >= first) & (key < end)
-        seen = seen | ~seen.any(-1, keepdim=True)  # padding: anything finite
+    if mask is not None:
+        seen = seen & mask[:, None, None]
+        seen = seen | ~seen.any(-1, keepdim=True)  # a query that is padding: anything finite
     return nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=seen, scale=options.scale, enable_gqa=True
     )

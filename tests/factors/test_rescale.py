@@ -130,7 +130,7 @@ GOOD = {"lambdas": [1.0, 2.0], "rotary_dim": 4}
          "lambdas: expected 64 positive values (rotary_dim / 2), got 32"),
         ({"lambdas": [1.0, 0.0]}, "got 0.0 at index 1"),
         ({"lambdas": [-1.0, 2.0]}, "got -1.0 at index 0"),
-        ({"lambdas": [1.0, math.inf]}, "got inf at index 1"),
+        ({"lambdas": [1.0, -math.inf]}, "got -inf at index 1"),
         ({"lambdas": [math.nan, 1.0]}, "got nan at index 0"),
         ({"lambdas": [[1.0], [2.0]]}, "got shape [2, 1]"),
         ({"lambdas": ["a", "b"]}, "lambdas: expected 2 positive values"),
@@ -363,3 +363,11 @@ def test_json_takes_no_settings(tmp_path):
     RescaleFactors([1.0], rotary_dim=2).save(tmp_path / "f.json")
     with pytest.raises(ValueError, match="rope_theta: expected no settings beside"):
         RescaleFactors.load(tmp_path / "f.json", rope_theta=5e5)
+
+
+def test_an_infinite_lambda_stops_its_pair(tmp_path):
+    factors = RescaleFactors([1.0, math.inf], rotary_dim=4)
+    assert factors.inv_freq()[1] == 0
+    factors.save(tmp_path / "factors.json")
+    assert '"inf"' in (tmp_path / "factors.json").read_text()
+    assert RescaleFactors.load(tmp_path / "factors.json") == factors
