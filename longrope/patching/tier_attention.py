@@ -29,7 +29,8 @@ class TieredRotation(NamedTuple):
     """What the rotary module hands the layers: what the model turns by, and the plan of the pass.
 
     `cos` and `sin` are the model's own, `[B or 1, N, R]`; `positions` int64 `[B, N]` are those it
-    turns by, `shift` int64 `[B]` the padding that they count; `ticket` names the rotary module.
+    turns by, `shift` int64 `[B]` the padding that they count; `ticket` names the rotary module,
+    `first_limit` is the end of its first tier. Without a plan, the pass is compiled.
     """
 
     cos: Tensor
@@ -38,14 +39,21 @@ class TieredRotation(NamedTuple):
     shift: Tensor | None
     plan: Plan | None
     ticket: int
+    first_limit: int
 
     def postpone(self, q: Tensor, k: Tensor, original: Callable) -> tuple[Unturned, Unturned]:
         """Let the attention function turn queries and keys, which knows what is in the cache."""
-
-        def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return original(x, x[:, :0], cos, sin)[0]
-
+        turn = turning_by(original)
         return Unturned(q, self, turn), Unturned(k, self, turn)
+
+
+def turning_by(original: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the rotation of a model's file, `apply_rotary_pos_emb`, of one tensor."""
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return original(x, x[:, :0], cos, sin)[0]
+
+    return turn
 
 
 class Unturned(NamedTuple):

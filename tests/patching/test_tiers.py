@@ -343,6 +343,51 @@ def test_keys_are_kept_as_promised():
         assert torch.equal(cache.layers[1].positions[0], torch.arange(70))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compiled_static_cache_is_not_compiled_again_at_a_crossing(dtype):
+    model, ids = longrope.apply(build(dtype=dtype), LADDER), tokens(2, LENGTH)
+    expected = whole(model, ids)
+    noise = apart(in_parts(model, ids, CUTS["tokens"]), expected)
+    cache = StaticCache(config=model.config, max_cache_len=TARGET)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache, use_cache=True)
+        step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        for at in range(20, LENGTH):
+            with torch.compiler.set_stance("fail_on_recompile" if at > 22 else "default"):
+                logits = step(
+                    ids[:, at : at + 1], past_key_values=cache, use_cache=True,
+                    position_ids=torch.full((2, 1), at),
+                ).logits  # fmt: skip
+            assert apart(logits[:, 0], expected[:, at]) <= 4 * noise
+
+
+def test_a_compiled_pass_with_gradients():
+    model, ids = longrope.apply(build(), LADDER), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def gradients(forward):
+        model.zero_grad()
+        forward(ids, use_cache=False, **inputs).logits[:, 6:].square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    for ours, want in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-5)
+
+
+def test_a_copy_and_a_pickle_go_on(tmp_path):
+    model, ids = longrope.apply(build(), LADDER), tokens(1, 60)
+    expected = whole(model, ids)
+    copied = copy.deepcopy(model)
+    del model
+    assert torch.equal(whole(copied, ids), expected)
+    torch.save(copied, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(whole(loaded, ids), expected)
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
