@@ -29,20 +29,21 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
         su_attention_factor,
         yarn_attention_factor,
     )
-    from longrope.patching import apply, remove, rope_settings
+    from longrope.patching.apply import apply, remove
+    from longrope.patching.settings import rope_settings
 
 #: Where a public name is defined.
 _HOMES = {
     "RescaleFactors": "longrope.factors",
     "SearchResult": "longrope.factor_search",
     "_C": "longrope._native",
-    "apply": "longrope.patching",
+    "apply": "longrope.patching.apply",
     "load_data": "longrope.documents",
     "perplexity": "longrope.evaluation.perplexity",
     "published": "longrope.factors",
     "published_names": "longrope.factors",
-    "remove": "longrope.patching",
-    "rope_settings": "longrope.patching",
+    "remove": "longrope.patching.apply",
+    "rope_settings": "longrope.patching.settings",
     "search": "longrope.factor_search",
     "su_attention_factor": "longrope.factors",
     "yarn_attention_factor": "longrope.factors",
@@ -68,12 +69,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"longrope.{name}")
-    raise AttributeError(f"module 'longrope' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str):
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"longrope.{name}")
+        raise AttributeError(f"module 'longrope' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -339,7 +339,11 @@ def imported_names(statements):
 
 def test_type_checkers_see_the_names_that_are_imported_on_first_use():
     tree = ast.parse((ROOT / "longrope" / "__init__.py").read_text())
-    (block,) = [n for n in tree.body if isinstance(n, ast.If) and n.test.id == "TYPE_CHECKING"]
+    (block,) = [
+        statement
+        for statement in tree.body
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+    ]
     modules = dict.fromkeys(longrope._MODULES, "longrope")
     assert imported_names(block.body) == {**longrope._HOMES, **modules}
     assert {*longrope.__all__} == {*longrope._HOMES, "__version__"} - {"_C"}
