@@ -18,12 +18,12 @@ from longrope.factors import (
 #: without transformers.
 _LAZY = {
     "_C": "longrope._native",
-    "SearchResult": "longrope.factor_search",
+    "SearchResult": "longrope.factor_search.history",
     "apply": "longrope.patching",
     "load_data": "longrope.documents",
     "perplexity": "longrope.evaluation.perplexity",
     "remove": "longrope.patching",
-    "search": "longrope.factor_search",
+    "search": "longrope.factor_search.run",
 }
 
 __all__ = [
