@@ -1,4 +1,4 @@
-"""Measures candidates on a model: many candidates and documents in one forward pass."""
+"""Measuring candidates on a model: many candidates and documents in one forward pass."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PopulationEvaluator:
 
     Each row of a batch is one candidate on one window: the rows carry their own frequencies, start
     tokens and temperature, so a population needs one forward pass where memory allows. The model
-    runs in eval mode; after a call (also one that an exception or an interrupt ends) its training
-    flags and its rotary embedding are what they were.
+    runs in eval mode; after a call (even one that ends with an exception or an interrupt) its
+    training flags and its rotary embedding are what they were.
 
     Parameters
     ----------
@@ -85,8 +85,8 @@ class PopulationEvaluator:
         windows
             int64 `[S, N]`.
         blocks
-            Into how many runs of consecutive tokens, equal within one, the scored tokens of each
-            window are cut: at least 1, at most as many as are scored.
+            The number of runs of consecutive tokens, equal in length within one, into which the
+            scored tokens of each window are cut: from 1 to the number of scored tokens.
 
         Returns
         -------

@@ -214,6 +214,18 @@ class SearchOptions(Options):
             return {}
         return {"iterations": self.sizes.iterations, "max_evaluations": self.max_evaluations}
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise `ValueError` where a job of this many ranks cannot shard the windows as asked."""
+        if self.shard_sequence and ranks == 1:
+            raise ValueError(
+                "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
+            )
+        if self.shard_sequence and self.target_length < 2 * ranks:
+            raise ValueError(
+                f"target_length: expected at least {2 * ranks} tokens to shard over {ranks} "
+                f"ranks, got {self.target_length}"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the options of a search by name, without those of a subclass."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(SearchOptions)}

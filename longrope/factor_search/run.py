@@ -73,12 +73,12 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     is its rotary embedding: pass the result to `longrope.apply`.
 
     All candidates are measured on the same `samples` windows of `target_length` tokens, drawn with
-    `seed`: one from each document, and further ones that do not overlap where there are fewer
+    `seed`: one from each document, and further ones that do not overlap if there are fewer
     documents. The final factors are the best on held-out windows, which neither the evolution nor a
     step of a descent sees: one window of each document in `validation`, or, without it, up to
     `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
-    worse there than YaRN. Where there is too little text, the search windows choose.
+    worse there than YaRN. With too little text for both, the search windows choose.
 
     In a `torch.distributed` job (after `init_process_group`, which the command `longrope search`
     calls under torchrun) all ranks call this with the same arguments and share the measurements.
@@ -131,15 +131,12 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     max_evaluations
         End the evolution after this many candidates, baselines included.
     race
-        Drop candidates of the evolution that are clearly worse on the first search windows; False,
-        as in the paper: measure every candidate on all of them. After 1, 2, 4, ... windows, new
-        candidates are dropped that are worse than the `parents`-th best, among the parents and the
-        candidates still in the race, by a one-sided paired Student t test at 0.01 on the losses of
-        16 blocks of tokens per window: they are unlikely to become parents (after F-Race, Birattari
-        et al. 2002, and Maron and Moore's Hoeffding races, 1994). The test assumes independent
-        blocks, which neighbours in one document are not, so 0.01 is not the share of wrong
-        decisions. PI, NTK and YaRN are never dropped, and the losses of candidates that remain are
-        those without a race, up to rounding. Not with `"gradient"`.
+        Drop candidates of the evolution early: after 1, 2, 4, ... search windows, new candidates go
+        that are worse than the `parents`-th best by a one-sided paired Student t test at 0.01 on
+        the losses of 16 blocks of tokens per window. The test assumes independent blocks, which
+        neighbours in one document are not, so 0.01 is not the share of wrong decisions. PI, NTK and
+        YaRN are never dropped; candidates that remain have the losses that they would have without
+        a race, up to rounding. Not with `"gradient"`. False, as in the paper: no candidate goes.
     critical_dimension
         Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
         on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
@@ -186,12 +183,11 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
         the journal of another search, or ranks that were not given the same search.
     LostRankError
-        Where a rank of the job has died or does not answer; a `RuntimeError`.
+        If a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
     problem = Problem.of(rope_settings(model), options)
-    if options.shard_sequence:
-        _check_sharding(job, problem)
+    options.check_ranks(job.size)
     if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "model: expected parameters that were made outside torch.inference_mode(), "
@@ -260,18 +256,6 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         if options.out is not None and job.first:
             folder.write_results(out, factors, result.history, problem.baselines())
     return result
-
-
-def _check_sharding(job: ranks.Ranks, problem: Problem) -> None:
-    if job.size == 1:
-        raise ValueError(
-            "shard_sequence: expected a torch.distributed job of 2 ranks or more, got 1"
-        )
-    if problem.target_length < 2 * job.size:
-        raise ValueError(
-            f"target_length: expected at least {2 * job.size} tokens to shard over {job.size} "
-            f"ranks, got {problem.target_length}"
-        )
 
 
 def _notes(model: nn.Module, options: SearchOptions, job: ranks.Ranks) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measures candidates on windows that are too long for one device: every rank holds a share."""
+"""Measuring candidates on windows too long for one device: every rank holds a part of them."""
 
 from __future__ import annotations
 
