@@ -8,6 +8,7 @@ import importlib
 
 from longrope.factors import (
     RescaleFactors,
+    Tiers,
     published,
     published_names,
     su_attention_factor,
@@ -23,12 +24,15 @@ _LAZY = {
     "load_data": "longrope.documents",
     "perplexity": "longrope.evaluation.perplexity",
     "remove": "longrope.patching",
+    "rope_settings": "longrope.patching",
+    "row_lengths": "longrope.patching",
     "search": "longrope.factor_search.run",
 }
 
 __all__ = [
     "RescaleFactors",
     "SearchResult",
+    "Tiers",
     "__version__",
     "apply",
     "load_data",
@@ -36,6 +40,8 @@ __all__ = [
     "published",
     "published_names",
     "remove",
+    "rope_settings",
+    "row_lengths",
     "search",
     "su_attention_factor",
     "yarn_attention_factor",

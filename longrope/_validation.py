@@ -56,7 +56,7 @@ def positive(name: str, value, above: float = 0) -> float:
 
 
 def lambda_array(values, rotary_dim: int) -> np.ndarray:
-    expected = f"lambdas: expected {rotary_dim // 2} finite positive values (rotary_dim / 2)"
+    expected = f"lambdas: expected {rotary_dim // 2} positive values (rotary_dim / 2)"
     try:
         if hasattr(values, "detach"):  # a torch tensor of any dtype and device
             values = values.detach().double().cpu().numpy()
@@ -66,7 +66,7 @@ def lambda_array(values, rotary_dim: int) -> np.ndarray:
     if array.shape != (rotary_dim // 2,):
         came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise ValueError(f"{expected}, got {came}")
-    wrong = ~(np.isfinite(array) & (array > 0))
+    wrong = ~(array > 0)  # NaN too; infinity is a pair that does not turn
     if wrong.any():
         index = int(np.argmax(wrong))
         raise ValueError(f"{expected}, got {array[index]} at index {index}")

@@ -51,7 +51,8 @@ def _facts(what: str | None) -> dict[str, Any]:
         raise ValueError(
             f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
         )
-    return rope_settings(AutoConfig.from_pretrained(what))._asdict()
+    settings = vars(rope_settings(AutoConfig.from_pretrained(what)))
+    return {name: value for name, value in settings.items() if name != "config"}
 
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import nn
 
 from longrope import ops
 from longrope.patching import row_lengths
-from longrope.patching.apply import decoder
 from longrope.patching.embedding import RescaledRotaryEmbedding
+from longrope.patching.families import decoder
 from longrope.patching.window_cache import differentiable_cache, rewind, window_cache
 
 

@@ -18,8 +18,8 @@ from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.descent import Point
 from longrope.factor_search.windows import scored_tokens
 from longrope.patching import rows as rows_with_factors
-from longrope.patching.apply import decoder
 from longrope.patching.attention import kernel_attention
+from longrope.patching.families import decoder
 
 
 class GradientEvaluator:

@@ -117,6 +117,8 @@ def accept_rotations(attention: nn.Module) -> None:
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
         if isinstance(cos, (KernelRotation, TableRotation)):
             return cos.rotate(q, k)
+        if hasattr(cos, "postpone"):
+            return cos.postpone(q, k, original)
         return original(q, k, cos, sin, *args, **kwargs)
 
     apply_rotary_pos_emb.accepts_rotations = True

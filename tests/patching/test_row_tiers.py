@@ -1,4 +1,4 @@
-"""Tiers: each row by its own length, and a cache that survives a row's change of tier."""
+"""Tiers by row: each by its own length, and a cache that survives a row's change of tier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.tiny_models import ORIGINAL, build, factors, tokens
 from transformers import DynamicCache, StaticCache
 
 import longrope
-from longrope.patching import embedding, row_lengths, tiers
+from longrope.patching import embedding, row_lengths, row_tiers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ TIERS = [LONG, SHORT, MIDDLE]  # in any order
 def path(request, monkeypatch):
     """Run with ops.rope, and as on a device whose kernels are not built."""
     if request.param == "tables":
-        for module in (embedding, tiers):
+        for module in (embedding, row_tiers):
             monkeypatch.setattr(module, "DEVICES_WITH_KERNELS", ())
 
 
@@ -35,7 +35,7 @@ def logits(model, ids, **inputs):
 
 def one_layer(model_type="llama", **extra):
     """A model whose keys depend on tokens alone, so that turning them makes the cache exact."""
-    return longrope.apply(build(model_type, num_hidden_layers=1, **extra), TIERS)
+    return longrope.apply(build(model_type, num_hidden_layers=1, **extra), TIERS, "row")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_length_up_to_the_target_takes_the_tier(length, chosen):
     ids = tokens(2, length)
     model = build()
     expected = logits(longrope.apply(model, chosen), ids)
-    actual = logits(longrope.apply(model, TIERS), ids)
+    actual = logits(longrope.apply(model, TIERS, "row"), ids)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_rows_of_a_batch_choose_for_themselves(path):
         logits(longrope.apply(model, tier), row)[0]
         for row, tier in zip(rows, (SHORT, SHORT, MIDDLE, LONG), strict=True)
     ]
-    longrope.apply(model, TIERS)
+    longrope.apply(model, TIERS, "row")
     for side in ("right", "left"):
         pads = [torch.zeros(1, 60 - n, dtype=torch.int64) for n in lengths]
         pairs = zip(rows, pads, strict=True)
@@ -78,7 +78,7 @@ def test_rows_of_a_batch_choose_for_themselves(path):
 
 def test_inputs_embeds_and_positional_arguments():
     ids = tokens(2, 40)
-    model = longrope.apply(build(), TIERS)
+    model = longrope.apply(build(), TIERS, "row")
     expected = logits(model, ids)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(logits(model, None, inputs_embeds=embedded), expected)
@@ -129,7 +129,7 @@ def test_generation_across_the_border(beams):
 def test_first_layer_keys_are_those_of_a_fresh_pass():
     """In a deep model the keys of deeper layers differ, because their hidden states do."""
     ids = tokens(2, 40)
-    model = longrope.apply(build(), TIERS)
+    model = longrope.apply(build(), TIERS, "row")
     with torch.no_grad():
         kept = model(ids[:, :30], use_cache=True).past_key_values
         kept = model(ids[:, 30:], past_key_values=kept).past_key_values
@@ -170,14 +170,14 @@ def test_other_factors_applied_while_generating():
     model = one_layer()
     with torch.no_grad():
         kept = model(ids[:, :30], use_cache=True).past_key_values
-        longrope.apply(model, [factors("pi", target=64), factors("ntk")])
+        longrope.apply(model, [factors("pi", target=64), factors("ntk")], "row")
         out = model(ids[:, 30:], past_key_values=kept).logits
     torch.testing.assert_close(out, logits(model, ids)[:, 30:], rtol=1e-3, atol=1e-3)
 
 
 def test_planned_lengths_choose_from_the_first_chunk():
     ids = tokens(2, 60)
-    model = longrope.apply(build(), TIERS)  # two layers: turning keys would not be enough
+    model = longrope.apply(build(), TIERS, "row")  # two layers: turning keys would not be enough
     expected = logits(model, ids)
     chunks, kept = [], None
     with torch.no_grad(), row_lengths(model, 60):
@@ -195,7 +195,7 @@ def test_a_cache_from_elsewhere_is_refused():
     model = build()
     with torch.no_grad():
         foreign = model(ids[:, :30], use_cache=True).past_key_values
-    longrope.apply(model, TIERS)
+    longrope.apply(model, TIERS, "row")
     with pytest.raises(ValueError, match=r"past_key_values: .* got 30 tokens of unknown rotation"):
         logits(model, ids[:, 30:], past_key_values=foreign)
 
@@ -227,7 +227,7 @@ def test_unknown_cache_layers_are_refused_only_when_a_row_changes_tier():
 
 def test_a_failed_pass_leaves_nothing_behind():
     ids = tokens(2, 40)
-    model = longrope.apply(build(), TIERS)
+    model = longrope.apply(build(), TIERS, "row")
     expected = logits(model, ids)
     with pytest.raises(IndexError):
         logits(model, ids[:, :10] + 1000)
