@@ -216,7 +216,9 @@ def test_a_wrong_file_of_options_is_named_with_its_key(model_folder, text, tmp_p
     assert said("target_length = 64\nsteps = 5", *flags) == f"longrope: --{clash}"
     assert said("target_length = 64", "--samples", 0).startswith("longrope: --samples: expected")
     missing = sentence(*search, "--options", tmp_path / "none.toml")
-    assert f"cannot read {tmp_path / 'none.toml'}" in missing
+    assert missing.startswith(f"longrope: --options: cannot read {tmp_path / 'none.toml'} (")
+    file.write_bytes(b"\xff\xfe")
+    assert "expected TOML, got a file broken" in sentence(*search, "--options", file)
 
 
 def test_the_version_is_shown():

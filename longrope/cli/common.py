@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import typer
@@ -47,7 +46,7 @@ def one_sentence_errors(command):
         except RuntimeError as error:
             if not isinstance(error, LostRankError):
                 raise
-            print(f"longrope: {_one_line(error)}", file=sys.stderr)
+            print(f"longrope: {_one_line(error, names)}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             if rank() == 0:
@@ -74,7 +73,7 @@ def in_job(command):
     return wrapped
 
 
-def _one_line(error: Exception, names: Mapping[str, str] = MappingProxyType({})) -> str:
+def _one_line(error: Exception, names: Mapping[str, str]) -> str:
     """Return an error as one line; `names` are the command's of the library's arguments."""
     line = " ".join(str(error).split()) or type(error).__name__
     return re.sub(

@@ -20,21 +20,24 @@ File = Annotated[
 ]
 
 
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
 def takes(kind: type[Options]) -> Callable[[Callable], Callable]:
     """Give a command an option for each field of `kind`, in place of its parameter `options`.
 
     The command is called with an object of `kind`, made of what `--options FILE` sets and of the
-    flags on the command line, which win over the file. An error names the file where the value that
-    is at fault is the file's.
+    flags on the command line, which win over the file. An error that is about a value of the file
+    names the file.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: (field, hints[field.name]) for field in dataclasses.fields(kind)}
 
     def decorate(command):
-        own = inspect.signature(command, eval_str=True).parameters
         shown: list[inspect.Parameter] = []
-        for name, parameter in own.items():
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
             if name == "options":
-                shown += map(_parameter, fields.values(), _types(kind))
+                shown += [_parameter(*field) for field in fields.values()]
             else:
                 shown.append(parameter.replace(kind=_KEYWORD))
         shown.append(inspect.Parameter("options", _KEYWORD, default=None, annotation=File))
@@ -42,12 +45,11 @@ def takes(kind: type[Options]) -> Callable[[Callable], Callable]:
 
         @functools.wraps(command)
         def called(context: typer.Context, options: Path | None = None, **given):
-            values = {name: _number(given.pop(name)) for name in fields}
-            flags = {
-                name: value
-                for name, value in values.items()
-                if context.get_parameter_source(name).name == "COMMANDLINE"
-            }
+            flags = {}
+            for name, (_, hint) in fields.items():
+                value = given.pop(name)
+                if context.get_parameter_source(name).name == "COMMANDLINE":
+                    flags[name] = _number(value, _types(hint))
             from_file = {} if options is None else kind.read(options)
             try:
                 return command(options=_made(kind, from_file | flags), **given)
@@ -64,9 +66,6 @@ def takes(kind: type[Options]) -> Callable[[Callable], Callable]:
     return decorate
 
 
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
-
-
 def _made(kind: type[Options], given: dict[str, Any]) -> Options:
     try:
         for field in dataclasses.fields(kind):
@@ -78,33 +77,29 @@ def _made(kind: type[Options], given: dict[str, Any]) -> Options:
         raise
 
 
-def _types(kind: type) -> list[Any]:
-    """Return the type of each field on the command line, where a word or a number is text."""
-    found = []
-    for hint in (typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)):
-        kinds = [k for k in typing.get_args(hint) or (hint,) if k is not type(None)]
-        found.append(str if str in kinds else kinds[0])
-    return found
+def _types(hint: Any) -> list[type]:
+    """Return the types that a hint such as `str | int | None` names, without None."""
+    return [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
 
 
-def _parameter(field: dataclasses.Field, shown: type) -> inspect.Parameter:
-    """Return the parameter that typer makes an option of."""
+def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
+    """Return the parameter that typer makes an option of; a word or a number is text."""
+    kind = str if str in _types(hint) else _types(hint)[0]
     flag = f"--{field.name.replace('_', '-')}"
-    names = (f"{flag}/--no-{flag[2:]}",) if shown is bool else ()
     required = field.default is dataclasses.MISSING  # here or in the file
     about = typer.Option(
-        *names,
+        *((f"{flag}/--no-{flag[2:]}",) if kind is bool else ()),
         help=field.metadata["help"] + " (required)" * required,
         rich_help_panel=field.metadata["heading"],
     )
     default = None if required else field.default
-    annotation = Annotated[shown | None, about]
+    annotation = Annotated[kind | None, about]
     return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
 
 
-def _number(value: Any) -> Any:
-    """Return the number that a text spells, else the text."""
-    for kind in (int, float) if isinstance(value, str) else ():
+def _number(value: Any, kinds: list[type]) -> Any:
+    """Return the number that a text spells, if the option can be a number; else the value."""
+    for kind in (int, float) if str in kinds and len(kinds) > 1 else ():
         try:
             return kind(value)
         except ValueError:

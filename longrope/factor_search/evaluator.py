@@ -46,6 +46,8 @@ class PopulationEvaluator:
         window at once. The results differ by rounding alone.
     """
 
+    _attend: Callable[..., torch.Tensor] | None = None  # `ops.attention`
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +117,7 @@ class PopulationEvaluator:
         sums = []
         with (
             evaluating(self.model),
-            kernel_attention(self.model),
+            kernel_attention(self.model, self._attend),
             inplace_mlps(self.model),
             rows_with_factors(self.model, inv_freq[0]) as rotary,
         ):
@@ -124,8 +126,12 @@ class PopulationEvaluator:
                 rotary.set_rows(
                     inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
                 )
-                sums.append(self._score.sums(windows[window], scored, blocks))
+                sums.append(self._sums(windows[window], scored, blocks))
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
+
+    def _sums(self, ids: torch.Tensor, scored: int, blocks: int) -> torch.Tensor:
+        """Return the NLL of windows `[B, N]`, whose factors are in force: float64 `[B, blocks]`."""
+        return self._score.sums(ids, scored, blocks)
 
 
 def tokens_of_blocks(scored: int, blocks: int) -> torch.Tensor:

@@ -29,22 +29,20 @@ def header(
 
     `model` and the values of `data` are hashes; `ranks` is the number of processes.
     """
-    sizes, descent = vars(options.sizes), vars(options.descent)
-    by_method: dict[str, dict[str, Any]] = {
-        "evolution": {"sizes": {k: v for k, v in sizes.items() if k != "iterations"}},
-        "gradient": {"descent": descent},
-        "hybrid": {
-            "sizes": {**sizes, "max_evaluations": options.max_evaluations},
-            "descent": descent,
-        },
-    }
+    asked: dict[str, Any] = {}
+    if options.method == "evolution":  # `options.limits` may grow
+        asked["sizes"] = {k: v for k, v in vars(options.sizes).items() if k != "iterations"}
+    else:
+        asked["descent"] = vars(options.descent)
+    if options.method == "hybrid":
+        asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
     return {
         "method": options.method,
         "objective": options.objective,
         "race": racing.SETTINGS if options.race else None,
         "critical_dimension": options.critical_dimension or None,
         "problem": dataclasses.asdict(problem),
-        **by_method[options.method],
+        **asked,
         "activation_checkpointing": options.activation_checkpointing,
         "batch_size": options.batch_size,
         "seed": options.seed,

@@ -65,12 +65,12 @@ class Options:
         Raises `ValueError` with one sentence that names the file and the key.
         """
         path = Path(path)
+        config = path.suffix == ".json"
         try:
             text = path.read_text(encoding="utf-8")
-            config = path.suffix == ".json"
             content = json.loads(text) if config else tomllib.loads(text)
         except OSError as error:
-            raise ValueError(f"cannot read {path} ({error.strerror})") from None
+            raise ValueError(f"options: cannot read {path} ({error.strerror})") from None
         except ValueError as error:  # of the encoding, JSON or TOML
             kind = "JSON" if config else "TOML"
             raise ValueError(f"{path}: expected {kind}, got a file broken at: {error}") from None

@@ -78,7 +78,7 @@ def test_the_config_of_a_run_gives_them_back(tmp_path):
         ("a.json", "{}", "{file}: expected the config.json of a run, got "),
         ("a.json", "[]", "{file}: expected the config.json of a run, got "),
         ("a.json", '{"options": 3}', "{file}: expected the config.json of a run, got "),
-        ("none.toml", None, "cannot read {file} (No such file or directory)"),
+        ("none.toml", None, "options: cannot read {file} (No such file or directory)"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path, name, content, sentence):
