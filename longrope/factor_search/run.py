@@ -80,11 +80,10 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
     worse there than YaRN. With too little text for both, the search windows choose.
 
-    In a `torch.distributed` job (after `init_process_group`, which the command `longrope search`
-    calls under torchrun) all ranks call this with the same arguments and share the measurements.
-    Every rank returns the result of one process, to the bit. Rank 0 writes the files. An error of
-    one rank ends all of them. Ranks wait for one another for 1800 seconds, or as long as the
-    environment variable `LONGROPE_RANK_TIMEOUT` says.
+    In a `torch.distributed` job (after `init_process_group`) all ranks call this with the same
+    arguments and share the measurements. Every rank returns the result of one process, to the bit;
+    rank 0 writes the files; an error of one rank ends all of them. Ranks wait 1800 seconds for one
+    another, or as long as the environment variable `LONGROPE_RANK_TIMEOUT` says.
 
     Parameters
     ----------
@@ -131,35 +130,29 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     max_evaluations
         End the evolution after this many candidates, baselines included.
     race
-        Drop candidates of the evolution early: after 1, 2, 4, ... search windows, new candidates go
-        that are worse than the `parents`-th best by a one-sided paired Student t test at 0.01 on
-        the losses of 16 blocks of tokens per window. The test assumes independent blocks, which
-        neighbours in one document are not, so 0.01 is not the share of wrong decisions. PI, NTK and
-        YaRN are never dropped; candidates that remain have the losses that they would have without
-        a race, up to rounding. Not with `"gradient"`. False, as in the paper: no candidate goes.
+        Drop candidates of the evolution early: after 1, 2, 4, ... search windows, those that are
+        worse than the `parents`-th best by a one-sided paired Student t test at 0.01 on the losses
+        of 16 blocks of tokens per window (not the share of wrong decisions: neighbouring blocks are
+        not independent). Never PI, NTK and YaRN. The losses of the others are those without a race,
+        up to rounding. Not with `"gradient"`.
     critical_dimension
-        Search as LongRoPE2 (arXiv 2502.20082) does: only lambdas from a critical pair of dimensions
-        on, in `[s, 2 s]` (`max_lambda`: another upper bound), and the critical pair, from the first
-        that turns at most 10 times in the original window to the first that turns at most once.
-        Faster pairs follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN take part
-        all the same, as they are.
+        Search as LongRoPE2 (arXiv 2502.20082) does: the critical pair of dimensions, from the first
+        that turns at most 10 times in the original window to the first that turns at most once, and
+        the lambdas from it on, in `[s, 2 s]` (`max_lambda`: another upper bound). Faster pairs
+        follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN take part as they are.
     steps, learning_rate, windows_per_step
         The descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
     activation_checkpointing
-        Compute activations again in the backward pass, chunk by chunk, and keep only keys, values
-        and their gradients; None: do so if the activations of one window would take more than half
-        of the free memory.
+        Compute activations again in the backward pass, chunk by chunk; None: if those of one window
+        would take more than half of the free memory.
     batch_size
         Rows (candidates times windows) of one forward pass; None: from the memory that is free.
-        Long windows go through the model in chunks, with a cache of keys and values.
     shard_sequence
-        For windows too long for one device, with `"evolution"`: every rank of the job holds its
-        share of each window's tokens, and attention goes around the ranks in a ring. The values
-        agree with those of whole windows up to rounding.
+        For windows too long for one device, with `"evolution"`: every rank of the job holds a part
+        of each window's tokens, and attention goes around the ranks in a ring.
     out
-        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation; in a race
-        with the losses of the blocks, so that its decisions are the same when it resumes),
+        Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
         `factors.json`, `history.csv`, `search.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
