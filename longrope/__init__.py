@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope._native import _C as _C
     from longrope.documents import load_data
     from longrope.evaluation.perplexity import perplexity
-    from longrope.factor_search import SearchResult, search
+    from longrope.factor_search.history import SearchResult
+    from longrope.factor_search.run import search
     from longrope.factors import (
         RescaleFactors,
         Tiers,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
 #: Where a public name is defined.
 _HOMES = {
     "RescaleFactors": "longrope.factors",
-    "SearchResult": "longrope.factor_search",
+    "SearchResult": "longrope.factor_search.history",
     "Tiers": "longrope.factors",
     "_C": "longrope._native",
     "apply": "longrope.patching.apply",
@@ -47,7 +48,7 @@ _HOMES = {
     "remove": "longrope.patching.apply",
     "rope_settings": "longrope.patching.settings",
     "row_lengths": "longrope.patching.apply",
-    "search": "longrope.factor_search",
+    "search": "longrope.factor_search.run",
     "su_attention_factor": "longrope.factors",
     "yarn_attention_factor": "longrope.factors",
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,23 @@ def integer(name: str, value, least: int) -> int:
     if not whole or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+#: Checks of whole numbers from 0 or 1 on.
+natural, count = functools.partial(integer, least=0), functools.partial(integer, least=1)
+
+
+def choice(name: str, value, choices: Collection[str]) -> str:
+    if value not in choices:
+        listed = ", ".join(repr(known) for known in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+    return value
+
+
+def probability(name: str, value) -> float:
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"{name}: expected 0 < p <= 1, got {value!r}")
+    return float(value)
 
 
 def switch(name: str, value) -> bool:

@@ -37,7 +37,8 @@ def _facts(what: str | None) -> dict[str, Any]:
         return {**facts, "transformers": transformers.__version__}
     if Path(what).is_file():
         return _facts_of_factors(what)
-    from longrope.factor_search.folder import FACTORS, JOURNAL, summary
+    from longrope.factor_search.folder import FACTORS, summary
+    from longrope.runs.folder import JOURNAL
 
     if (Path(what) / JOURNAL).is_file():
         found = Path(what) / FACTORS

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
+
+from longrope._files import replacing
 
 FACTORS, TIERS, VERSION = "longrope-factors", "longrope-tiers", 1
 _FIELDS = {
@@ -23,22 +22,10 @@ def write_json(path: Path, form: str, content: dict) -> None:
     """
     content = {"format": form, "version": VERSION} | content
     text = json.dumps(_named_infinities(content), indent=1, allow_nan=False) + "\n"
-    temporary = None
     try:
-        # In the same folder, because a rename is atomic only within one file system.
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         reason = f"path: cannot write {path}: {error.strerror or error}"
         raise type(error)(error.errno or 0, reason) from None
 

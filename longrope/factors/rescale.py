@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
 from longrope.factors import files
 from longrope.factors.rules import (
+    base_inv_freq,
     ntk_lambdas,
     yarn_attention_factor,
     yarn_lambdas,
@@ -179,7 +180,7 @@ class RescaleFactors:
 
     def base_inv_freq(self) -> np.ndarray:
         """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
-        return self.rope_theta ** (-np.arange(0, self.rotary_dim, 2) / self.rotary_dim)
+        return base_inv_freq(self.rope_theta, self.rotary_dim)
 
     def inv_freq(self) -> np.ndarray:
         """Return the rescaled frequencies, radians per token, float64 `[R/2]`."""
