@@ -1,6 +1,6 @@
 """torch.ops.longrope.linear_nll and its relatives over the emulated kernels.
 
-The loops over chunks are those of csrc/bindings/perplexity_cuda.cpp, with chunks so small that
+The loops over chunks are those of csrc/bindings/perplexity_chunks.h, with chunks so small that
 tests meet their borders; the matrix products are torch's.
 """
 
