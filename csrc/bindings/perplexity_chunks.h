@@ -91,7 +91,7 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_backward_by_chunks(
   for_chunks(p, hidden, weight, [&](const LogitsChunk& chunk, int64_t row, void* stream) {
     if (chunk.columns == 0) return;
     const float* const largest = static_cast<const float*>(p.stats) + row;
-    linear_nll_grad_chunk_cuda(
+    linear_nll_backward_chunk_cuda(
         {chunk, largest, largest + p.rows, static_cast<const float*>(p.grad_nll) + row, p.dtype,
          room.mutable_data_ptr(), kChunkColumns},
         stream);

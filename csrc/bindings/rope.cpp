@@ -1,5 +1,5 @@
-// longrope::rope, rope_, rope_grad, rerotate: allocation, threads of the CPU, streams of CUDA. See
-// csrc/rope/rope.h; checks are in rope_arguments.h.
+// longrope::rope, rope_, rope_backward, rerotate: allocation, threads of the CPU, streams of CUDA.
+// See csrc/rope/rope.h; checks are in rope_arguments.h.
 #include "rope/rope.h"
 
 #include <ATen/ATen.h>
@@ -39,7 +39,7 @@ void run(const RopeParams& params, const Tensor& like) {
 
 // A sum per block of tokens, [batch, blocks, 2 * pairs + 1]; to be added up in one order, so that
 // the result is the same for any number of threads.
-Tensor run_grad(RopeGradParams& params, const Tensor& like) {
+Tensor run_grad(RopeBackwardParams& params, const Tensor& like) {
   const RopeParams& p = params.forward;
   const auto allocate = [&](int64_t blocks) {
     Tensor partial =
@@ -51,8 +51,8 @@ Tensor run_grad(RopeGradParams& params, const Tensor& like) {
   if (like.is_cuda()) {
     Tensor partial;
     on_device_of(like, [&](void* stream) {
-      partial = allocate(rope_grad_cuda_blocks(params));
-      rope_grad_cuda(params, stream);
+      partial = allocate(rope_backward_cuda_blocks(params));
+      rope_backward_cuda(params, stream);
     });
     return partial;
   }
@@ -60,7 +60,7 @@ Tensor run_grad(RopeGradParams& params, const Tensor& like) {
   const int64_t blocks = rope_blocks(p), items = p.batch * blocks;
   Tensor partial = allocate(blocks);
   at::parallel_for(0, items, grain(p, items),
-                   [&](int64_t begin, int64_t end) { rope_grad_cpu(params, begin, end); });
+                   [&](int64_t begin, int64_t end) { rope_backward_cpu(params, begin, end); });
   return partial;
 }
 
@@ -118,7 +118,7 @@ void rope_in_place(const Tensor& q, const Tensor& k, const Tensor& positions,
   run(arguments.params, q);
 }
 
-std::tuple<Tensor, Tensor, Tensor> rope_grad(
+std::tuple<Tensor, Tensor, Tensor> rope_backward(
     const Tensor& grad_q, const Tensor& grad_k, const Tensor& q, const Tensor& k,
     const Tensor& positions, const Tensor& inv_freq, const OptionalTensor& base_inv_freq,
     int64_t start_tokens, const OptionalTensor& start_tokens_rows, double attention_factor,
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_grad(
                   describe(grad_q));
   LONGROPE_EXPECT(grad_k.size(1) == k.size(1), "grad_k", "the shape of " + describe(k),
                   describe(grad_k));
-  RopeGradParams params{arguments.params, view_of(grad_q), view_of(grad_k), nullptr};
+  RopeBackwardParams params{arguments.params, view_of(grad_q), view_of(grad_k), nullptr};
   const RopeParams& p = params.forward;
   const Tensor rows = run_grad(params, q).sum(1);
   return {rows.slice(1, 0, p.pairs).clone(), rows.slice(1, p.pairs, 2 * p.pairs).clone(),
@@ -186,7 +186,7 @@ void rerotate_in_place(const Tensor& k, const Tensor& positions, const Tensor& f
 void implement(torch::Library& m) {
   m.impl("rope", &rope);
   m.impl("rope_", &rope_in_place);
-  m.impl("rope_grad", &rope_grad);
+  m.impl("rope_backward", &rope_backward);
   m.impl("rerotate", &rerotate);
   m.impl("rerotate_out", &rerotate_to);
   m.impl("rerotate_", &rerotate_in_place);

@@ -88,7 +88,7 @@ struct NllChunkParams {
 };
 
 // d logits of the chunk, rounded to `dtype`.
-struct NllGradChunkParams {
+struct NllBackwardChunkParams {
   LogitsChunk chunk;
   const float *largest, *log_sum, *grad_nll;  // [rows]
   DType dtype;
@@ -106,7 +106,7 @@ struct CandidateSumsParams {
 };
 
 void linear_nll_chunk_cuda(const NllChunkParams& params, void* stream);
-void linear_nll_grad_chunk_cuda(const NllGradChunkParams& params, void* stream);
+void linear_nll_backward_chunk_cuda(const NllBackwardChunkParams& params, void* stream);
 void candidate_sums_cuda(const CandidateSumsParams& params, void* stream);
 
 }  // namespace longrope

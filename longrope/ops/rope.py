@@ -217,7 +217,7 @@ def _(q, k, *_arguments):
     return None
 
 
-@torch.library.register_fake("longrope::rope_grad")
+@torch.library.register_fake("longrope::rope_backward")
 def _(grad_q, grad_k, q, k, positions, inv_freq, *_arguments):
     rows = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
     return rows, torch.empty_like(rows), inv_freq.new_empty(q.shape[0])
@@ -265,7 +265,7 @@ def _rope_backward(ctx, grad_q, grad_k):
     # The gradient of a rotation is the rotation back.
     grads[0], grads[1] = torch.ops.longrope.rope(grad_q, grad_k, *turned_by, not inverse)
     if ctx.needs_angles:
-        to_inv_freq, to_base, to_factor = torch.ops.longrope.rope_grad(
+        to_inv_freq, to_base, to_factor = torch.ops.longrope.rope_backward(
             grad_q, grad_k, q, k, *turned_by, inverse
         )
         if ctx.needs_input_grad[_INV_FREQ]:
@@ -284,7 +284,7 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("rope: no second derivative for inv_freq and attention_factor")
 
 
-torch.library.register_autograd("longrope::rope_grad", _no_second_derivative)
+torch.library.register_autograd("longrope::rope_backward", _no_second_derivative)
 
 
 _REROTATE_ARGUMENTS = argument_names("rerotate")
