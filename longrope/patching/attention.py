@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
+from longrope._native import _C
 from longrope.patching import tier_compiled
 from longrope.patching.families import attention_layers, decoder, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
@@ -34,8 +35,8 @@ from longrope.patching.tiered import TieredRotaryEmbedding, module_of
 NAME = "longrope"
 #: What stands before the name of a model's own implementation under tiers by position.
 PREFIX = "longrope_"
-#: Limits of the kernels (`csrc/attention/attention.h`).
-LARGEST_HEAD_DIM = 256
+#: What the kernels take.
+LARGEST_HEAD_DIM = _C.MAX_HEAD_DIM
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Attribute of an attention layer: what it runs inside the block.
