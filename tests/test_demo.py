@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longrope import RescaleFactors
-from longrope.demo import corpus, run, train
+from longrope.demo import corpus, report, run, train
 
 
 def write_library(root, names):
@@ -105,3 +105,23 @@ def test_the_demo_beats_every_baseline_and_saves_what_it_says(tmp_path, monkeypa
     assert factors.target_length == run.TARGET_LENGTH
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "Next: longrope search" in capsys.readouterr().out
+
+
+def test_a_method_may_be_a_list_of_sets_and_every_measurement_moves_the_bar(tmp_path, capsys):
+    model, lengths = run.load_packaged_model(), run.LENGTHS
+    assert model.dtype == torch.float32  # on every processor
+    baselines = run.baselines(rotary_dim=64, rope_theta=10000.0)
+    short = baselines["none"].replace(target_length=run.ORIGINAL_LENGTH)
+    methods = {"none": baselines["none"], "YaRN": [short, baselines["YaRN"]]}
+    table = run.measure(model, methods, run.excerpts("test", 1, seed=0))
+    assert table["YaRN"][0] == table["none"][0]  # the first set serves the model's own window
+    assert table["YaRN"][-1] < 0.5 * table["none"][-1]
+    assert "100%" in capsys.readouterr().err
+    report.save_plot(table, methods, lengths, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_of_the_demo_has_a_colour_of_its_own():
+    names = [*run.baselines(rotary_dim=64, rope_theta=10000.0), *run.SEARCHES]
+    assert sorted(names) == sorted(report.COLORS)
+    assert len({*report.COLORS.values()}) == len(names)

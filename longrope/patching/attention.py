@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
+from longrope.patching import tier_compiled
 from longrope.patching.families import attention_layers, decoder, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
@@ -215,28 +216,35 @@ def _register_tiered(name: str) -> None:
 
 
 def _tiered_forward(
-    name: str, module: nn.Module, query: Any, key: Any, value: Tensor, *args: Any, **kwargs: Any
+    name: str,
+    module: nn.Module,
+    query: Any,
+    key: Any,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as transformers asks for it, `[B, N, H, D]`."""
     if isinstance(query, Unturned):
         if isinstance(key, Tensor):  # a layer that stays as loaded, whose cache has turned the keys
             query = query.turned_by_model()
-        elif isinstance(key, Unturned) and _stays(module, key):
+        elif isinstance(key, Unturned) and stays_as_loaded(module, key.rotation.first_limit):
             query, key = query.turned_by_model(), key.turned_by_model()
     if not isinstance(query, Unturned):
-        return _own_function(name, module)(module, query, key, value, *args, **kwargs)
+        own = _own_function(name, module)
+        return own(module, query, key, value, attention_mask, *args, **kwargs)
     if kwargs.get("dropout"):
         raise ValueError(
             "dropout: expected no dropout in attention under tiers by position, got "
             f"{kwargs['dropout']}"
         )
     options = Options(kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"))
-    out = attend(query, key, value, module_of(query.rotation.ticket), options)
+    if query.rotation.plan is None:
+        out = tier_compiled.attend(query, key, value, attention_mask, options)
+    else:
+        out = attend(query, key, value, module_of(query.rotation.ticket), options)
     return out.transpose(1, 2), None
-
-
-def _stays(module: nn.Module, key: Unturned) -> bool:
-    return stays_as_loaded(module, module_of(key.rotation.ticket).tiers.limits[0])
 
 
 def _own_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -132,15 +132,22 @@ class RescaledRotaryEmbedding(nn.Module):
         return inv_freq[tier], self.start_tokens.to(device)[tier], factors[tier]
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, **_
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_
     ) -> tuple[KernelRotation | TableRotation, None]:
         """Return what the attention layers unpack as `cos, sin = position_embeddings`.
+
+        For layer types that have a rotary embedding of their own beside the full-attention layers'
+        (sliding ones), what the model's own module returns.
 
         x
             Hidden states `[B, N, E]`, for their shape, dtype and device.
         position_ids
             int64 `[B or 1, N]`.
+        layer_type
+            As a model with a rotary embedding for each layer type says it.
         """
+        if layer_type not in (None, "full_attention"):
+            return self.original(x, position_ids, layer_type)
         batch = x.shape[0]
         positions = position_ids.to(x.device)
         inv_freq, start_tokens, attention_factor = self._settings(positions)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,12 @@ def tabulate(arguments: KernelRotation, dtype: torch.dtype) -> TableRotation:
     angle = positions * torch.where(early, base, inv_freq.reshape(-1, 1, inv_freq.shape[-1]))
     factor = by_row(factor, torch.float64)
     return TableRotation((angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype))
+
+
+def original_rotation(part: nn.Module) -> Any:
+    """Return the `apply_rotary_pos_emb` of the file that defines a model's part, unwrapped."""
+    found = sys.modules[type(part).__module__].apply_rotary_pos_emb
+    return found.__wrapped__ if getattr(found, "accepts_rotations", False) else found
 
 
 def accept_rotations(attention: nn.Module) -> None:

@@ -160,6 +160,8 @@ def _windows(config: Any, parameters: dict) -> tuple[int, int]:
         )
     loaded, rope_type = int(loaded), parameters["rope_type"]
     original = parameters.get("original_max_position_embeddings")
+    if rope_type == "default":
+        original = None  # of a class that has one whatever the model (Phi-4)
     factor = float(parameters.get("factor") or 1)
     if original is not None:
         original = int(original)

@@ -28,8 +28,9 @@ _UNTURNED_AT_A_TIME = 4096
 class TieredRotation(NamedTuple):
     """What the rotary module hands the layers: what the model turns by, and the plan of the pass.
 
-    `cos` and `sin` are the model's own, `[B or 1, N, R]`; `positions` int64 `[B, N]`; `ticket`
-    names the rotary module, `shift` int64 `[B]` is the padding that the positions count.
+    `cos` and `sin` are the model's own, `[B or 1, N, R]`; `positions` int64 `[B, N]` are those it
+    turns by, `shift` int64 `[B]` the padding that they count; `ticket` names the rotary module,
+    `first_limit` is the end of its first tier. Without a plan, the pass is compiled.
     """
 
     cos: Tensor
@@ -38,14 +39,21 @@ class TieredRotation(NamedTuple):
     shift: Tensor | None
     plan: Plan | None
     ticket: int
+    first_limit: int
 
     def postpone(self, q: Tensor, k: Tensor, original: Callable) -> tuple[Unturned, Unturned]:
         """Let the attention function turn queries and keys, which knows what is in the cache."""
-
-        def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            return original(x, x[:, :0], cos, sin)[0]
-
+        turn = turning_by(original)
         return Unturned(q, self, turn), Unturned(k, self, turn)
+
+
+def turning_by(original: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the rotation of a model's file, `apply_rotary_pos_emb`, of one tensor."""
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return original(x, x[:, :0], cos, sin)[0]
+
+    return turn
 
 
 class Unturned(NamedTuple):
@@ -183,10 +191,9 @@ class _Rows:
     def _turn(self, keys: Tensor, positions: Tensor, old: int, new: int, row: int) -> None:
         """Turn keys from one form into another, in place, with one rounding."""
         by_model = [f == 0 and self.first_by_model for f in (old, new)]
-        shifted = self.rotation.shift is not None  # rerotate knows no padding before start tokens
-        if not (any(by_model) or UNROTATED in (old, new) or shifted) and _has_kernels(keys):
+        if not any(by_model) and UNROTATED not in (old, new) and _has_kernels(keys):
             tiers = self.rotary.tiers
-            ops.rerotate(keys, positions, tiers[old], tiers[new], out=keys)
+            ops.rerotate(keys, self._real(positions, row), tiers[old], tiers[new], out=keys)
             return
         for first in range(0, keys.shape[2], _UNTURNED_AT_A_TIME):
             part = slice(first, first + _UNTURNED_AT_A_TIME)
@@ -296,14 +303,18 @@ class _Rows:
     ) -> Tensor:
         """Turn states by one tier's settings, or back; `row` is the first one's in the batch."""
         inv_freq, start_tokens, base, factor = settings
-        if self.rotation.shift is not None and start_tokens:
-            start_tokens = start_tokens + self.rotation.shift[row : row + len(x)]
+        positions = self._real(positions, row)
         if back:
             inv_freq, base, factor = -inv_freq, -base, 1 / factor
         arguments = KernelRotation(positions, inv_freq, start_tokens, base, factor)
         if _has_kernels(x):
             return arguments.rotate(x, x[:, :0])[0]
         return tabulate(arguments, torch.promote_types(x.dtype, torch.float32)).rotate(x, x)[0]
+
+    def _real(self, positions: Tensor, row: int) -> Tensor:
+        """Return positions that do not count the padding before a row, as tiers do."""
+        shift = self.rotation.shift
+        return positions if shift is None else positions - shift[row : row + len(positions), None]
 
     def _attention(
         self, query: Tensor, keys: Tensor, values: Tensor, rows: slice, document: int = 0

@@ -227,19 +227,20 @@ def layer_types() -> tuple[type, type]:
     return TierLayer, TierStaticLayer
 
 
-class LoadedMixin:
-    """A layer whose window is no longer than the first tier: it stays as loaded."""
-
-    def update(self, key_states: Any, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Cache the keys as the model turns them."""
-        if not isinstance(key_states, Tensor):
-            key_states = key_states.turned_by_model()
-        return super().update(key_states, value_states, *args, **kwargs)
-
-
 @functools.cache
 def _as_loaded(kind: type) -> type:
-    return type(f"Loaded{kind.__name__}", (LoadedMixin, kind), {})
+    """Return a cache layer for attention whose window lies within the first tier.
+
+    It caches the keys as the model turns them. With the one base alone, an empty layer of that type
+    can become one.
+    """
+
+    def update(self: Any, key_states: Any, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(key_states, Tensor):
+            key_states = key_states.turned_by_model()
+        return kind.update(self, key_states, value_states, *args, **kwargs)
+
+    return type(f"Loaded{kind.__name__}", (kind,), {"update": update, "as_loaded": True})
 
 
 def stays_as_loaded(attention: nn.Module, first_limit: int) -> bool:
@@ -287,7 +288,7 @@ def adopt(cache: Any, base: nn.Module) -> Any:
             if layer.signature != rotary.signature:
                 layer.prepare(rotary)
             continue
-        if isinstance(layer, LoadedMixin) or not getattr(attention, "use_rope", True):
+        if getattr(layer, "as_loaded", False) or not getattr(attention, "use_rope", True):
             continue  # caches what the model turns, or no rotation
         if layer.is_initialized and int(layer.get_seq_length()):
             raise ValueError(

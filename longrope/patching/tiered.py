@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from longrope.factors import Tiers
 from longrope.patching import tier_cache
 from longrope.patching.embedding import bits
+from longrope.patching.rotation import original_rotation
 from longrope.patching.settings import LENGTH_DEPENDENT, RopeSettings, text_config
-from longrope.patching.tier_attention import TieredRotation
+from longrope.patching.tier_attention import TieredRotation, turning_by
 from longrope.patching.tier_pass import (
     Plan,
     arguments_of,
@@ -24,6 +27,7 @@ from longrope.patching.tier_pass import (
 )
 
 #: Rotary modules by ticket, for layers and caches, which hold none.
+_TICKETS = itertools.count(1)
 _MODULES: weakref.WeakValueDictionary[int, TieredRotaryEmbedding] = weakref.WeakValueDictionary()
 
 
@@ -61,12 +65,22 @@ class TieredRotaryEmbedding(nn.Module):
         # Of the tiers and of the design of the cache: what makes cached keys readable.
         said = repr(([tier.as_fields() for tier in tiers], keeps_unrotated))
         self.signature = hashlib.sha256(said.encode()).hexdigest()
+        self._register()
+
+    def _register(self) -> None:
+        """Take a ticket, by which `module_of` finds this module while it lives."""
+        self.ticket = next(_TICKETS)
+        _MODULES[self.ticket] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, with a ticket of its own."""
+        super().__setstate__(state)
+        self._register()
 
     @property
-    def ticket(self) -> int:
-        """A number by which `module_of` finds this module while it lives."""
-        _MODULES[id(self)] = self
-        return id(self)
+    def turn(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The rotation of the model's file: states, cosines, sines."""
+        return turning_by(original_rotation(self.original))
 
     def extra_repr(self) -> str:
         """Name the positions at which tiers end, for `print(model)`."""
@@ -103,7 +117,12 @@ class TieredRotaryEmbedding(nn.Module):
         if stays or (self.plan is not None and self.plan.own):
             return cos, sin
         positions = position_ids.to(x.device).expand(x.shape[0], -1)
-        return TieredRotation(cos, sin, positions, self.shift, self.plan, self.ticket), None
+        return (
+            TieredRotation(
+                cos, sin, positions, self.shift, self.plan, self.ticket, self.tiers.limits[0]
+            ),
+            None,
+        )
 
 
 def module_of(ticket: int) -> TieredRotaryEmbedding:
