@@ -99,7 +99,8 @@ def test_the_demo_beats_every_baseline_and_saves_what_it_says(tmp_path, monkeypa
     assert at_target["none"] > 2 * table["none"][0]  # past its window the model breaks down
     assert at_target[evolution] < min(at_target["none"], at_target["PI"], at_target["NTK"])
     assert at_target[gradient] < 0.95 * at_target["YaRN"]
-    assert table[run.BY_POSITION][0] == table["none"][0]  # the original window is as it was
+    # The original window is as it was: there the model's own float32 angles turn it.
+    assert table[run.BY_POSITION][0] == pytest.approx(table["none"][0], rel=1e-6)
     assert at_target[run.BY_POSITION] < at_target[gradient]
     assert Tiers.load(tmp_path / "out" / "tiers.json").limits == run.LENGTHS
     with (tmp_path / "out" / "perplexity.csv").open() as file:
@@ -118,7 +119,8 @@ def test_a_method_may_be_a_list_of_sets_and_every_measurement_moves_the_bar(tmp_
     short = baselines["none"].replace(target_length=run.ORIGINAL_LENGTH)
     methods = {"none": baselines["none"], "YaRN": [short, baselines["YaRN"]]}
     table = run.measure(model, methods, run.excerpts("test", 1, seed=0))
-    assert table["YaRN"][0] == table["none"][0]  # the first set serves the model's own window
+    # The first set serves the model's own window.
+    assert table["YaRN"][0] == pytest.approx(table["none"][0], rel=1e-6)
     assert table["YaRN"][-1] < 0.5 * table["none"][-1]
     assert "100%" in capsys.readouterr().err
     report.save_plot(table, methods, lengths, tmp_path / "plot.png")
@@ -126,8 +128,6 @@ def test_a_method_may_be_a_list_of_sets_and_every_measurement_moves_the_bar(tmp_
 
 
 def test_every_method_of_the_demo_has_a_colour_of_its_own():
-    names = [*run.baselines(rotary_dim=64, rope_theta=10000.0), *run.SEARCHES]
-    drawn = {each.label: each for each in style.STYLES.values()}
-    assert len({drawn[name].color for name in names}) == len(names)
-    ours, tiers = drawn[run.BY_GRADIENT], drawn[run.BY_POSITION]  # one set of factors: one colour
-    assert (ours.color, tiers.linestyle) == (tiers.color, "--")
+    names = [*run.baselines(rotary_dim=64, rope_theta=10000.0), *run.SEARCHES, run.BY_POSITION]
+    drawn = {each.label: each.color for each in style.STYLES.values()}
+    assert len({drawn[name] for name in names}) == len(names)

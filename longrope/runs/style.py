@@ -28,8 +28,8 @@ STYLES = {
     "gradient": Style("LongRoPE, gradient", "#d55e00", "o", 2.5),
     "evolution": Style("LongRoPE, Algorithm 1", "#e69f00", "v", 1.8),
     "hybrid": Style("LongRoPE, hybrid", "#56b4e9", "P", 1.8),
-    # The same factors as a ladder of tiers by position: at the target the two curves meet.
-    "position": Style("LongRoPE, by position", "#d55e00", "*", 1.8, "--"),
+    # A ladder of tiers: dashed, as its curve may lie on that of its last set of factors.
+    "position": Style("LongRoPE, by position", "#000000", "*", 1.8, "--"),
 }
 #: What is ours where there is one such curve, and what is there for comparison only.
 OURS, MUTED = STYLES["gradient"].color, "0.7"
