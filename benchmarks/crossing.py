@@ -6,11 +6,11 @@
 
 * `perplexity`: by range of positions, for the model as loaded, one set of factors for every
   position, tiers by row and tiers by position, with YaRN's factors and searched ones.
-* `crossing`: the last half of a window fed as generation would, after a prefill that ends inside the
-  original window; in 1, 3 and random pieces. For tiers by position, tiers by row, and a cache as
-  transformers keeps it where the frequencies switch (stale keys): how far the logits are from those
-  of one prefill of the whole (largest difference), their perplexity, and the time; beside it what a
-  full prefill at every crossing costs (`re-prefill`).
+* `crossing`: a text fed in 1, 3 and random pieces after a prefill that ends inside the original
+  window. For tiers by position, tiers by row, and a cache as transformers keeps it where the
+  frequencies switch (stale keys): how far the logits are from those of one prefill of the whole
+  (largest difference), the perplexity of the second half, and the time; beside it what a full
+  prefill at every crossing costs (`re-prefill`).
 * `cache`: time of a prefill and of a token beyond the window, and bytes of the cache, for keys kept
   turned and un-rotated, one set of factors, and the model without factors.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -54,9 +55,19 @@ class Rows(list):
         """Add a row."""
         self.append(self.same | {"table": table, "factors": factors, "rule": rule, "case": case,
                                  "measure": measure, "value": f"{value:.6g}"})  # fmt: skip
-        print(
-            f"{table:11s} {factors:9s} {rule:22s} {case:16s} {measure:22s} {value:.5g}", flush=True
-        )
+        cells = f"{table:11s} {factors:9s} {rule:22s} {case:16s} {measure:22s}"
+        print(cells, f"{value:.5g}", flush=True)
+
+    def save(self):
+        """Append the rows to the results, and forget them."""
+        path = harness.RESULTS / "crossing.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(self)
+        self.clear()
 
 
 def rules(model, factors) -> dict[str, Callable[[], object]]:
@@ -77,7 +88,7 @@ def perplexities(rows: Rows, model, sets: dict, documents, target: int) -> None:
     edges = [1, window]
     while edges[-1] < target:
         edges.append(min(2 * edges[-1], target))
-    ranges = list(zip(edges, edges[1:], strict=False))
+    ranges = list(itertools.pairwise(edges))
     for name, factors in sets.items():
         for rule, use in rules(model, factors).items():
             if rule == "as loaded" and name != "YaRN":
@@ -268,20 +279,16 @@ def main() -> None:
     best = sets.get("searched", sets["YaRN"])
     name = "searched" if "searched" in sets else "YaRN"
     ids = torch.as_tensor(np.asarray(documents[0][: args.target]), dtype=torch.int64)[None]
-    if args.only in (None, "perplexity"):
-        perplexities(rows, model, sets, documents, args.target)
-    if args.only in (None, "crossing"):
-        crossings(rows, model, best, ids, name)
-    if args.only in (None, "cache"):
-        caches(rows, model, best, ids, name, args.rounds)
-    if args.save:
-        path = harness.RESULTS / "crossing.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    tables = {
+        "perplexity": lambda: perplexities(rows, model, sets, documents, args.target),
+        "crossing": lambda: crossings(rows, model, best, ids, name),
+        "cache": lambda: caches(rows, model, best, ids, name, args.rounds),
+    }
+    for table, measure in tables.items():
+        if args.only in (None, table):
+            measure()
+            if args.save:
+                rows.save()
 
 
 if __name__ == "__main__":
