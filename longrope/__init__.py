@@ -21,21 +21,24 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope._native import _C as _C
     from longrope.documents import load_data
     from longrope.evaluation.perplexity import perplexity
-    from longrope.factor_search import SearchResult, search
+    from longrope.factor_search.history import SearchResult
+    from longrope.factor_search.run import search
     from longrope.factors import (
         RescaleFactors,
+        Tiers,
         published,
         published_names,
         su_attention_factor,
         yarn_attention_factor,
     )
-    from longrope.patching.apply import apply, remove
+    from longrope.patching.apply import apply, remove, row_lengths
     from longrope.patching.settings import rope_settings
 
 #: Where a public name is defined.
 _HOMES = {
     "RescaleFactors": "longrope.factors",
-    "SearchResult": "longrope.factor_search",
+    "SearchResult": "longrope.factor_search.history",
+    "Tiers": "longrope.factors",
     "_C": "longrope._native",
     "apply": "longrope.patching.apply",
     "load_data": "longrope.documents",
@@ -44,7 +47,8 @@ _HOMES = {
     "published_names": "longrope.factors",
     "remove": "longrope.patching.apply",
     "rope_settings": "longrope.patching.settings",
-    "search": "longrope.factor_search",
+    "row_lengths": "longrope.patching.apply",
+    "search": "longrope.factor_search.run",
     "su_attention_factor": "longrope.factors",
     "yarn_attention_factor": "longrope.factors",
 }
@@ -55,6 +59,7 @@ _MODULES = ("demo", "errors", "evaluation", "factor_search", "factors", "ops", "
 __all__ = [
     "RescaleFactors",
     "SearchResult",
+    "Tiers",
     "__version__",
     "apply",
     "load_data",
@@ -63,6 +68,7 @@ __all__ = [
     "published_names",
     "remove",
     "rope_settings",
+    "row_lengths",
     "search",
     "su_attention_factor",
     "yarn_attention_factor",

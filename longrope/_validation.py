@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,23 @@ def integer(name: str, value, least: int) -> int:
     if not whole or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+#: Checks of whole numbers from 0 or 1 on.
+natural, count = functools.partial(integer, least=0), functools.partial(integer, least=1)
+
+
+def choice(name: str, value, choices: Collection[str]) -> str:
+    if value not in choices:
+        listed = ", ".join(repr(known) for known in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+    return value
+
+
+def probability(name: str, value) -> float:
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"{name}: expected 0 < p <= 1, got {value!r}")
+    return float(value)
 
 
 def switch(name: str, value) -> bool:
@@ -37,7 +56,7 @@ def positive(name: str, value, above: float = 0) -> float:
 
 
 def lambda_array(values, rotary_dim: int) -> np.ndarray:
-    expected = f"lambdas: expected {rotary_dim // 2} finite positive values (rotary_dim / 2)"
+    expected = f"lambdas: expected {rotary_dim // 2} positive values (rotary_dim / 2)"
     try:
         if hasattr(values, "detach"):  # a torch tensor of any dtype and device
             values = values.detach().double().cpu().numpy()
@@ -47,7 +66,7 @@ def lambda_array(values, rotary_dim: int) -> np.ndarray:
     if array.shape != (rotary_dim // 2,):
         came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise ValueError(f"{expected}, got {came}")
-    wrong = ~(np.isfinite(array) & (array > 0))
+    wrong = ~(array > 0)  # NaN too; infinity is a pair that does not turn
     if wrong.any():
         index = int(np.argmax(wrong))
         raise ValueError(f"{expected}, got {array[index]} at index {index}")

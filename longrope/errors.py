@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class JournalError(ValueError):
-    """A journal that cannot be resumed: damaged, or of another run."""
+    """A journal that cannot be resumed: it is damaged, or that of another run."""
 
 
 class LostRankError(RuntimeError):
@@ -12,4 +12,4 @@ class LostRankError(RuntimeError):
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM came, which acts like Ctrl-C."""
+    """SIGTERM, handled like Ctrl-C."""

@@ -19,7 +19,7 @@ from longrope.cli import search as search_command
 from longrope.cli.main import app
 from longrope.errors import TerminatedError
 from longrope.evaluation import memory
-from longrope.factor_search.gradient import LossGradient
+from longrope.factor_search.gradient import GradientEvaluator
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_an_interrupted_command_says_whether_it_resumes(
         raise kind
 
     with monkeypatch.context() as patched:
-        patched.setattr(LossGradient, "__call__", interrupt)
+        patched.setattr(GradientEvaluator, "__call__", interrupt)
         done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130
     said = "interrupted" if kind is KeyboardInterrupt else "ended by torchrun"
@@ -169,8 +169,75 @@ def test_an_interrupted_command_says_whether_it_resumes(
 
 def test_search_has_the_options_of_the_library():
     there = set(inspect.signature(longrope.search).parameters) - {"documents", "progress"}
-    here = set(inspect.signature(search_command.search).parameters) - {"data", "device"}
-    assert here == there
+    here = set(inspect.signature(search_command.search).parameters)
+    assert here - {"data", "device", "options", "context"} == there
+
+
+def test_a_file_of_options_is_the_same_as_flags_which_win(model_folder, text, tmp_path):
+    def run(name, *flags):
+        call("search", model_folder, text, "--out", tmp_path / name, "--device", "cpu", *flags)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        return config["options"], longrope.RescaleFactors.load(tmp_path / name / "factors.json")
+
+    file = tmp_path / "options.toml"
+    file.write_text(
+        "target_length = 64\nsamples = 1\nsteps = 2\nseed = 9\nstart_tokens = 4\n"
+        'attention_factor = "su"\nactivation_checkpointing = true\n'
+    )
+    flags = ("--target-length", 64, "--samples", 1, "--steps", 2, "--start-tokens", 4,
+             "--attention-factor", "su", "--activation-checkpointing")  # fmt: skip
+    by_flags = run("flags", *flags, "--seed", 3)
+    assert run("file", "--options", file, "--seed", 3) == by_flags
+    assert by_flags[0]["seed"] == 3 and by_flags[0]["start_tokens"] == 4
+    # The config of a run repeats it.
+    assert run("again", "--options", tmp_path / "file" / "config.json") == by_flags
+
+
+def test_a_wrong_file_of_options_is_named_with_its_key(model_folder, text, tmp_path):
+    file = tmp_path / "options.toml"
+    search = ("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu")
+
+    def said(content, *flags):
+        file.write_text(content)
+        return sentence(*search, "--options", file, *flags).removeprefix(f"longrope: {file}: ")
+
+    assert said("target_length = 64\nsede = 1") == (
+        "sede: there is no such option (did you mean seed?)"
+    )
+    assert said('samples = "many"').startswith("samples: expected an integer of at least 1, got")
+    assert said("samples = 1") == (
+        "longrope: --target-length: expected a value, here or in --options, got none"
+    )
+    # Wrong together with something else: the model, another option.
+    assert said("target_length = 16").startswith("target_length: expected more than the original")
+    clash = "steps: expected None with method='evolution', got 3"
+    assert said("target_length = 64\nsteps = 3", "--method", "evolution") == clash
+    flags = ("--method", "evolution", "--steps", 3)
+    assert said("target_length = 64\nsteps = 5", *flags) == f"longrope: --{clash}"
+    assert said("target_length = 64", "--samples", 0).startswith("longrope: --samples: expected")
+    missing = sentence(*search, "--options", tmp_path / "none.toml")
+    assert missing.startswith(f"longrope: --options: cannot read {tmp_path / 'none.toml'} (")
+    file.write_bytes(b"\xff\xfe")
+    assert "expected TOML, got a file broken" in sentence(*search, "--options", file)
+
+
+def test_the_version_is_shown():
+    assert call("--version").stdout == f"longrope {longrope.__version__}\n"
+
+
+def test_errors_name_the_arguments_of_the_command(model_folder, text, tmp_path):
+    none = tmp_path / "none"
+    assert "DATA: there is no file" in sentence("perplexity", model_folder, none, "--length", 64)
+    assert "DATA: " in sentence("perplexity", model_folder, text, "--length", 601)
+    assert "longrope: --length: expected" in sentence(
+        "perplexity", model_folder, text, "--length", 0
+    )
+    assert "longrope: --stride: expected" in sentence(
+        "perplexity", model_folder, text, "--length", 64, "--stride", 65
+    )
+    search = ("search", model_folder, text, "--target-length", 64, "--device", "cpu")
+    assert "longrope: --out: cannot write" in sentence(*search, "--out", text / "below")
+    assert "longrope: --seed: expected" in sentence(*search, "--out", none, "--seed", -1)
 
 
 def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
@@ -186,7 +253,7 @@ def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
     assert "attention" in sentence("search", model_folder, text, *search, "--attention-factor", "x")
     assert "method" in sentence("search", model_folder, text, *search, "--method", "guess")
     short = ("--target-length", 16, "--out", tmp_path / "run", "--device", "cpu")
-    assert "target_length" in sentence("search", model_folder, text, *short)
+    assert "--target-length: " in sentence("search", model_folder, text, *short)
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert str(blocked) in sentence("demo", "--out", blocked / "out")
@@ -225,3 +292,43 @@ def test_malformed_factors_get_one_sentence(model_folder, text, tmp_path):
     assert "rotary_dim" in sentence(
         "perplexity", model_folder, text, "--length", 64, "--factors", broken
     )
+
+
+def test_tiers_from_the_command_line(model_folder, text, tmp_path):
+    """A file of tiers goes where one of factors does, by position unless asked otherwise."""
+    rope = longrope.rope_settings(inputs.load_model(str(model_folder), "cpu")[0])
+    yarn = longrope.RescaleFactors.yarn(**rope.lengths(128))
+    yarn.ladder().save(tmp_path / "tiers.json")
+    yarn.save(tmp_path / "factors.json")
+    measure = (
+        "perplexity",
+        model_folder,
+        text,
+        "--length",
+        128,
+        "--stride",
+        128,
+        "--device",
+        "cpu",
+    )
+
+    def parts(name, *more):
+        out = call(*measure, "--factors", tmp_path / name, "--ranges", "1-32,64-128", *more).stdout
+        return [float(line.split()[-1]) for line in out.splitlines()[:3]]
+
+    plain = call(*measure, "--ranges", "1-32").stdout.splitlines()[1]
+    by_position, by_row = parts("tiers.json"), parts("tiers.json", "--tiers", "row")
+    assert by_position[1] == float(plain.split()[-1])  # the first window is the model's own
+    assert by_row == parts("factors.json")  # of the row's length
+    assert by_position[1] != by_row[1]
+    assert "--ranges: expected" in sentence(*measure, "--ranges", "a-b")
+    assert "tiers: expected" in sentence(
+        *measure, "--factors", tmp_path / "tiers.json", "--tiers", "column"
+    )
+    assert "64-" in call("info", tmp_path / "tiers.json").stdout
+
+
+def test_info_says_which_paths_a_model_takes(model_folder, text):
+    said = call("info", model_folder, "--runtime").stdout
+    assert "Llama" in said and "ops.attention on cpu" in said
+    assert "--runtime: expected" in sentence("info", text, "--runtime")

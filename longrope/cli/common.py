@@ -1,45 +1,59 @@
-"""What every command has: arguments of one meaning, and errors of one sentence."""
+"""What the commands share: arguments with one meaning, and errors in one sentence."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from longrope.cli.inputs import choose_device, rank
+from longrope.errors import LostRankError, TerminatedError
+from longrope.runs.folder import JOURNAL
 
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a Hugging Face model.")]
 Data = Annotated[Path, typer.Argument(help="Text file, folder of text, .jsonl or .parquet.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+DEVICE = "cpu or cuda; default: cuda where there is a GPU."
+
+#: The arguments of commands by their names in the library; all others are options.
+_ARGUMENTS = {"model": "MODEL", "documents": "DATA", "data": "DATA", "what": "WHAT"}
 
 
 def one_sentence_errors(command):
-    """Turn the errors that bad input raises into one sentence and exit code 2."""
+    """Turn the errors that bad input raises into one sentence and exit code 2.
+
+    Where the library names an argument of its own, the sentence names the command's.
+    """
+    names = {name: f"--{name.replace('_', '-')}" for name in inspect.signature(command).parameters}
+    names |= _ARGUMENTS
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            # What all ranks of a job end with is said by the first, and by the one that failed.
+            # The error that ends all ranks is printed by the first, and by the one that failed.
             if rank() in (0, getattr(error, "failed_rank", rank())):
                 where = f" (rank {rank()})" if rank() else ""
-                print(f"longrope{where}: {_one_line(error)}", file=sys.stderr)
+                print(f"longrope{where}: {_one_line(error, names)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except RuntimeError as error:
-            if type(error).__name__ != "LostRankError":  # of a module that imports torch
+            if not isinstance(error, LostRankError):
                 raise
-            print(f"longrope: {_one_line(error)}", file=sys.stderr)
+            print(f"longrope: {_one_line(error, names)}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             if rank() == 0:
                 what = "interrupted"
-                if type(error).__name__ == "TerminatedError":  # of a module that imports torch
+                if isinstance(error, TerminatedError):
                     what = "ended by torchrun, as when another rank has failed"
-                resumes = "out" in kwargs and (Path(kwargs["out"]) / "journal.jsonl").exists()
+                resumes = "out" in kwargs and (Path(kwargs["out"]) / JOURNAL).exists()
                 print(f"longrope: {what}" + "; the same command resumes" * resumes, file=sys.stderr)
             raise typer.Exit(130) from None
 
@@ -47,7 +61,7 @@ def one_sentence_errors(command):
 
 
 def in_job(command):
-    """Join the job, where torchrun started this process: a command with an option `device`."""
+    """Let a command with an option `device` join the job, if torchrun started this process."""
 
     @functools.wraps(command)
     def wrapped(*args, device, **kwargs):
@@ -59,5 +73,11 @@ def in_job(command):
     return wrapped
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: Exception, names: Mapping[str, str]) -> str:
+    """Return an error as one line; `names` are the command's of the library's arguments."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(
+        r"^((?:rank \d+: )?)(\w+)(?=(?:\[\d+\])?: )",
+        lambda found: found[1] + names.get(found[2], found[2]),
+        line,
+    )

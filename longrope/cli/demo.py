@@ -17,9 +17,11 @@ def demo(
     ),
     seed: Seed = 0,
     iterations: Annotated[
-        int | None, typer.Option(help="Of Algorithm 1; the default fits two CPU cores.")
+        int | None, typer.Option(help="Generations of Algorithm 1; the default fits two CPU cores.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of the search by gradient, likewise.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the gradient search; the default fits them too.")
+    ] = None,
 ) -> None:
     """Extend the packaged tiny model's window 8x on this Python's own library sources."""
     from longrope.demo.run import run

@@ -1,4 +1,4 @@
-"""What the commands read: devices, models and documents; errors name the command's arguments."""
+"""What the commands read: devices, models, documents. Errors name the command's arguments."""
 
 from __future__ import annotations
 

@@ -33,6 +33,10 @@ SEARCHES = {
     },
     "LongRoPE, gradient": {"method": "gradient", "steps": 30},
 }  # fmt: skip
+BY_GRADIENT = "LongRoPE, gradient"
+#: Those factors as tiers by position: none in the original window, then a tier for 2, 4 and 8 times
+#: it, whose lambdas lie on the way (`RescaleFactors.ladder`).
+BY_POSITION = "LongRoPE, by position"
 SEARCH_SAMPLES = 3
 TEST_SAMPLES = 12
 
@@ -119,7 +123,8 @@ def run(
 
     `iterations` and `steps` change the budgets of Algorithm 1 and of the gradient search. Writes
     `perplexity.csv`, `perplexity.png`, `factors.json` (the best on the searches' validation
-    windows) and a run directory for each search into the folder `out`.
+    windows), `tiers.json` (those of the search by gradient, by position) and a run directory for
+    each search into the folder `out`.
     """
     from rich.console import Console
 
@@ -164,10 +169,13 @@ def run(
         notes.append(f"{name}: {passes:.0f} forward passes of a window, {took:.0f} s")
     methods: dict[str, report.Factors] = {**baselines(settings.rotary_dim, settings.rope_theta)}
     methods |= {name: result.factors for name, result in results.items()}
+    ladder = results[BY_GRADIENT].factors.ladder()
+    methods[BY_POSITION] = ladder
     console.print(f"Measuring {len(methods)} methods on {TEST_SAMPLES} other files")
     table = measure(model, methods, test_documents)
     best = min(results.values(), key=lambda result: result.validation_perplexity)
     best.factors.save(out / "factors.json")
+    ladder.save(out / "tiers.json")
     report.save_csv(table, LENGTHS, out / "perplexity.csv")
     report.save_plot(table, methods, LENGTHS, out / "perplexity.png")
     console.print(report.as_rich_table(table, LENGTHS))

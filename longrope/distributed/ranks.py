@@ -1,10 +1,9 @@
-"""The ranks of a `torch.distributed` job that make one search together.
+"""The ranks of a `torch.distributed` job that run one function together.
 
-Every rank runs the whole search: the same random numbers, and the same measurements, of which it
-makes a part and gets the others' in an exchange. So all ranks decide alike, and nothing but
-measurements has to travel. An exchange is one all-gather of envelopes, which hold a value or an
-error: a rank that fails anywhere puts its error into the exchange that the others come to next, and
-all of them end with it.
+Every rank runs the whole function with the same random numbers. The expensive results are shared:
+each rank computes a part of them and receives the others in an exchange, so all ranks decide alike
+and nothing else has to travel. An exchange is one all-gather of envelopes, which hold a value or an
+error: a rank that fails anywhere puts its error into the next exchange, and all ranks end with it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,14 +23,16 @@ from longrope import _validation
 from longrope._validation import first_difference
 from longrope.errors import JournalError, LostRankError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Environment variable: seconds that a rank waits for the others. A round of measurements must not
-#: take longer. That a process has died is known without waiting.
+#: Environment variable: the seconds that a rank waits for the others. A round of shared work must
+#: not take longer. The death of a process is noticed without waiting.
 TIMEOUT = "LONGROPE_RANK_TIMEOUT"
 DEFAULT_TIMEOUT = 1800
 
-#: The errors that travel as what they are, the most special first; others become RuntimeError.
+#: The errors that keep their type when they travel, the most special first; others become
+#: RuntimeError.
 _KINDS = (JournalError, ValueError, OSError, ImportError, NotImplementedError, RuntimeError)
 
 
@@ -43,13 +43,13 @@ class Ranks:
     ----------
     rank, size
         The number of this process, and how many there are.
-    journal_path
-        Where the first rank keeps the journal, for messages; None: nowhere.
+    when_lost
+        What `LostRankError` adds to its message: what is kept, and how to go on.
     """
 
     rank: int = 0
     size: int = 1
-    journal_path: Path | None = None
+    when_lost: str = "nothing was kept"
 
     @property
     def first(self) -> bool:
@@ -99,10 +99,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def tied(self) -> Iterator[None]:
-        """Say that all ranks work on one thing, by `pass_on`, inside a `with` block.
+        """Declare that inside a `with` block all ranks work on one thing by `pass_on`.
 
-        Where a rank fails there the others do not come to another exchange: it breaks off its
-        connections, and they end with `LostRankError`.
+        The others reach no further exchange if a rank fails there: it closes its connections, and
+        they end with `LostRankError`.
         """
         yield
 
@@ -110,14 +110,13 @@ class Ranks:
 class JobRanks(Ranks):
     """The ranks of the default process group, which must be initialised on all of them.
 
-    Values travel through a gloo group of its own, whatever the backend of the job: they are Python
-    objects on the CPU, and come out bit for bit as they went in.
+    Values travel through a separate gloo group, whatever the backend of the job: they are Python
+    objects on the CPU, and arrive bit for bit as they were sent.
     """
 
     def __init__(self):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.journal_path = None
         self._group = None
         with self._watching():
             self._group = dist.new_group(backend="gloo", timeout=timeout())
@@ -162,9 +161,9 @@ class JobRanks(Ranks):
             raise
 
     def fail(self, error: Exception) -> None:
-        """Tell the others of an error in the exchange that comes next; raises what all agree on."""
+        """Send the others an error in the next exchange; raises the error that all agree on."""
         if self._group is None:
-            raise error  # nobody listens any more
+            raise error  # the connections are closed
         self._exchange(None, error)
 
     def close(self) -> None:
@@ -180,7 +179,7 @@ class JobRanks(Ranks):
         failed = [(rank, packed) for rank, (_, packed) in enumerate(envelopes) if packed]
         if failed:
             rank, (kind, message) = failed[0]
-            # What rank 0 says, or all say alike, needs no name.
+            # An error of rank 0, or the same of all ranks, needs no number.
             alike = len(failed) == self.size and len({packed for _, packed in failed}) == 1
             told = message if rank == 0 or alike else f"rank {rank}: {message}"
             agreed = _KINDS[kind](told)
@@ -194,14 +193,9 @@ class JobRanks(Ranks):
             yield
         except RuntimeError as error:  # what gloo, nccl and the store raise
             self.close()
-            kept = (
-                f"the journal {str(self.journal_path)!r} is complete up to its last line: start "
-                "the same command again to resume"
-                if self.journal_path
-                else "nothing was kept, because out was None"
-            )
             raise LostRankError(
-                f"a rank of the job is gone or does not answer, seen by rank {self.rank}; {kept}"
+                "a rank of the job is gone or does not answer, seen by rank "
+                f"{self.rank}; {self.when_lost}"
             ) from error
 
 
@@ -229,18 +223,18 @@ _CURRENT: contextvars.ContextVar[Ranks] = contextvars.ContextVar("ranks", defaul
 
 
 def current() -> Ranks:
-    """Return the ranks that run the function decorated by `on_all_ranks` together."""
+    """Return the ranks that run the current function together, see `on_all_ranks`."""
     return _CURRENT.get()
 
 
-def on_all_ranks(function: Callable[..., T]) -> Callable[..., T]:
-    """Let all ranks of a job, where there is one, run a function together.
+def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
+    """Let all ranks of the job run a function together, if there is a job.
 
-    `current()` gives it the ranks. An error of any rank ends it on all of them.
+    Inside the function `current()` returns the ranks. An error of any rank ends it on all of them.
     """
 
     @functools.wraps(function)
-    def together(*args, **kwargs) -> T:
+    def together(*args: P.args, **kwargs: P.kwargs) -> T:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return function(*args, **kwargs)
         ranks = JobRanks()

@@ -1,4 +1,4 @@
-"""Joining the job of `torchrun`: one process per rank, one device each."""
+"""Joining the job of `torchrun`: one process per rank, with a device each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from longrope.errors import TerminatedError
 
-#: What torchrun tells every process that it starts.
+#: The environment variables that torchrun sets for every process that it starts.
 _TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,7 +29,7 @@ def job(device: str) -> Iterator[str]:
     Raises
     ------
     ValueError
-        Where a numbered device is given to many ranks of one machine, or the job cannot be joined.
+        If a numbered device is given to many ranks of one machine, or the job cannot be joined.
     """
     import torch
     import torch.distributed as dist
@@ -67,8 +67,8 @@ def job(device: str) -> Iterator[str]:
     try:
         yield device
     except BaseException:
-        # On the way out: what went wrong is to be said, also when torchrun has seen it already.
-        # The group stays: one that has lost a rank may wait for it.
+        # The error is still to be printed, even if torchrun ends the other ranks meanwhile. The
+        # group stays: to destroy one that has lost a rank can mean to wait for it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
     dist.destroy_process_group()

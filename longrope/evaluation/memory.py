@@ -1,4 +1,4 @@
-"""How much goes through a model at once: rows of a batch, and tokens of each of them."""
+"""How much goes through a model at once: the rows of a pass, and the tokens of each row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from longrope.patching.settings import rope_settings, text_config
 #: model and windows of 2048 tokens, 4096 were 2 to 6 % slower, 8192 another 2 to 13 %; chunks of
 #: 1024 of longer windows were 7 % slower. On a GPU the batch is sized from the memory that is free.
 CPU_TOKENS_PER_BATCH = 2048
-#: Tokens of one forward pass on a GPU of windows that go through it in chunks: more fill no GPU
-#: better.
+#: Tokens of one forward pass on a GPU, for windows that go through it in chunks: more do not keep a
+#: GPU any busier.
 GPU_TOKENS_PER_CHUNK = 32768
-#: Least tokens of a chunk: each one reads all keys before it again.
+#: The smallest chunk, in tokens: each chunk reads all earlier keys again.
 LEAST_CHUNK = 256
 
 #: Bytes kept for the backward pass, per layer and token, over the bytes of the residual stream:
@@ -31,18 +31,18 @@ _KEPT_OVER_HIDDEN = 8
 _KEPT_OVER_INNER = 4
 
 
-#: Where Linux says what this process's control group may use (version 2, seen from inside).
+#: Where Linux tells how much this process's control group may use (version 2, seen from inside).
 CGROUP = Path("/sys/fs/cgroup")
 
 
-class Layout(NamedTuple):
-    """Rows of one forward pass, and tokens of each row in it (None: the whole window)."""
+class BatchPlan(NamedTuple):
+    """The rows of one forward pass, and the tokens of each row in it (None: the whole window)."""
 
     rows: int
     chunk: int | None
 
 
-class GradientLayout(NamedTuple):
+class BackwardPlan(NamedTuple):
     """How one window goes forwards and backwards through a model.
 
     At most one of the two is set; else the activations of the whole window are kept.
@@ -54,7 +54,7 @@ class GradientLayout(NamedTuple):
     chunk: int | None = None
 
 
-WHOLE_WINDOWS = GradientLayout()
+WHOLE_WINDOWS = BackwardPlan()
 
 
 def plan_batches(
@@ -65,11 +65,12 @@ def plan_batches(
     rows: int | None = None,
     cut: bool = True,
     name: str = "target_length",
-) -> Layout:
+) -> BatchPlan:
     """Choose the batches of forward passes without gradients from the memory that is free.
 
-    On a CPU a pass gets the tokens that its caches hold best. On a GPU whole windows where one fits
-    half of the free memory, and else chunks beside the keys and values of all tokens.
+    On a CPU a pass gets as many tokens as its caches hold best. On a GPU windows stay whole where
+    one fits into half of the free memory; else they go in chunks, which need memory besides that of
+    the keys and values of all tokens.
 
     Parameters
     ----------
@@ -78,13 +79,13 @@ def plan_batches(
     length
         Tokens of a window.
     windows
-        How many rows there are altogether; None: as many as fit.
+        The number of windows altogether; None: any number.
     rows
-        Rows of one pass where these are given.
+        The rows of one pass, if the caller decides them; None: chosen here.
     cut
         Whether windows may go through the model in chunks.
     name
-        What an error calls `length`.
+        The name of `length` in errors.
 
     Raises
     ------
@@ -100,24 +101,20 @@ def plan_batches(
         tokens = CPU_TOKENS_PER_BATCH
     if length * (rows or 1) <= tokens or not cut:
         fitting = rows or max(1, tokens // length)
-        return Layout(fitting if windows is None else min(fitting, windows), None)
+        return BatchPlan(fitting if windows is None else min(fitting, windows), None)
     fitting = rows or 1
     cache = fitting * cache_bytes(model, length)
     if device.type == "cuda":
         # A tenth stays for fragments.
         tokens = min(int((free * 0.9 - cache) / _bytes_per_token(model)), GPU_TOKENS_PER_CHUNK)
     least = cache + fitting * min(LEAST_CHUNK, length) * _bytes_per_token(model)
-    if free is not None and least > free:
-        raise ValueError(
-            f"{name}: expected windows whose keys and values fit the free memory, got {fitting} of "
-            f"{length} tokens, which need {least} bytes where {free} are free"
-        )
-    return Layout(fitting, min(length, max(LEAST_CHUNK, _power_of_two(tokens // fitting))))
+    _expect_room(free, least, name, "keys and values", f"{fitting} of {length}")
+    return BatchPlan(fitting, min(length, max(LEAST_CHUNK, _power_of_two(tokens // fitting))))
 
 
-def plan_gradient(
+def plan_backward(
     model: nn.Module, length: int, activation_checkpointing: bool | None = None
-) -> GradientLayout:
+) -> BackwardPlan:
     """Choose how windows go forwards and backwards through a model, from the memory that is free.
 
     Parameters
@@ -127,7 +124,7 @@ def plan_gradient(
     length
         Tokens of a window.
     activation_checkpointing
-        Whether activations are computed again in the backward pass; None: where those of a window
+        Whether activations are computed again in the backward pass; None: if those of a window
         would take more than half of the free memory. Chunks need `ops.attention` in the layers; a
         model with an attention of its own gets checkpointed layers.
 
@@ -144,20 +141,25 @@ def plan_gradient(
     if not activation_checkpointing:
         return WHOLE_WINDOWS
     if not has_kernel_attention(model):
-        return GradientLayout(checkpointed_layers=True)
+        return BackwardPlan(checkpointed_layers=True)
     # A sixteenth of a short window, so that the activations are not what counts.
     most = GPU_TOKENS_PER_CHUNK if device.type == "cuda" else CPU_TOKENS_PER_BATCH
     tokens = min(max(LEAST_CHUNK, _power_of_two(length // 16)), most)
     if free is not None:
         cache = 2 * cache_bytes(model, length, sliding=False)
         least = cache + min(LEAST_CHUNK, length) * kept
-        if least > free:
-            raise ValueError(
-                "target_length: expected windows whose keys, values and their gradients fit the "
-                f"free memory, got {length} tokens, which need {least} bytes where {free} are free"
-            )
+        what = "keys, values and their gradients"
+        _expect_room(free, least, "target_length", what, str(length))
         tokens = min(tokens, max(LEAST_CHUNK, _power_of_two(int((free - cache) / 2 / kept))))
-    return GradientLayout(chunk=tokens) if tokens < length else WHOLE_WINDOWS
+    return BackwardPlan(chunk=tokens) if tokens < length else WHOLE_WINDOWS
+
+
+def _expect_room(free: int | None, needed: int, name: str, what: str, tokens: str) -> None:
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{name}: expected windows whose {what} fit the free memory, got {tokens} tokens, "
+            f"which need {needed} bytes where {free} are free"
+        )
 
 
 def cache_bytes(model: nn.Module, length: int, sliding: bool = True) -> int:
@@ -184,10 +186,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU, or of this machine where it says so (Linux).
+    """Return the free bytes of a GPU, or of this machine where it tells (Linux); else None.
 
-    Of a machine, what its control group leaves (containers, batch systems), shared among the ranks
-    that torchrun runs on it.
+    On a machine this is what the process's control group leaves (containers, batch systems),
+    divided by the number of ranks that torchrun runs there.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -228,9 +230,9 @@ def _power_of_two(tokens: int) -> int:
 
 
 def native_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor multiplies that natively, else float32.
+    """Return bfloat16 where the processor multiplies it natively, else float32.
 
-    Twice as fast as float32 on an AVX-512 machine.
+    There it is twice as fast as float32 (measured on an AVX-512 machine).
     """
     native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
     return torch.bfloat16 if native else torch.float32

@@ -3,7 +3,7 @@
 LongRoPE2 (arXiv 2502.20082) searches by the loss of such answers alone, because the perplexity of
 all tokens is mostly decided by near ones. Here a needle is a key and an answer of random tokens of
 the window's own text, so it fits any tokenizer: `... key answer ... key answer`. Only the second
-answer is scored, and only who looks back to the first can know it.
+answer is scored, and only a model that looks back to the first can know it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SHORTEST = 4 * (KEY_TOKENS + ANSWER_TOKENS)
 
 
 def plant(windows: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Return windows of the same shape with a needle near the begin and its repetition at the end.
+    """Return the windows with a needle near the start of each, and the same needle at its end.
 
-    windows
-        int64 `[S, N]`, `N >= SHORTEST`. The end of each window's text makes room for the needles.
+    `windows` is int64 `[S, N]`, `N >= SHORTEST`; so is the result. The end of each window's text
+    makes room for the needles.
     """
     planted = []
     for window in windows:

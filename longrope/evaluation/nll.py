@@ -12,8 +12,8 @@ from torch import nn
 
 from longrope import ops
 from longrope.patching import row_lengths
-from longrope.patching.apply import decoder
 from longrope.patching.embedding import RescaledRotaryEmbedding
+from longrope.patching.families import decoder
 from longrope.patching.window_cache import differentiable_cache, rewind, window_cache
 
 
@@ -168,7 +168,7 @@ def block_sums(
 
     Added in an order that is always the same, on a GPU too, where `index_add_` has none.
     """
-    return torch.ops.longrope.candidate_sums(nll, targets, block, blocks)[0]
+    return ops.candidate_sums(nll, targets, block, blocks)[0]
 
 
 def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

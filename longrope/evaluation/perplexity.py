@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +15,12 @@ from longrope.documents import as_documents
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
-from longrope.patching.apply import decoder
 from longrope.patching.attention import has_kernel_attention, kernel_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
+from longrope.patching.families import decoder
 from longrope.patching.mlp import inplace_mlps
-from longrope.patching.settings import rope_parameters, text_config
+from longrope.patching.settings import LENGTH_DEPENDENT, rope_settings
+from longrope.patching.tiered import TieredRotaryEmbedding
 
 
 class Window(NamedTuple):
@@ -31,6 +32,27 @@ class Window(NamedTuple):
     scored: int
 
 
+class Perplexity(float):
+    """A perplexity, with those of ranges of positions beside it.
+
+    Attributes
+    ----------
+    by_range
+        Of each range that was asked for; NaN where it had no scored token.
+    tokens
+        How many tokens were scored.
+    """
+
+    by_range: tuple[float, ...]
+    tokens: int
+
+    def __new__(cls, value: float, by_range: tuple[float, ...] = (), tokens: int = 0) -> Perplexity:
+        """Attach what is known beside the value."""
+        made = super().__new__(cls, value)
+        made.by_range, made.tokens = by_range, tokens
+        return made
+
+
 def perplexity(
     model: nn.Module,
     documents: Iterable[Any],
@@ -40,7 +62,8 @@ def perplexity(
     samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-) -> float:
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> Perplexity:
     """Measure the perplexity of documents in sliding windows of `length` tokens.
 
     Windows start every `stride` tokens until one reaches the document's end (the last one may be
@@ -69,9 +92,16 @@ def perplexity(
         Windows of one forward pass; None: from the memory that is free. Long windows may go through
         the model in chunks, with a cache of keys and values.
 
+    ranges
+        Pairs `(begin, end)`: measure also the tokens at positions `begin` to before `end` of their
+        windows. With `stride = length`, as a rule: smaller strides score the last tokens of most
+        windows only.
+
     Returns
     -------
-    float
+    Perplexity
+        A float; `.by_range` holds one for each of `ranges` (NaN where it has no scored token), and
+        `.tokens` how many were scored.
 
     Raises
     ------
@@ -103,7 +133,9 @@ def perplexity(
     # Only windows of one length and one number of scored tokens share a batch: no padding, which
     # models whose factors depend on the actual length would take for text.
     windows.sort(key=lambda w: (w.start - w.end, -w.scored))
+    ranges = _checked_ranges(ranges, length)
     total, count = 0.0, 0
+    range_sums, range_counts = np.zeros(len(ranges)), np.zeros(len(ranges), np.int64)
     layout = plan_batches(
         model, length, len(windows), rows=batch_size, cut=_may_be_cut(model), name="length"
     )
@@ -111,7 +143,17 @@ def perplexity(
         score = NextTokenNLL(model, layout.chunk)
         for batch in _batches(windows, layout.rows):
             ids = torch.stack([tokens[w.document][w.start : w.end] for w in batch])
-            sums = score.sums(ids, batch[0].scored)[:, 0].tolist()
+            scored = batch[0].scored
+            if ranges:
+                nll = score(ids, scored).double().cpu()
+                sums = nll.sum(1).tolist()
+                first = ids.shape[1] - scored
+                for number, (begin, end) in enumerate(ranges):
+                    part = nll[:, max(0, begin - first) : max(0, end - first)]
+                    range_sums[number] += float(part.sum())
+                    range_counts[number] += part.numel()
+            else:
+                sums = score.sums(ids, scored)[:, 0].tolist()
             for window, value in zip(batch, sums, strict=True):
                 if not math.isfinite(value):
                     raise ValueError(
@@ -119,8 +161,25 @@ def perplexity(
                         f"documents[{window.document}] is {value}"
                     )
             total += math.fsum(sums)
-            count += batch[0].scored * len(batch)
-    return math.exp(total / count)
+            count += scored * len(batch)
+    with np.errstate(invalid="ignore"):
+        by_range = tuple(np.exp(range_sums / range_counts).tolist())
+    return Perplexity(math.exp(total / count), by_range, count)
+
+
+def _checked_ranges(ranges: Sequence[tuple[int, int]] | None, length: int) -> list[tuple[int, int]]:
+    checked = []
+    for pair in ranges or ():
+        try:
+            begin, end = (_validation.integer("ranges", edge, 0) for edge in pair)
+        except (TypeError, ValueError):
+            raise ValueError(f"ranges: expected pairs of positions, got {pair!r}") from None
+        if not begin < end <= length:
+            raise ValueError(
+                f"ranges: expected begin < end <= the length {length}, got ({begin}, {end})"
+            )
+        checked.append((begin, end))
+    return checked
 
 
 def sliding_windows(size: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -162,8 +221,6 @@ def _may_be_cut(model: nn.Module) -> bool:
     """
     if not has_kernel_attention(model):
         return False
-    rotary = decoder(model).rotary_emb
-    own = str(rope_parameters(text_config(model))["rope_type"])
-    return isinstance(rotary, RescaledRotaryEmbedding) or not (
-        own == "longrope" or "dynamic" in own
-    )
+    if isinstance(decoder(model).rotary_emb, (RescaledRotaryEmbedding, TieredRotaryEmbedding)):
+        return True
+    return rope_settings(model).rope_type not in LENGTH_DEPENDENT

@@ -1,15 +1,9 @@
-"""The search for rescale factors.
+"""The search for rescale factors; `run` is `longrope.search`.
 
-`space` holds the search space and its moves, `critical` that of LongRoPE2; `evolution` Algorithm 1
-on any loss and `racing` what saves measurements there, `descent` the descent and `ramps` where it
-can start; `windows` what is measured on, `evaluator` and `gradient` the measuring, `ledger` and
-`history` what was measured; `methods` puts the parts together in three ways, `folder` is the run
-directory, and `run` is `longrope.search`. `sharded` measures windows that the ranks of a job
-share.
+Read in this order: `options` (what can be asked for), `problem` and `header` (what follows from it
+and is kept), `space` and `critical` (the candidates and their moves), `evolution` (Algorithm 1 on
+any loss) and `racing` (which saves measurements there), `descent` and `ramps` (where it can start),
+`windows` (what is measured on), `evaluator`, `sharded` and `gradient` (how), `measurer` (all that
+is measured, taken from the journal or kept there), `history` (as the result has it), `methods` (the
+parts put together in three ways), `folder`, `plot` and `progress` (what users see).
 """
-
-from longrope.errors import LostRankError
-from longrope.factor_search.history import Evaluation, SearchResult
-from longrope.factor_search.run import search
-
-__all__ = ["Evaluation", "LostRankError", "SearchResult", "search"]

@@ -15,13 +15,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from longrope import _validation
+from longrope._validation import count, positive
+from longrope.runs.options import Options, about
 
-#: Adam's decay rates of the two moments; its usual ones, the second shortened to these few steps.
+#: Adam's decay rates of the two moments: the usual ones, but the second is shorter, for few steps.
 BETAS = (0.9, 0.98)
 #: Adam's epsilon for gradients of norm 1: a pair that moves the loss less than this share of the
 #: whole gradient takes proportionally smaller steps. The slowest pairs hardly matter, and with the
@@ -29,7 +30,7 @@ BETAS = (0.9, 0.98)
 EPSILON = 0.02
 #: Unit of the log of the attention factor: it acts on every pair at once.
 ATTENTION_SCALE = 1 / 3
-#: The attention factor stays within this ratio of where it began.
+#: The attention factor stays within this ratio of its start.
 ATTENTION_REACH = 1.5
 
 
@@ -52,19 +53,13 @@ LossAndGradient = Callable[[Point, int], tuple[float, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class DescentSettings:
+class DescentSettings(Options):
     """How far and how fast to descend."""
 
-    steps: int = 80
-    learning_rate: float = 0.05
-    windows_per_step: int = 1
-    checkpoints: int = 5
-
-    def __post_init__(self):
-        for name in ("steps", "windows_per_step", "checkpoints"):
-            object.__setattr__(self, name, _validation.integer(name, getattr(self, name), 1))
-        rate = _validation.positive("learning_rate", self.learning_rate)
-        object.__setattr__(self, "learning_rate", rate)
+    steps: int = field(default=80, metadata=about(count))
+    learning_rate: float = field(default=0.05, metadata=about(positive))
+    windows_per_step: int = field(default=1, metadata=about(count))
+    checkpoints: int = field(default=5, metadata=about(count))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step: a half cosine that ends near 0."""
@@ -80,8 +75,8 @@ class DescentSettings:
 def isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the non-decreasing sequence nearest to `values` in weighted squares, float64 `[n]`.
 
-    Pool adjacent violators: neighbours in the wrong order are replaced by their weighted mean,
-    again and again. O(n).
+    Pool adjacent violators: neighbours in the wrong order are replaced by their weighted mean
+    until there are none. O(n).
     """
     means: list[float] = []
     masses: list[float] = []
@@ -104,17 +99,15 @@ class Descent:
     Parameters
     ----------
     scales
-        `[dims]`: units of log lambda, see above.
-    max_lambda
+        `[dims]`: the units of log lambda, explained at the top of this file.
+    max_lambda, min_lambda
         Lambdas stay within `[min_lambda, max_lambda]`.
     settings
-        How far and how fast.
+        How far and how fast to descend.
     attention_factor
-        Where the attention factor begins.
+        The start of the attention factor.
     learn_attention
         Whether it moves.
-    min_lambda
-        See `max_lambda`.
     """
 
     def __init__(
@@ -139,24 +132,24 @@ class Descent:
         steps: range,
         slow: float = 1.0,
     ) -> Point:
-        """Make steps from a point, and return the mean of the later half of the iterates.
+        """Take steps from a point, and return the mean of the later half of the iterates.
 
         `steps` are the numbers of the steps, which decide the learning rate; `slow` multiplies it.
         The mean evens out the noise of the windows. After each step the lambdas are projected onto
         the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
-        such point in units of the scales.
+        point of that kind in units of the scales.
         """
         x = np.append(start.log_lambdas, math.log(start.attention_factor))
         first, second = np.zeros(len(x)), np.zeros(len(x))
         iterates = []
-        for count, step in enumerate(steps, 1):
+        for taken, step in enumerate(steps, 1):
             _, gradient = loss_and_gradient(_point(x), step)
             gradient = gradient * self._free * self._scales
             gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30)
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
-            mean = first / (1 - BETAS[0] ** count)
-            spread = np.sqrt(second / (1 - BETAS[1] ** count))
+            mean = first / (1 - BETAS[0] ** taken)
+            spread = np.sqrt(second / (1 - BETAS[1] ** taken))
             rate = slow * self.settings.rate(step)
             x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
             iterates.append(x)

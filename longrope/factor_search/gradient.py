@@ -12,21 +12,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longrope.distributed.ranks import Ranks
-from longrope.evaluation.memory import WHOLE_WINDOWS, GradientLayout
+from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
 from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.descent import Point
 from longrope.factor_search.windows import scored_tokens
 from longrope.patching import rows as rows_with_factors
-from longrope.patching.apply import decoder
 from longrope.patching.attention import kernel_attention
+from longrope.patching.families import decoder
 
 
-class LossGradient:
+class GradientEvaluator:
     """The mean NLL of windows at a point, and its gradient; the model is left as it was.
 
     Only the rotary frequencies and the attention factor carry gradients: the weights may be of any
-    dtype, and nothing of their size is kept. The frequencies are float64.
+    dtype, and no gradient of their size is kept. The frequencies are float64.
 
     Parameters
     ----------
@@ -34,29 +34,29 @@ class LossGradient:
         A causal language model that `longrope.apply` supports.
     base_inv_freq
         The original frequencies, float64 `[dims]`.
-    layout
-        How windows go through the model (`longrope.evaluation.memory.plan_gradient`).
+    plan
+        How windows go through the model (`longrope.evaluation.memory.plan_backward`).
     last_tokens
         Only the last tokens of each window are scored; None: all but the first.
     ranks
-        Who share the windows of a call: window `w` is measured by rank `w % ranks.size`.
+        The ranks that share the windows of a call: rank `w % ranks.size` measures window `w`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         base_inv_freq: np.ndarray,
-        layout: GradientLayout = WHOLE_WINDOWS,
+        plan: BackwardPlan = WHOLE_WINDOWS,
         last_tokens: int | None = None,
         ranks: Ranks | None = None,
     ):
         self.model = model
         self.last_tokens = last_tokens
         self.base_inv_freq = torch.from_numpy(base_inv_freq)
-        self.layout = layout
+        self.plan = plan
         self.ranks = ranks or Ranks()
         with evaluating(model):
-            self._score = NextTokenNLL(model, layout.chunk)
+            self._score = NextTokenNLL(model, plan.chunk)
 
     def __call__(
         self, point: Point, start_tokens: int, windows: torch.Tensor
@@ -88,7 +88,7 @@ class LossGradient:
         factor.requires_grad_()
         with (
             rows_with_factors(self.model, inv_freq, start_tokens, factor),
-            checkpointing_layers(self.model, self.layout.checkpointed_layers),
+            checkpointing_layers(self.model, self.plan.checkpointed_layers),
         ):
             # The sum, not the mean: in float16 the gradients of a mean would underflow.
             scored = scored_tokens(window[None], self.last_tokens)

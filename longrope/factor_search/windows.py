@@ -1,4 +1,4 @@
-"""What a search measures: windows of documents, fixed for the whole run."""
+"""What a search measures on: windows of documents, fixed for the whole run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from torch import nn
 from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.needles import plant
+from longrope.factor_search.history import Role
 
 
 @dataclass(frozen=True)
 class WindowsByRole:
-    """The windows of a search, and the documents that steps draw theirs from.
+    """The windows of a search, and the documents from which its steps draw windows.
 
     Attributes
     ----------
     windows
-        int64 `[S, length]` on the CPU, by role: `"search"`, and `"validation"` and `"screen"` (the
-        first of the search windows) where there are any.
+        int64 `[S, length]` on the CPU, by role: those of the search; and, where there are any,
+        those for validation and the first few of the search.
     documents
         What the windows were drawn from.
     held_out
-        Places in `documents` of validation windows.
+        The places in `documents` of validation windows.
     needles
-        Where random numbers for needles come from; None: windows of plain text.
+        The random numbers that plant needles; None: windows of plain text.
     """
 
-    windows: dict[str, torch.Tensor]
+    windows: dict[Role, torch.Tensor]
     documents: list[torch.Tensor]
     held_out: list[tuple[int, int]]
     length: int
@@ -53,10 +54,11 @@ class WindowsByRole:
         screened: int,
         needles: np.random.Generator | None = None,
     ) -> WindowsByRole:
-        """Draw the windows of each role, and plant needles where asked.
+        """Draw the windows of each role; with `needles`, plant them.
 
-        With `screened` of 0 (evolution), validation takes what the search windows leave; else it
-        gets half of the windows where there are fewer than `2 * samples`.
+        `screened` is the number of search windows that are a role of their own. Where the documents
+        hold fewer than `2 * samples` windows, validation gets what `samples` search windows leave,
+        or, with `screened` above 0, half of them.
         """
         vocab_size = vocabulary(model)
         documents = as_documents(documents, min_length=length, vocab_size=vocab_size)
@@ -65,24 +67,24 @@ class WindowsByRole:
                 validation, min_length=length, vocab_size=vocab_size, name="validation"
             )
             held_out = draw_windows(validation, length, len(validation), random_validation)
-            windows = {"search": draw_windows(documents, length, samples, random)}
-            windows["validation"] = held_out
+            windows = {Role.SEARCH: draw_windows(documents, length, samples, random)}
+            windows[Role.VALIDATION] = held_out
             places = []
         else:
             places = place_windows(documents, length, 2 * samples, random)
             first = min(samples, (len(places) + 1) // 2) if screened else samples
-            windows = {"search": cut_windows(documents, length, places[:first])}
+            windows = {Role.SEARCH: cut_windows(documents, length, places[:first])}
             places = places[first:]
             if places:
-                windows["validation"] = cut_windows(documents, length, places)
+                windows[Role.VALIDATION] = cut_windows(documents, length, places)
         if needles is not None:
             windows = {role: plant(text, needles) for role, text in windows.items()}
-        if 0 < screened < len(windows["search"]):
-            windows["screen"] = windows["search"][:screened]
+        if 0 < screened < len(windows[Role.SEARCH]):
+            windows[Role.SCREEN] = windows[Role.SEARCH][:screened]
         return cls(windows, documents, places, length, needles)
 
     def random(self, random: np.random.Generator) -> RandomWindows:
-        """Return windows without end that share no text with a validation window."""
+        """Return random windows that share no text with a validation window."""
         return RandomWindows(self.documents, self.length, self.held_out, random, self.needles)
 
     def digest(self) -> str:
@@ -95,9 +97,9 @@ def draw_windows(
 ) -> torch.Tensor:
     """Draw up to `count` windows of `length` tokens that do not overlap: int64 `[S, length]`.
 
-    Documents come in random order, one window of each, at a random place; only when every document
-    has given a window does the next round begin, from those long enough to hold another. So a
-    window after the first `len(documents)` shares its document with an earlier one, never a token.
+    Each document gives one window, at a random place, and the documents come in random order. Then
+    those that are long enough give a second one, and so on. So windows may share a document, but
+    never a token.
     """
     return cut_windows(documents, length, place_windows(documents, length, count, random))
 
@@ -126,22 +128,22 @@ def cut_windows(
 
 
 class RandomWindows:
-    """Windows without end: at random places of the documents, away from held-out windows.
+    """Any number of windows at random places of the documents, outside the held-out windows.
 
-    Documents come in random order, and in another random order when all had their turn.
+    Documents come in random order, and in a new random order when each has given a window.
 
     Parameters
     ----------
     documents
-        1-D token ids, at least one of which has room for a window beside the held-out ones.
+        1-D token ids; at least one document has room for a window outside the held-out ones.
     length
         Tokens of a window.
     held_out
-        Places `(document, start)` of windows of the same length, no token of which may appear.
+        Places `(document, start)` of windows of the same length, of which no token may appear.
     random
-        Source of the order and of the places.
+        Random numbers for the order and the places.
     needles
-        Source of needles; None: plain text.
+        Random numbers that plant needles; None: plain text.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class RandomWindows:
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
     """Place as many windows as fit, the spare tokens spread at random, in random order."""
     fitting = size // length
-    # Where the windows begin if each had length 0: sorted draws from the spare room.
+    # Where the windows would start if each had length 0: sorted draws from the spare room.
     gaps = np.sort(random.integers(0, size - fitting * length, size=fitting, endpoint=True))
     starts = gaps + length * np.arange(fitting)
     return [int(start) for start in random.permutation(starts)]
@@ -194,6 +196,6 @@ def scored_tokens(windows: torch.Tensor, last_tokens: int | None) -> int:
 
 
 def digest(windows: torch.Tensor) -> str:
-    """Return a hash of the windows' tokens, by which a journal knows its data."""
+    """Return a hash of the windows' tokens, for the header of a journal."""
     shape = repr(tuple(windows.shape)).encode()
     return hashlib.sha256(shape + windows.contiguous().numpy().tobytes()).hexdigest()[:16]

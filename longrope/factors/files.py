@@ -1,42 +1,49 @@
-"""Reading and writing the files behind `RescaleFactors.save` and `load`."""
+"""Reading and writing the files behind `save` and `load` of `RescaleFactors` and `Tiers`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
-FORMAT, VERSION = "longrope-factors", 1
+from longrope._files import replacing
+
+FACTORS, TIERS, VERSION = "longrope-factors", "longrope-tiers", 1
+_FIELDS = {
+    "lambdas", "start_tokens", "attention_factor", "original_length", "target_length",
+    "rope_theta", "rotary_dim",
+}  # fmt: skip
 
 
-def write_json(path: Path, settings: dict) -> None:
-    """Write `settings` so that `path` holds either the old content or all of the new one."""
-    text = json.dumps({"format": FORMAT, "version": VERSION} | settings, indent=1) + "\n"
-    temporary = None
+def write_json(path: Path, form: str, content: dict) -> None:
+    """Write `content` so that `path` holds either what it held or all of the new.
+
+    `form` is `FACTORS` or `TIERS`. An infinite lambda, which JSON has no number for, is "inf".
+    """
+    content = {"format": form, "version": VERSION} | content
+    text = json.dumps(_named_infinities(content), indent=1, allow_nan=False) + "\n"
     try:
-        # In the same folder, because a rename is atomic only within one file system.
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         reason = f"path: cannot write {path}: {error.strerror or error}"
         raise type(error)(error.errno or 0, reason) from None
 
 
-def read(path: Path) -> dict | list[float]:
-    """Return the fields of a JSON file, or the factors of a CSV file as a list."""
+def _named_infinities(value):
+    if isinstance(value, dict):
+        return {key: _named_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named_infinities(item) for item in value]
+    return "inf" if value == float("inf") else value
+
+
+def read(path: Path) -> list[dict] | list[float]:
+    """Return what a file holds.
+
+    The fields of each set of factors in a JSON file (one, or those of tiers), or the factors of a
+    CSV file.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -47,27 +54,35 @@ def read(path: Path) -> dict | list[float]:
     return _parse_json(path, text) if text.lstrip().startswith("{") else _parse_csv(path, text)
 
 
-def _parse_json(path: Path, text: str) -> dict:
+def _parse_json(path: Path, text: str) -> list[dict]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got a file broken at {error}") from None
-    if content.pop("format", None) != FORMAT:
-        raise ValueError(f'{path}: expected a JSON file of format "{FORMAT}"')
+    form = content.pop("format", None)
+    if form not in (FACTORS, TIERS):
+        raise ValueError(f'{path}: expected a JSON file of format "{FACTORS}" or "{TIERS}"')
     version = content.pop("version", None)
     if version != VERSION:
         raise ValueError(f"{path}: expected format version {VERSION}, got {version!r}")
-    fields = {
-        "lambdas", "start_tokens", "attention_factor", "original_length", "target_length",
-        "rope_theta", "rotary_dim",
-    }  # fmt: skip
-    for what, names in (("missing", fields - set(content)), ("unknown", set(content) - fields)):
+    if form == FACTORS:
+        return [_fields(path, content)]
+    tiers = content.get("tiers")
+    if set(content) != {"tiers"} or not isinstance(tiers, list) or not tiers:
+        raise ValueError(f'{path}: expected a list "tiers" of one or more sets of factors')
+    return [_fields(path, tier) for tier in tiers]
+
+
+def _fields(path: Path, content: object) -> dict:
+    found = set(content) if isinstance(content, dict) else set()
+    for what, names in (("missing", _FIELDS - found), ("unknown", found - _FIELDS)):
         if names:
             raise ValueError(f"{path}: expected the fields of rescale factors, "
                              f"{what}: {', '.join(sorted(names))}")  # fmt: skip
-    if not isinstance(content["lambdas"], list):
+    lambdas = content["lambdas"]
+    if not isinstance(lambdas, list):
         raise ValueError(f"{path}: lambdas: expected a list of numbers")
-    return content
+    return content | {"lambdas": [float("inf") if v == "inf" else v for v in lambdas]}
 
 
 def _parse_csv(path: Path, text: str) -> list[float]:

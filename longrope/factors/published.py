@@ -27,8 +27,9 @@ def published(name: str) -> RescaleFactors:
 
     `"llama2-7b-2048k-ft256k"` is for sequences of 2048k tokens (k = 1024) on LLaMA2-7B fine-tuned
     to 256k; `"llama2-7b-ft256k"` is the set used during that fine-tuning, `"llama2-7b-4k-ft256k"`
-    the one that recovers short sequences. `"mistral-7b-..."` likewise; `published_names()` lists
-    all. They belong to the fine-tuned models and fit the base models less well.
+    the one that recovers short sequences. Those of Mistral-7B are named the same way;
+    `published_names()` lists all. They belong to the fine-tuned models and fit the base models less
+    well.
 
     The original length is 4096, `rope_theta` 10000 and `rotary_dim` 128 for all. The published
     files hold the lambdas alone. The other two settings are those of the official code's scripts:

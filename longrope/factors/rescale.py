@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from longrope._validation import even, integer, lambda_array, longer, positive
+
+if TYPE_CHECKING:
+    from longrope.factors.tiers import Tiers
 from longrope.factors import files
 from longrope.factors.rules import (
+    base_inv_freq,
     ntk_lambdas,
     yarn_attention_factor,
     yarn_lambdas,
@@ -28,9 +33,9 @@ class RescaleFactors:
     Parameters
     ----------
     lambdas
-        `[R/2]` finite positive factors, fastest dimension first. A factor above 1 slows its
-        dimension down. They need be neither monotone nor at least 1: that binds the search, and
-        some of the published sets break the order.
+        `[R/2]` positive factors, fastest dimension first. A factor above 1 slows its dimension
+        down, and an infinite one stops it (`inv_freq` 0). They need be neither monotone nor at
+        least 1: that binds the search, and some of the published sets break the order.
     start_tokens
         The paper's n-hat, in tokens: absolute positions below it are not rescaled.
     attention_factor
@@ -175,7 +180,7 @@ class RescaleFactors:
 
     def base_inv_freq(self) -> np.ndarray:
         """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
-        return self.rope_theta ** (-np.arange(0, self.rotary_dim, 2) / self.rotary_dim)
+        return base_inv_freq(self.rope_theta, self.rotary_dim)
 
     def inv_freq(self) -> np.ndarray:
         """Return the rescaled frequencies, radians per token, float64 `[R/2]`."""
@@ -226,6 +231,34 @@ class RescaleFactors:
         fields = dataclasses.fields(self)
         return type(self), tuple(getattr(self, field.name) for field in fields)
 
+    def ladder(self, step: float = 2.0, loaded: RescaleFactors | None = None) -> Tiers:
+        """Return tiers by position that lead from the model as loaded to these factors.
+
+        Between the window of the model as loaded, `s0` times the original one, and the target, `s`
+        times it, there is a tier for the ratios `s0 step, s0 step^2, ...`. That of ratio `r` has
+        the lambdas and the attention factor on the way, geometrically: with
+        `w = ln(r / s0) / ln(s / s0)`, `lambda = lambda_loaded^(1 - w) * lambda_f^w`. The start
+        tokens are those of `f`; the first tier is the model as loaded, the last is `f` itself.
+
+        Parameters
+        ----------
+        step
+            Ratio of the targets of neighbours, above 1. Measured (docs/tiers.md): steps of 2 are
+            enough, smaller ones gain nothing.
+        loaded
+            The model as loaded (`rope_settings(model).loaded`); None: a model without a rope
+            scaling of its own, with a window of `original_length`.
+
+        Raises
+        ------
+        ValueError
+            Where a lambda is infinite, `step` is not above 1, or the target does not lie beyond
+            the window of the model as loaded.
+        """
+        from longrope.factors.tiers import ladder  # tiers are made of factors
+
+        return ladder(self, step, loaded)
+
     # --- files ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -234,8 +267,12 @@ class RescaleFactors:
         The file appears whole or not at all: an interrupted write leaves what was there before.
         Raises `OSError` with one sentence where the file cannot be written.
         """
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        files.write_json(Path(path), settings | {"lambdas": self.lambdas.tolist()})
+        files.write_json(Path(path), files.FACTORS, self.as_fields())
+
+    def as_fields(self) -> dict:
+        """Return the fields as plain numbers and lists, as files hold them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"lambdas": self.lambdas.tolist()}
 
     @classmethod
     def load(cls, path: str | Path, **settings) -> RescaleFactors:
@@ -258,13 +295,19 @@ class RescaleFactors:
             With one sentence that names the file and what is wrong with it.
         """
         content = files.read(Path(path))
-        if isinstance(content, list):
+        if not isinstance(content[0], dict):
             content = {"lambdas": content, "rotary_dim": 2 * len(content)} | settings
         elif settings:
             raise ValueError(
                 f"{next(iter(settings))}: expected no settings beside {path}, "
                 "a JSON file that states them itself; change them with .replace()"
             )
+        elif len(content) > 1:
+            raise ValueError(
+                f"{path}: expected one set of factors, got {len(content)} tiers (Tiers.load)"
+            )
+        else:
+            content = content[0]
         try:
             return cls(**content)
         except ValueError as error:

@@ -32,6 +32,22 @@ def yarn_attention_factor(ratio: float) -> float:
     return 0.1 * math.log(ratio) + 1.0 if ratio > 1 else 1.0
 
 
+def base_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
+    """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
+    return rope_theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def pair_that_turns(
+    turns: float, original_length: int, rope_theta: float, rotary_dim: int
+) -> float:
+    """Return the pair that turns `turns` times in the original window: `i`, fractional.
+
+    `R/2 log_theta(L0 / (2 pi turns))`, counted from 0 and not limited to the pairs there are.
+    """
+    wavelength = original_length / (turns * 2 * math.pi)
+    return rotary_dim * math.log(wavelength) / (2 * math.log(rope_theta))
+
+
 def ntk_lambdas(ratio: float, rotary_dim: int) -> np.ndarray:
     """Return `s^(2i/(R-2))`, `[R/2]`."""
     # A single pair (R = 2) has no room for a ramp and stays as it is.
@@ -42,12 +58,8 @@ def yarn_lambdas(
     ratio: float, original_length: int, rope_theta: float, rotary_dim: int, truncate: bool
 ) -> np.ndarray:
     """Return `1 / (ramp_i / s + 1 - ramp_i)`, `[R/2]`; the ramp is `RescaleFactors.yarn`'s."""
-
-    def dimension(turns: float) -> float:
-        wavelength = original_length / (turns * 2 * math.pi)
-        return rotary_dim * math.log(wavelength) / (2 * math.log(rope_theta))
-
-    low, high = dimension(YARN_BETA_FAST), dimension(YARN_BETA_SLOW)
+    rope = (original_length, rope_theta, rotary_dim)
+    low, high = pair_that_turns(YARN_BETA_FAST, *rope), pair_that_turns(YARN_BETA_SLOW, *rope)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     # The clamps, the upper one to R - 1 rather than R/2 - 1 included, are transformers'.

@@ -3,46 +3,67 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from longrope.factors import RescaleFactors
+from longrope.factors import RescaleFactors, Tiers
+from longrope.patching import row_tiers, tiered
+from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
+from longrope.patching.families import attention_layers, decoder
 from longrope.patching.rotation import accept_rotations
-from longrope.patching.settings import rope_parameters, rope_settings, text_config
-from longrope.patching.tiers import install, uninstall
-
-#: `model_type` of the configurations whose models `apply` takes. Each has `rotary_emb` in its
-#: decoder and an `apply_rotary_pos_emb` that pairs channel `i` with `i + R/2`.
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
+from longrope.patching.settings import RopeSettings, rope_settings
+from longrope.patching.tier_cache import stays_as_loaded
+from longrope.patching.tiered import TieredRotaryEmbedding
 
 #: Rope types that factors replace without a word: none at all, or an earlier LongRoPE export.
 _REPLACED_SILENTLY = ("default", "longrope", "su")
 
 
-def apply(model: nn.Module, factors: RescaleFactors | Sequence[RescaleFactors]) -> nn.Module:
+def apply(
+    model: nn.Module,
+    factors: RescaleFactors | Tiers | Sequence[RescaleFactors],
+    tiers: str = "position",
+    *,
+    cached_keys: str = "turned",
+) -> nn.Module:
     """Make a Hugging Face model use rescale factors, in place.
 
     Weights, state dict keys and configuration stay as they are, so `save_pretrained` afterwards
-    writes the model without the factors. Other models of the same
-    class are not affected. Applying again replaces the factors; `remove` takes them out.
+    writes the model without the factors. Other models of the same class are not affected. Applying
+    again replaces the factors; `remove` takes them out.
+
+    One set of factors holds for every length. Several are tiers, by position unless `tiers` says
+    otherwise: the token at position `p` attends under the first tier with `p < target_length`, the
+    last beyond all of them, its query and all of its keys turned by that tier. So its hidden states
+    depend on the tokens before it alone: logits do not change with batch mates, with cuts of the
+    prefill or with what is generated afterwards, and nothing is computed twice when a row crosses
+    into the next tier. Where the first tier is the model as loaded (`rope_settings(model).loaded`,
+    as `RescaleFactors.ladder` has it), its tokens are turned by the model's own rotary module, and
+    passes wholly within it, without a cache or with a growing one, are the unpatched model's bit
+    for bit. Positions are `position_ids` where they are given, else they count the tokens that
+    `attention_mask` does not hide.
 
     Parameters
     ----------
     model
-        A transformers model of type Llama, Mistral or Qwen2, with or without its language model
-        head. Any attention implementation, dtype and device.
+        A transformers model of a family in `longrope.patching.FAMILIES`, with or without its
+        language model head. Any attention implementation, dtype and device.
     factors
-        One set for every length, or a list of sets (tiers) with different `target_length`: a row
-        of `n` tokens takes the shortest with `n <= target_length`, and the longest beyond that.
-        Rows of a batch may differ: the length of a row is its largest position + 1, padding
-        left out, or the number of its tokens where no `position_ids` are given. A row that grows
-        out of its tier while it is generated has its cached keys turned into the next
-        (`longrope.patching.tiers`); a cache must be filled after `apply`.
+        One set, `Tiers`, or a list of sets with different `target_length`.
+    tiers
+        `"position"`; or `"row"`, the paper's rule: all tokens of a row take the tier of the row's
+        length, the shortest with `n <= target_length`. The length of a row is its largest position
+        + 1, padding left out, or what `longrope.row_lengths` says. A row that grows out of its
+        tier has its cached keys turned into the next, but not what deeper layers computed from
+        the keys before. For comparison, and what readers of exports do.
+    cached_keys
+        With tiers by position, from the second tier on: `"turned"` keeps the keys in a cache turned
+        by the tier of their row, and turns them in place when the row enters the next;
+        `"unrotated"` keeps them as they are and turns all of them whenever they are read.
 
     Returns
     -------
@@ -52,18 +73,34 @@ def apply(model: nn.Module, factors: RescaleFactors | Sequence[RescaleFactors]) 
     Raises
     ------
     ValueError
-        Where the model has no rotary embedding or is of another type, and where `rope_theta` or
-        `rotary_dim` of the factors are not the model's.
+        Where the model has no rotary embedding or is of another family, where `rope_theta` or
+        `rotary_dim` of the factors are not the model's, or two sets have one target length.
     """
+    if tiers not in ("position", "row"):
+        raise ValueError(f'tiers: expected "position" or "row", got {tiers!r}')
+    if cached_keys not in ("turned", "unrotated"):
+        raise ValueError(f'cached_keys: expected "turned" or "unrotated", got {cached_keys!r}')
     base = decoder(model)
-    tiers = _tiers(factors)
-    _check_fit(model, tiers)
-    accept_rotations(base.layers[0].self_attn)
+    several = _tiers(factors)
+    settings = rope_settings(model)
+    _check_fit(settings, several)
+    accept_rotations(attention_layers(base)[0])
+    by_position = tiers == "position" and len(several) > 1
     remove(model)
-    rotary = RescaledRotaryEmbedding(base.rotary_emb, tiers)
+    first_by_model = by_position and tiered.loaded_tier(settings, several)
+    if not first_by_model:
+        _warn_of_replaced(settings)
+    if by_position:
+        _check_windows(base, several)
+        use_tiered_attention(base)
+        rotary = TieredRotaryEmbedding(
+            base.rotary_emb, several, first_by_model, cached_keys == "unrotated"
+        )
+    else:
+        rotary = RescaledRotaryEmbedding(base.rotary_emb, several)
     device = next(base.parameters()).device
     base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
-    install(base, rotary)
+    (tiered if by_position else row_tiers).install(base, rotary)
     return model
 
 
@@ -73,16 +110,20 @@ def remove(model: nn.Module) -> nn.Module:
     A model without factors is left as it is.
     """
     base = decoder(model)
-    if isinstance(base.rotary_emb, RescaledRotaryEmbedding):
-        uninstall(base.rotary_emb)
-        base.rotary_emb = base.rotary_emb.original
+    rotary = base.rotary_emb
+    if isinstance(rotary, (RescaledRotaryEmbedding, TieredRotaryEmbedding)):
+        for hook in rotary.hooks:
+            hook.remove()
+        base.rotary_emb = rotary.original
+    if isinstance(rotary, TieredRotaryEmbedding):
+        use_own_attention(base)
     return model
 
 
-def rotary_of(model: nn.Module) -> RescaledRotaryEmbedding:
+def rotary_of(model: nn.Module) -> RescaledRotaryEmbedding | TieredRotaryEmbedding:
     """Return the rotary module that `apply` has put into a model; `ValueError` if none."""
     rotary = decoder(model).rotary_emb
-    if not isinstance(rotary, RescaledRotaryEmbedding):
+    if not isinstance(rotary, (RescaledRotaryEmbedding, TieredRotaryEmbedding)):
         raise ValueError("model: expected a model with factors applied (longrope.apply)")
     return rotary
 
@@ -112,9 +153,12 @@ def rows(
         float or tensor `[B]` or `[]`. Gradients flow into it.
     """
     base = decoder(model)
+    under_tiers = base.rotary_emb if isinstance(base.rotary_emb, TieredRotaryEmbedding) else None
     patched = isinstance(base.rotary_emb, RescaledRotaryEmbedding)
     if not patched:
-        apply(model, _plain(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the rows' frequencies are what is asked for
+            apply(model, _plain(model))
     rotary = base.rotary_emb
     before = rotary.rows
     try:
@@ -124,6 +168,11 @@ def rows(
         rotary.rows = before
         if not patched:
             remove(model)
+        if under_tiers is not None:
+            apply(
+                model, under_tiers.tiers,
+                cached_keys="unrotated" if under_tiers.keeps_unrotated else "turned",
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -136,6 +185,11 @@ def row_lengths(model: nn.Module, lengths: Tensor | int) -> Iterator[None]:
         int64 `[B]`, or one int for all rows.
     """
     rotary = rotary_of(model)
+    if isinstance(rotary, TieredRotaryEmbedding):
+        raise ValueError(
+            'model: expected tiers by row (longrope.apply(..., tiers="row")), got tiers by '
+            "position, which lengths do not change"
+        )
     before = rotary.planned_lengths
     try:
         rotary.planned_lengths = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1)
@@ -144,77 +198,47 @@ def row_lengths(model: nn.Module, lengths: Tensor | int) -> Iterator[None]:
         rotary.planned_lengths = before
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """Return the module that holds the decoder layers and `rotary_emb`, or say why there is none.
-
-    Looks through `torch.compile`, `DistributedDataParallel`, PEFT and the language model head.
-    """
-    inner = model
-    for name in ("_orig_mod", "module"):
-        inner = getattr(inner, name, inner)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    config = text_config(inner)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        rope_settings(config)  # no rotary embedding at all is the better message
-        raise ValueError(
-            f"model: expected one of the model types {', '.join(SUPPORTED_MODEL_TYPES)}, "
-            f'got "{config.model_type}"'
-        )
-    base = getattr(inner, "base_model", inner)
-    if not hasattr(base, "rotary_emb"):
-        raise ValueError(
-            f"model: expected a decoder with rotary_emb, got {type(base).__name__} without one"
-        )
-    return base
-
-
 def _plain(model: nn.Module) -> RescaleFactors:
     settings = rope_settings(model)
-    return RescaleFactors.none(
-        original_length=settings.original_length,
-        rope_theta=settings.rope_theta,
-        rotary_dim=settings.rotary_dim,
-    )
+    return RescaleFactors.none(**settings.lengths(settings.original_length))
 
 
-def _tiers(factors: RescaleFactors | Sequence[RescaleFactors]) -> list[RescaleFactors]:
-    tiers = [factors] if isinstance(factors, RescaleFactors) else factors
-    if not isinstance(tiers, (list, tuple)):
+def _tiers(factors: RescaleFactors | Tiers | Sequence[RescaleFactors]) -> Tiers:
+    if isinstance(factors, Tiers):
+        return factors
+    if not isinstance(factors, (RescaleFactors, list, tuple)):
         raise TypeError(
-            f"factors: expected RescaleFactors or a list of them, got {type(tiers).__name__}"
+            f"factors: expected RescaleFactors or a list of them, got {type(factors).__name__}"
         )
-    for tier in tiers:
-        if not isinstance(tier, RescaleFactors):
-            raise TypeError(
-                "factors: expected RescaleFactors or a list of them, "
-                f"got an element of type {type(tier).__name__}"
-            )
-    if not tiers:
-        raise ValueError("factors: expected at least one RescaleFactors, got an empty list")
-    tiers = sorted(tiers, key=lambda tier: tier.target_length)
-    for shorter, longer in itertools.pairwise(tiers):
-        if shorter.target_length == longer.target_length:
+    try:
+        return Tiers(factors)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("tiers:", "factors:", 1)) from None
+
+
+def _check_fit(settings: RopeSettings, tiers: Tiers) -> None:
+    for name in ("rotary_dim", "rope_theta"):
+        given, expected = getattr(tiers[0], name), getattr(settings, name)
+        if given != expected:
             raise ValueError(
-                "factors: expected tiers of different target_length, "
-                f"got two of {longer.target_length} tokens"
+                f"factors: expected {name} {expected:g}, as in the model, got {given:g}"
             )
-    return tiers
 
 
-def _check_fit(model: nn.Module, tiers: Sequence[RescaleFactors]) -> None:
-    settings = rope_settings(model)
-    for tier in tiers:
-        for name in ("rotary_dim", "rope_theta"):
-            given, expected = getattr(tier, name), getattr(settings, name)
-            if given != expected:
-                raise ValueError(
-                    f"factors: expected {name} {expected:g}, as in the model, got {given:g}"
-                )
-    rope_type = rope_parameters(text_config(model))["rope_type"]
-    if rope_type not in _REPLACED_SILENTLY:
+def _check_windows(base: nn.Module, tiers: Tiers) -> None:
+    """Refuse tiers that no layer of a model would ever see."""
+    if all(stays_as_loaded(layer, tiers.limits[0]) for layer in attention_layers(base)):
+        raise ValueError(
+            "model: expected a layer that sees beyond the first tier, "
+            f"{tiers.limits[0]} tokens, but every layer has a sliding window within it; set "
+            "config.sliding_window to None before loading to extend it"
+        )
+
+
+def _warn_of_replaced(settings: RopeSettings) -> None:
+    if settings.rope_type not in _REPLACED_SILENTLY:
         warnings.warn(
-            f'the model\'s own rope scaling "{rope_type}" is switched off while rescale factors '
-            "are applied: they count from its unscaled frequencies",
+            f'the model\'s own rope scaling "{settings.rope_type}" is switched off while rescale '
+            "factors are applied: they count from its unscaled frequencies",
             stacklevel=3,
         )

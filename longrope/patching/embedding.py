@@ -17,6 +17,14 @@ from longrope.patching.rotation import (
 )
 
 
+def bits(values: np.ndarray) -> Tensor:
+    """Return float64 numbers as the int64 of their bits.
+
+    A buffer of integers keeps them: `model.to(bfloat16)` and `half()` leave it alone.
+    """
+    return torch.from_numpy(values.astype(np.float64).view(np.int64))
+
+
 class RescaledRotaryEmbedding(nn.Module):
     """A model's rotary embedding with rescaled frequencies, chosen for each row of the batch.
 
@@ -33,13 +41,12 @@ class RescaledRotaryEmbedding(nn.Module):
         super().__init__()
         self.original = original
         self.tiers = tuple(tiers)
-        # float64 kept as int64 bits: model.to(bfloat16) and half() leave integer buffers alone.
         # Non-persistent: the state dict keeps its keys.
-        self._put("inv_freq_bits", np.stack([f.inv_freq() for f in tiers]).view(np.int64))
-        self._put("base_bits", tiers[0].base_inv_freq().view(np.int64))
-        self._put("factor_bits", np.array([f.attention_factor for f in tiers]).view(np.int64))
-        self._put("start_tokens", np.array([f.start_tokens for f in tiers], np.int64))
-        self._put("limits", np.array([f.target_length for f in tiers], np.int64))
+        self._put("inv_freq_bits", bits(np.stack([f.inv_freq() for f in tiers])))
+        self._put("base_bits", bits(tiers[0].base_inv_freq()))
+        self._put("factor_bits", bits(np.array([f.attention_factor for f in tiers])))
+        self._put("start_tokens", torch.tensor([f.start_tokens for f in tiers]))
+        self._put("limits", torch.tensor([f.target_length for f in tiers]))
         self.rows: tuple[Tensor, Tensor, Tensor] | None = None
         #: The tier of each row of the batch, `[B]` or `[1]`, where a hook has found it out.
         self.tier: Tensor | None = None
@@ -49,8 +56,8 @@ class RescaledRotaryEmbedding(nn.Module):
         self.cached_keys = None
         self.hooks = ()
 
-    def _put(self, name: str, values: np.ndarray) -> None:
-        self.register_buffer(name, torch.from_numpy(values.copy()), persistent=False)
+    def _put(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values, persistent=False)
 
     def extra_repr(self) -> str:
         """Name the lengths, for `print(model)`."""
@@ -125,15 +132,22 @@ class RescaledRotaryEmbedding(nn.Module):
         return inv_freq[tier], self.start_tokens.to(device)[tier], factors[tier]
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, **_
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_
     ) -> tuple[KernelRotation | TableRotation, None]:
         """Return what the attention layers unpack as `cos, sin = position_embeddings`.
+
+        For layer types that have a rotary embedding of their own beside the full-attention layers'
+        (sliding ones), what the model's own module returns.
 
         x
             Hidden states `[B, N, E]`, for their shape, dtype and device.
         position_ids
             int64 `[B or 1, N]`.
+        layer_type
+            As a model with a rotary embedding for each layer type says it.
         """
+        if layer_type not in (None, "full_attention"):
+            return self.original(x, position_ids, layer_type)
         batch = x.shape[0]
         positions = position_ids.to(x.device)
         inv_freq, start_tokens, attention_factor = self._settings(positions)

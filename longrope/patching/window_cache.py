@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longrope.patching.families import decoder
 from longrope.patching.settings import text_config
+from longrope.patching.tier_cache import new_cache
+from longrope.patching.tiered import TieredRotaryEmbedding
 
 
 def window_cache(model: Any, length: int) -> Any:
@@ -21,6 +24,9 @@ def window_cache(model: Any, length: int) -> Any:
     """
     from transformers import DynamicCache
 
+    base = decoder(model)
+    if isinstance(base.rotary_emb, TieredRotaryEmbedding):
+        return new_cache(base, length)
     cache = DynamicCache(config=text_config(model))
     plain, own = _layer_types()
     cache.layers = [own(length) if type(layer) is plain else layer for layer in cache.layers]

@@ -1,1 +1,1 @@
-"""Runs that are kept on disk and resume: the journal."""
+"""What every long run shares: its options, its folder, its journal, progress and plots."""

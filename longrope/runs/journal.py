@@ -1,9 +1,9 @@
-"""The journal of a search: one JSON line per evaluation, durable before the search goes on.
+"""The journal of a run: one JSON line per result, durable before the run goes on.
 
-A search is a deterministic function of its header (model, data, settings, seed) and of the
-values it measured. So a run resumes by running again from the start and taking values from the
-journal, in order, for as long as they last: no random state is stored, and the continued run is
-the uninterrupted one bit for bit.
+A run is a deterministic function of its header (model, data, settings, seed) and of the results
+that it computed on the way. So it resumes by starting again and taking results from the journal,
+in order, for as long as they last: no random state is stored, and the resumed run is the
+uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from typing import Any, BinaryIO
 from longrope._validation import first_difference
 from longrope.errors import JournalError
 
-FORMAT = "longrope search journal 1"
-
 
 class Replay:
-    """The entries of an earlier run, in order; what is appended is kept by somebody else.
+    """The entries of an earlier run, in order, without a file to append to.
 
-    What the ranks of a job have that do not keep the journal.
+    The ranks of a job have one, except the first, which writes the `Journal`.
 
     Parameters
     ----------
     path
-        Of the journal, for messages.
+        Where the journal is, for messages.
     notes
         As in `Journal`.
     entries
@@ -44,7 +42,7 @@ class Replay:
 
     @property
     def pending(self) -> list[dict[str, Any]]:
-        """The entries of an earlier run that were not stepped over."""
+        """The entries of an earlier run that were not skipped yet."""
         return self._pending[self._read :]
 
     def peek(self, count: int) -> list[dict[str, Any]]:
@@ -52,34 +50,35 @@ class Replay:
         return self._pending[self._read : self._read + count]
 
     def skip(self, count: int) -> None:
-        """Step over `count` entries of an earlier run: they stay."""
+        """Move past `count` entries of an earlier run; the journal keeps them."""
         self._read += count
 
     def append(self, entries: list[dict[str, Any]]) -> None:
-        """Drop the entries of an earlier run that were not stepped over."""
+        """Drop the entries of an earlier run that were not skipped."""
         self._pending, self._read = [], 0
 
 
 class Journal(Replay):
-    """An append-only file of JSON lines: a header, then one line per evaluation.
+    """An append-only file of JSON lines: a header, then one line per result.
 
-    Lines are written, flushed and fsynced together per call of `append`, the unit of work that a
-    resumed search may have to redo. A last line without its newline was cut off by a crash and is
-    dropped. The file is locked while it is open: two searches cannot write the same one.
+    The lines of one call of `append` are written, flushed and fsynced together: they are the unit
+    of work that a resumed run may have to redo. A last line without its newline was cut off by a
+    crash and is dropped. The file is locked while it is open: two runs cannot write the same one.
 
     Parameters
     ----------
     path
         The journal file; its folder must exist.
     header
-        JSON values that identify the search. A journal with another header is refused with the
-        first difference named.
+        JSON values that identify the run. A journal with another header is refused, and the error
+        names the first difference.
     notes
-        JSON values of the first run that a resumed one need not share (`journal.notes` has them):
-        how evaluations were batched, which a resumed run must take over because the bits of a
-        value can depend on it, and versions.
+        JSON values that a resumed run need not share, but has to adopt: `journal.notes` are those
+        of the first run. How work was batched, because the bits of a result can depend on it.
+    kind
+        What the run is, in one word: `"search"`. Part of the header and of messages.
     explain
-        Words a difference for people.
+        Puts a difference between two headers into the user's words.
     """
 
     def __init__(
@@ -87,12 +86,14 @@ class Journal(Replay):
         path: Path,
         header: dict[str, Any],
         notes: dict[str, Any] | None = None,
+        *,
+        kind: str,
         explain: Callable[[str], str] = str,
     ):
         self.path = path = Path(path)
         # Through JSON, so that it compares equal to what was read back (tuples become lists).
-        header = json.loads(json.dumps({"format": FORMAT, **header, "notes": notes or {}}))
-        self._file = _open_locked(path)
+        header = json.loads(json.dumps({"format": _format(kind), **header, "notes": notes or {}}))
+        self._file = _open_locked(path, kind)
         try:
             lines = self._complete_lines()
             if lines:
@@ -101,7 +102,7 @@ class Journal(Replay):
                 difference = first_difference({**old, "notes": None}, {**header, "notes": None})
                 if difference:
                     raise JournalError(
-                        f"out: {self.path} is the journal of another search "
+                        f"out: {self.path} is the journal of another {kind} "
                         f"({explain(difference)}); choose another folder, or resume=False "
                         "(--no-resume) to start again"
                     )
@@ -117,16 +118,16 @@ class Journal(Replay):
         super().__init__(path, notes, entries)
 
     def append(self, entries: list[dict[str, Any]]) -> None:
-        """Write entries durably after those stepped over; earlier ones not stepped over go."""
+        """Write entries durably after the skipped ones, in place of those that were not skipped."""
         if self._read < len(self._pending):
             self._file.truncate(sum(self._sizes[: 1 + self._read]))
         super().append(entries)
         self._write(entries)
 
     @staticmethod
-    def locked(path: Path) -> contextlib.closing:
+    def locked(path: Path, kind: str) -> contextlib.closing:
         """Hold the lock of an existing journal inside a `with` block."""
-        return contextlib.closing(_open_locked(path))
+        return contextlib.closing(_open_locked(path, kind))
 
     def close(self) -> None:
         """Close the file and release its lock."""
@@ -165,8 +166,8 @@ class Journal(Replay):
         return entry
 
 
-def is_begun(path: Path) -> bool:
-    """Say whether there is a journal whose header was written; one that was cut off is none.
+def is_begun(path: Path, kind: str) -> bool:
+    """Say whether there is a journal of this kind with a complete header.
 
     Raises `JournalError` where the file is something else.
     """
@@ -175,21 +176,31 @@ def is_begun(path: Path) -> bool:
             line = file.readline()
     except FileNotFoundError:
         return False
-    begin = json.dumps({"format": FORMAT})[:-1].encode()
-    if not line.endswith(b"\n") and begin.startswith(line[: len(begin)]):
+    first = json.dumps({"format": _format(kind)})[:-1].encode()
+    if not line.endswith(b"\n") and first.startswith(line[: len(first)]):
         return False  # killed while the header was written
-    if not line.startswith(begin):
-        raise JournalError(f"out: {path} is not the journal of a search; choose another folder")
+    if not line.startswith(first):
+        raise JournalError(f"out: {path} is not the journal of a {kind}; choose another folder")
     return True
 
 
-def _open_locked(path: Path) -> BinaryIO:
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the header and the complete entries of a journal, without its lock."""
+    header, *entries = (json.loads(line) for line in path.read_bytes().split(b"\n")[:-1])
+    return header, entries
+
+
+def _format(kind: str) -> str:
+    return f"longrope {kind} journal 1"
+
+
+def _open_locked(path: Path, kind: str) -> BinaryIO:
     file = open(path, "a+b")  # noqa: SIM115 (closed by the caller)
     try:
         _lock(file)
     except BlockingIOError:
         file.close()
-        raise JournalError(f"out: another search is writing to {path}") from None
+        raise JournalError(f"out: another {kind} is writing to {path}") from None
     except OSError as error:
         file.close()
         raise JournalError(

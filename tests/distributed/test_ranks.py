@@ -194,7 +194,7 @@ def test_the_command_joins_the_job_and_the_first_rank_speaks(ranks):
 def test_the_command_says_once_what_is_wrong(ranks):
     first, second = ranks("command_refused", 2)
     assert (first["code"], second["code"]) == (2, 2)
-    assert first["err"] == "longrope: samples: expected an integer of at least 1, got 0\n"
+    assert first["err"] == "longrope: --samples: expected an integer of at least 1, got 0\n"
     assert second["err"] == ""
 
 

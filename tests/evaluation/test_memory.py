@@ -10,11 +10,11 @@ from longrope.evaluation import memory
 from longrope.evaluation.memory import (
     CPU_TOKENS_PER_BATCH,
     WHOLE_WINDOWS,
-    GradientLayout,
-    Layout,
+    BackwardPlan,
+    BatchPlan,
     cache_bytes,
+    plan_backward,
     plan_batches,
-    plan_gradient,
 )
 from longrope.patching.attention import kernel_attention
 from longrope.patching.window_cache import differentiable_cache, window_cache
@@ -43,33 +43,33 @@ def gpu(monkeypatch):
 def test_on_a_cpu_a_pass_gets_what_its_caches_hold(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 1 << 40)
     model, most = build(), CPU_TOKENS_PER_BATCH
-    assert plan_batches(model, most // 4) == Layout(4, None)
-    assert plan_batches(model, most // 4, 3) == Layout(3, None)
-    assert plan_batches(model, most) == Layout(1, None)
-    assert plan_batches(model, 10 * most) == Layout(1, most)
-    assert plan_batches(model, 10 * most, cut=False) == Layout(1, None)
-    assert plan_batches(model, most, rows=2) == Layout(2, most // 2)
-    assert plan_batches(model, 10 * most, rows=64) == Layout(64, memory.LEAST_CHUNK)
+    assert plan_batches(model, most // 4) == BatchPlan(4, None)
+    assert plan_batches(model, most // 4, 3) == BatchPlan(3, None)
+    assert plan_batches(model, most) == BatchPlan(1, None)
+    assert plan_batches(model, 10 * most) == BatchPlan(1, most)
+    assert plan_batches(model, 10 * most, cut=False) == BatchPlan(1, None)
+    assert plan_batches(model, most, rows=2) == BatchPlan(2, most // 2)
+    assert plan_batches(model, 10 * most, rows=64) == BatchPlan(64, memory.LEAST_CHUNK)
 
 
 def test_on_a_gpu_whole_windows_where_half_of_the_memory_holds_one(gpu):
     model = build()
     gpu(2 * ACTIVATIONS * 8192)
-    assert plan_batches(model, 1024) == Layout(8, None)
-    assert plan_batches(model, 8192) == Layout(1, None)
-    assert plan_batches(model, 1024, rows=3) == Layout(3, None)
-    assert plan_batches(model, 8193, cut=False) == Layout(1, None)
+    assert plan_batches(model, 1024) == BatchPlan(8, None)
+    assert plan_batches(model, 8192) == BatchPlan(1, None)
+    assert plan_batches(model, 1024, rows=3) == BatchPlan(3, None)
+    assert plan_batches(model, 8193, cut=False) == BatchPlan(1, None)
 
 
 def test_on_a_gpu_chunks_beside_the_cache(gpu):
     model, length = build(), 1 << 20
     cache = KEYS_AND_VALUES * length
     gpu(int((cache + 5000 * ACTIVATIONS) / 0.9))
-    assert plan_batches(model, length) == Layout(1, 4096)
+    assert plan_batches(model, length) == BatchPlan(1, 4096)
     gpu(1 << 40)
-    assert plan_batches(model, 1 << 29) == Layout(1, memory.GPU_TOKENS_PER_CHUNK)
+    assert plan_batches(model, 1 << 29) == BatchPlan(1, memory.GPU_TOKENS_PER_CHUNK)
     gpu(int((2 * cache + 5000 * ACTIVATIONS) / 0.9))
-    assert plan_batches(model, length, rows=2) == Layout(2, 2048)
+    assert plan_batches(model, length, rows=2) == BatchPlan(2, 2048)
 
 
 def test_a_window_whose_cache_does_not_fit_is_one_sentence(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_window_whose_cache_does_not_fit_is_one_sentence(monkeypatch):
 def test_on_a_gpu_that_holds_little_beside_the_cache_chunks_are_least(gpu):
     length = 1 << 20
     gpu(KEYS_AND_VALUES * length + memory.LEAST_CHUNK * ACTIVATIONS)
-    assert plan_batches(build(), length) == Layout(1, memory.LEAST_CHUNK)
+    assert plan_batches(build(), length) == BatchPlan(1, memory.LEAST_CHUNK)
 
 
 def test_free_memory_is_what_the_control_group_leaves_each_rank(tmp_path, monkeypatch):
@@ -115,39 +115,39 @@ def test_free_memory_is_what_the_control_group_leaves_each_rank(tmp_path, monkey
 def test_a_backward_pass_is_cut_where_its_activations_take_half_of_the_memory(monkeypatch):
     model, most = build(), CPU_TOKENS_PER_BATCH
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 8192 * KEPT)
-    assert plan_gradient(model, 8192) == WHOLE_WINDOWS
-    assert plan_gradient(model, 8193) == GradientLayout(chunk=512)
-    assert plan_gradient(model, 8193, False) == WHOLE_WINDOWS
-    assert plan_gradient(model, 2048, True) == GradientLayout(chunk=memory.LEAST_CHUNK)
-    assert plan_gradient(model, memory.LEAST_CHUNK, True) == WHOLE_WINDOWS
+    assert plan_backward(model, 8192) == WHOLE_WINDOWS
+    assert plan_backward(model, 8193) == BackwardPlan(chunk=512)
+    assert plan_backward(model, 8193, False) == WHOLE_WINDOWS
+    assert plan_backward(model, 2048, True) == BackwardPlan(chunk=memory.LEAST_CHUNK)
+    assert plan_backward(model, memory.LEAST_CHUNK, True) == WHOLE_WINDOWS
     monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    assert plan_gradient(model, 1 << 20) == WHOLE_WINDOWS
-    assert plan_gradient(model, 1 << 20, True) == GradientLayout(chunk=most)
+    assert plan_backward(model, 1 << 20) == WHOLE_WINDOWS
+    assert plan_backward(model, 1 << 20, True) == BackwardPlan(chunk=most)
 
 
 def test_a_backward_pass_is_cut_finer_beside_a_large_cache(gpu):
     model, length = build(), 1 << 20
     cache = 2 * KEYS_AND_VALUES * length
     gpu(cache + 2 * 5000 * KEPT)
-    assert plan_gradient(model, length) == GradientLayout(chunk=4096)
+    assert plan_backward(model, length) == BackwardPlan(chunk=4096)
     gpu(1 << 42)
-    assert plan_gradient(model, length, True) == GradientLayout(chunk=memory.GPU_TOKENS_PER_CHUNK)
+    assert plan_backward(model, length, True) == BackwardPlan(chunk=memory.GPU_TOKENS_PER_CHUNK)
 
 
 def test_a_backward_pass_that_does_not_fit_is_one_sentence(monkeypatch):
     needed = 2 * KEYS_AND_VALUES * 8192 + memory.LEAST_CHUNK * KEPT
     monkeypatch.setattr(memory, "free_memory", lambda device: needed - 1)
     with pytest.raises(ValueError, match=rf"target_length: .* 8192 tokens, which need {needed} "):
-        plan_gradient(build(), 8192)
+        plan_backward(build(), 8192)
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)
-    assert plan_gradient(build(), 8192) == GradientLayout(chunk=memory.LEAST_CHUNK)
+    assert plan_backward(build(), 8192) == BackwardPlan(chunk=memory.LEAST_CHUNK)
 
 
 def test_a_model_with_its_own_attention_gets_checkpointed_layers(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 8192 * KEPT)
     monkeypatch.setattr(memory, "has_kernel_attention", lambda model: False)
-    assert plan_gradient(build(), 8192) == WHOLE_WINDOWS
-    assert plan_gradient(build(), 8193) == GradientLayout(checkpointed_layers=True)
+    assert plan_backward(build(), 8192) == WHOLE_WINDOWS
+    assert plan_backward(build(), 8193) == BackwardPlan(checkpointed_layers=True)
 
 
 @pytest.mark.parametrize(

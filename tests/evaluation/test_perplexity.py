@@ -9,8 +9,9 @@ from support import tiny_models
 
 import longrope
 from longrope.evaluation import memory
-from longrope.evaluation.modes import evaluating, sliding_windows
+from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
+from longrope.evaluation.perplexity import sliding_windows
 
 VOCABULARY = 50
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,7 +111,7 @@ def test_chunks_take_the_tier_of_the_whole_window(model, chunks):
     model = copy.deepcopy(model)
     longrope.apply(model, long)
     expected = brute_force(model, documents, 24, 24)
-    longrope.apply(model, [short, long])
+    longrope.apply(model, [short, long], "row")
     sizes = chunks(model)
     actual = longrope.perplexity(model, documents, length=24, stride=24)
     assert actual == pytest.approx(expected, rel=1e-5)

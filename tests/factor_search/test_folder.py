@@ -14,7 +14,7 @@ FILES = ("config.json", "factors.json", "history.csv", "search.png")
 def begin(out):
     """Begin a search and write a file of each name, with the number of its journal's lines."""
     folder.prepare(out)
-    with Journal(out / "journal.jsonl", HEADER) as journal:
+    with Journal(out / "journal.jsonl", HEADER, kind="search") as journal:
         journal.append([{"nll": 1.0}])
     for name in FILES:
         (out / name).write_text(f"ours: {name}")
@@ -47,7 +47,7 @@ def test_a_header_that_was_cut_off_is_no_search_yet(tmp_path):
         out.mkdir()
         (out / "journal.jsonl").write_bytes(header[:size])
         folder.prepare(out)
-        with Journal(out / "journal.jsonl", HEADER):
+        with Journal(out / "journal.jsonl", HEADER, kind="search"):
             pass
         assert (out / "journal.jsonl").read_bytes() == header + b"\n"
 
@@ -78,7 +78,7 @@ def test_a_search_that_is_running_is_not_set_aside(tmp_path):
     pytest.importorskip("fcntl")
     begin(tmp_path)
     with (
-        Journal(tmp_path / "journal.jsonl", HEADER),
+        Journal(tmp_path / "journal.jsonl", HEADER, kind="search"),
         pytest.raises(ValueError, match="another search is writing"),
     ):
         folder.prepare(tmp_path, resume=False)

@@ -10,13 +10,14 @@ from support import tiny_models
 
 import longrope
 from longrope import ops
-from longrope.evaluation.memory import GradientLayout
+from longrope.evaluation.memory import BackwardPlan
+from longrope.factor_search import gradient as gradient_module
 from longrope.factor_search.descent import Point
-from longrope.factor_search.gradient import LossGradient, checkpointing_layers
+from longrope.factor_search.gradient import GradientEvaluator, checkpointing_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WHOLE, LAYERS, CHUNKS = GradientLayout(), GradientLayout(True), GradientLayout(chunk=20)
-every_layout = pytest.mark.parametrize("layout", [WHOLE, LAYERS, CHUNKS])
+WHOLE, LAYERS, CHUNKS = BackwardPlan(), BackwardPlan(True), BackwardPlan(chunk=20)
+every_plan = pytest.mark.parametrize("plan", [WHOLE, LAYERS, CHUNKS])
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def windows(documents):
 
 
 def test_the_loss_is_that_of_the_factors(model, factors, point, windows):
-    nll, _ = LossGradient(model, factors.base_inv_freq())(point, 4, windows)
+    nll, _ = GradientEvaluator(model, factors.base_inv_freq())(point, 4, windows)
     longrope.apply(model, factors.replace(start_tokens=4))
     expected = longrope.perplexity(model, list(windows), length=48, stride=48)
     assert math.exp(nll) == pytest.approx(expected, rel=1e-5)
@@ -43,7 +44,7 @@ def test_the_loss_is_that_of_the_factors(model, factors, point, windows):
 
 def test_the_gradient_is_the_slope(model, factors, point, windows):
     # transformers normalises in float32 whatever the dtype of the model: hence the tolerance.
-    loss = LossGradient(model.double(), factors.base_inv_freq())
+    loss = GradientEvaluator(model.double(), factors.base_inv_freq())
     _, gradient = loss(point, 2, windows)
     assert np.abs(gradient).min() > 0
     for index in range(9):
@@ -66,8 +67,8 @@ def test_the_gradient_is_the_slope(model, factors, point, windows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpointing_changes_nothing(model, factors, point, windows, dtype):
     model = model.to(dtype)
-    plain = LossGradient(model, factors.base_inv_freq())(point, 2, windows)
-    again = LossGradient(model, factors.base_inv_freq(), LAYERS)(point, 2, windows)
+    plain = GradientEvaluator(model, factors.base_inv_freq())(point, 2, windows)
+    again = GradientEvaluator(model, factors.base_inv_freq(), LAYERS)(point, 2, windows)
     assert plain[0] == again[0]
     assert (plain[1] == again[1]).all()
 
@@ -87,11 +88,13 @@ def test_chunks_give_the_gradient_of_the_whole_window(kind, last_tokens, chunk):
     torch.manual_seed(0)
     windows = tiny_models.tokens(2, 48)
 
-    def measure(layout):
-        return LossGradient(model, factors.base_inv_freq(), layout, last_tokens)(point, 3, windows)
+    def measure(plan):
+        return GradientEvaluator(model, factors.base_inv_freq(), plan, last_tokens)(
+            point, 3, windows
+        )
 
     nll, gradient = measure(WHOLE)
-    cut_nll, cut_gradient = measure(GradientLayout(chunk=chunk))
+    cut_nll, cut_gradient = measure(BackwardPlan(chunk=chunk))
     assert cut_nll == pytest.approx(nll, rel=1e-6)
     assert cut_gradient == pytest.approx(gradient, rel=1e-4, abs=1e-4 * np.abs(gradient).max())
     assert np.abs(gradient).min() > 1e-5
@@ -103,12 +106,12 @@ def test_chunks_in_bfloat16_are_as_good_as_whole_windows():
     torch.manual_seed(0)
     windows = tiny_models.tokens(4)
 
-    def measure(layout):
-        return LossGradient(model, factors.base_inv_freq(), layout)(point, 0, windows)[1]
+    def measure(plan):
+        return GradientEvaluator(model, factors.base_inv_freq(), plan)(point, 0, windows)[1]
 
     exact = measure(WHOLE)
     model.bfloat16()
-    whole, cut = (np.linalg.norm(measure(lay) - exact) for lay in (WHOLE, GradientLayout(chunk=8)))
+    whole, cut = (np.linalg.norm(measure(plan) - exact) for plan in (WHOLE, BackwardPlan(chunk=8)))
     assert cut < 1.5 * whole + 0.01 * np.linalg.norm(exact)
 
 
@@ -116,7 +119,7 @@ def test_chunks_keep_less():
     model, factors = tiny_models.build(), tiny_models.factors(target=512)
     point = Point(np.log(factors.lambdas), factors.attention_factor)
 
-    def most_alive(layout):
+    def most_alive(plan):
         """The most elements that a backward pass finds kept, over the passes of a window."""
         alive, most = [0], [0]
 
@@ -130,13 +133,13 @@ def test_chunks_keep_less():
                 alive[0] -= self.tensor.numel()
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            LossGradient(model, factors.base_inv_freq(), layout)(
+            GradientEvaluator(model, factors.base_inv_freq(), plan)(
                 point, 0, tiny_models.tokens(1, 512)
             )
         assert alive[0] == 0  # nothing outlives the call
         return most[0]
 
-    assert most_alive(GradientLayout(chunk=64)) < most_alive(WHOLE) / 3
+    assert most_alive(BackwardPlan(chunk=64)) < most_alive(WHOLE) / 3
 
 
 def test_checkpointing_keeps_less(model, documents):
@@ -159,18 +162,18 @@ def test_checkpointing_keeps_less(model, documents):
 
 
 def test_bf16_weights_give_the_gradient_of_fp32_ones(model, factors, point, windows):
-    _, exact = LossGradient(model, factors.base_inv_freq())(point, 0, windows)
-    _, rounded = LossGradient(model.bfloat16(), factors.base_inv_freq())(point, 0, windows)
+    _, exact = GradientEvaluator(model, factors.base_inv_freq())(point, 0, windows)
+    _, rounded = GradientEvaluator(model.bfloat16(), factors.base_inv_freq())(point, 0, windows)
     cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
     assert cosine > 0.97
 
 
-@every_layout
-def test_the_model_is_left_as_it_was(model, factors, point, windows, layout):
+@every_plan
+def test_the_model_is_left_as_it_was(model, factors, point, windows, plan):
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    loss = LossGradient(model, factors.base_inv_freq(), layout)
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
     with torch.no_grad():
         loss(point, 0, windows)
     assert model.training
@@ -180,9 +183,9 @@ def test_the_model_is_left_as_it_was(model, factors, point, windows, layout):
     assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
 
 
-@every_layout
-def test_an_exception_leaves_the_model_as_it_was(model, factors, point, layout):
-    loss = LossGradient(model, factors.base_inv_freq(), layout)
+@every_plan
+def test_an_exception_leaves_the_model_as_it_was(model, factors, point, plan):
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
     with pytest.raises(IndexError):
         loss(point, 0, torch.full((1, 48), 1000))
     assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
@@ -190,9 +193,9 @@ def test_an_exception_leaves_the_model_as_it_was(model, factors, point, layout):
     assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
 
 
-@pytest.mark.parametrize("layout", [WHOLE, LAYERS])
+@pytest.mark.parametrize("plan", [WHOLE, LAYERS])
 def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
-    model, factors, point, windows, layout, monkeypatch
+    model, factors, point, windows, plan, monkeypatch
 ):
     calls = []
 
@@ -202,13 +205,13 @@ def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
 
     attention = ops.attention
     monkeypatch.setattr(ops, "attention", counted)
-    loss = LossGradient(model, factors.base_inv_freq(), layout)
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
     nll, gradient = loss(point, 4, windows)
     # The layers run again in the backward pass, by the same function.
-    passes = len(windows) * (2 if layout is LAYERS else 1)
+    passes = len(windows) * (2 if plan is LAYERS else 1)
     assert calls == ["longrope"] * passes * model.config.num_hidden_layers
     assert model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(gradient, "kernel_attention", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(gradient_module, "kernel_attention", lambda model: contextlib.nullcontext())
     calls.clear()
     expected, own = loss(point, 4, windows)
     assert not calls

@@ -72,7 +72,7 @@ def test_what_was_before_comes_back():
     assert torch.equal(model(ids).logits, plain)
     assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
 
-    longrope.apply(model, [factors("yarn"), factors("none", target=32)])
+    longrope.apply(model, [factors("yarn"), factors("none", target=32)], "row")
     applied = model(ids).logits
     with rows(model, *stacked(POPULATION)):
         outer = model(ids).logits

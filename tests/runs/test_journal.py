@@ -1,35 +1,38 @@
 """The journal: durable, repaired after a crash, refused when it is of another search."""
 
 import errno
+import functools
 import json
 
 import pytest
 
 from longrope.errors import JournalError
-from longrope.runs.journal import Journal
+from longrope.runs import journal
+
+Journal = functools.partial(journal.Journal, kind="search")
 
 HEADER = {"seed": 0, "model": "abc", "sizes": {"population": 4, "parents": 2}}
 ENTRIES = [{"n": n, "nll": 0.1 * n} for n in range(5)]
 
 
 def written(path, header=HEADER):
-    with Journal(path, header, {"rows": 3}) as journal:
-        journal.append(ENTRIES[:2])
-        journal.append(ENTRIES[2:])
+    with Journal(path, header, {"rows": 3}) as kept:
+        kept.append(ENTRIES[:2])
+        kept.append(ENTRIES[2:])
     return path.read_bytes()
 
 
 def test_entries_come_back_in_order_with_the_notes_of_the_first_run(tmp_path):
     path = tmp_path / "journal.jsonl"
     written(path)
-    with Journal(path, HEADER, {"rows": 99}) as journal:
-        assert journal.notes == {"rows": 3}
-        assert journal.peek(2) == ENTRIES[:2]
-        journal.skip(2)
-        assert journal.peek(99) == ENTRIES[2:]
-        journal.skip(3)
-        assert journal.peek(1) == []
-        journal.append([{"n": 5}])
+    with Journal(path, HEADER, {"rows": 99}) as kept:
+        assert kept.notes == {"rows": 3}
+        assert kept.peek(2) == ENTRIES[:2]
+        kept.skip(2)
+        assert kept.peek(99) == ENTRIES[2:]
+        kept.skip(3)
+        assert kept.peek(1) == []
+        kept.append([{"n": 5}])
     assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [*ENTRIES, {"n": 5}]
 
 
@@ -39,8 +42,8 @@ def test_a_file_cut_at_any_byte_gives_the_whole_lines_before_it(tmp_path):
     for size in range(len(content) + 1):
         path.write_bytes(content[:size])
         whole = content[:size].count(b"\n")
-        with Journal(path, HEADER, {"rows": 3}) as journal:
-            assert journal.peek(99) == ENTRIES[: max(0, whole - 1)]
+        with Journal(path, HEADER, {"rows": 3}) as kept:
+            assert kept.peek(99) == ENTRIES[: max(0, whole - 1)]
         assert path.read_bytes() == content[: content[:size].rfind(b"\n") + 1] or whole == 0
         assert path.read_bytes().startswith(content[: content.find(b"\n") + 1])
 
@@ -48,12 +51,12 @@ def test_a_file_cut_at_any_byte_gives_the_whole_lines_before_it(tmp_path):
 def test_appending_drops_what_was_not_stepped_over(tmp_path):
     path = tmp_path / "journal.jsonl"
     written(path)
-    with Journal(path, HEADER) as journal:
-        journal.skip(3)
-        journal.append([{"n": "new"}])
-        journal.append([{"n": "newer"}])
-    with Journal(path, HEADER) as journal:
-        assert journal.peek(99) == [*ENTRIES[:3], {"n": "new"}, {"n": "newer"}]
+    with Journal(path, HEADER) as kept:
+        kept.skip(3)
+        kept.append([{"n": "new"}])
+        kept.append([{"n": "newer"}])
+    with Journal(path, HEADER) as kept:
+        assert kept.peek(99) == [*ENTRIES[:3], {"n": "new"}, {"n": "newer"}]
 
 
 @pytest.mark.parametrize(
@@ -112,12 +115,12 @@ def test_two_searches_cannot_write_one_journal(tmp_path):
 def test_values_survive_to_the_bit(tmp_path):
     path = tmp_path / "journal.jsonl"
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308]
-    with Journal(path, HEADER) as journal:
-        journal.append([{"nll": value} for value in values])
+    with Journal(path, HEADER) as kept:
+        kept.append([{"nll": value} for value in values])
         with pytest.raises(ValueError, match="not JSON compliant"):
-            journal.append([{"nll": float("nan")}])
-    with Journal(path, HEADER) as journal:
-        assert [entry["nll"] for entry in journal.peek(9)] == values
+            kept.append([{"nll": float("nan")}])
+    with Journal(path, HEADER) as kept:
+        assert [entry["nll"] for entry in kept.peek(9)] == values
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):

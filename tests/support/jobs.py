@@ -69,7 +69,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     """Many searches in one job, good and bad; after a bad one the next must work."""
     import torch
 
-    from longrope.factor_search import folder
+    from longrope.factor_search import folder as search_folder
 
     documents = tiny_search.build_documents()
     others = [d + (d == 0).long() for d in documents] if rank else documents
@@ -80,7 +80,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     seed = int(rank == size - 1)
     population = -3 if rank == 1 else 6
     found = {"evolution": search(**SMALL, out=folder / "out")}
-    folder.plot = lambda *arguments: None  # one is enough: a second each
+    search_folder.plot = lambda *arguments: None  # one is enough: a second each
     found |= {
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),

@@ -18,9 +18,7 @@ from longrope import ops
 from longrope.factors import RescaleFactors
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
-
-#: The order of the arguments of a decoder's forward, where they come by position.
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+from longrope.patching.tier_pass import arguments_of
 
 #: Cache layers whose keys lie as `[B, Hk, M, D]`, oldest first: all tokens, or the last ones.
 _TURNABLE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
@@ -44,12 +42,6 @@ def install(base: nn.Module, rotary: RescaledRotaryEmbedding) -> None:
         )
 
 
-def uninstall(rotary: RescaledRotaryEmbedding) -> None:
-    """Undo `install`."""
-    for hook in rotary.hooks:
-        hook.remove()
-
-
 class Pass(NamedTuple):
     """One forward pass of a decoder, as its hooks see it."""
 
@@ -57,17 +49,6 @@ class Pass(NamedTuple):
     lengths: Tensor  # int64 [B], of the rows when the pass is done
     cache: Any
     cached: int  # tokens in the cache before the pass
-
-
-def arguments_of(args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Return the arguments of a decoder's forward by the names of transformers 5.24.
-
-    Before it, `cache` was `past_key_values`.
-    """
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-    if "past_key_values" in given:
-        given.setdefault("cache", given.pop("past_key_values"))
-    return given
 
 
 def _read(args: tuple, kwargs: dict) -> Pass:
