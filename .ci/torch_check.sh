@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Install longrope beside one version of torch in a fresh virtual environment, and run the tests of
 # the ops against what was installed:
-#   bash .ci/torch_check.sh VERSION [FOLDER]
-# FOLDER (default: a temporary one, removed at the end) keeps the virtual environment for the next
-# run. The last line is what belongs into the table of CONTRIBUTING.md. The build is for the CPU
+#   bash .ci/torch_check.sh VERSION [FOLDER [PYTEST ARGUMENTS]]
+# FOLDER (default, and where it is empty: a temporary one, removed at the end) keeps the virtual
+# environment for the next run. -k "not emulated" leaves out what hardly depends on torch, the CUDA
+# sources run on the CPU, and takes a fraction of the time. The last line is what belongs into the table of CONTRIBUTING.md. The build is for the CPU
 # (LONGROPE_CUDA=0); .ci/cuda_link_check.sh builds the CUDA kernels. A CUDA build of torch takes
 # about 5 GB.
 set -euo pipefail
@@ -41,6 +42,6 @@ assert Path(sys.argv[1]) not in Path(longrope.__file__).resolve().parents, longr
 print(longrope.__file__, longrope._C.build_info())
 END
 pytest -q -c "$sources/pyproject.toml" --rootdir "$sources" -p no:cacheprovider \
-  "$sources/tests/ops" | tee results
+  "$sources/tests/ops" "${@:3}" | tee results
 installed=$(python -c 'import platform, torch; print(torch.__version__, platform.python_version())')
 echo "torch_check: torch and Python $installed: $(tail -n 1 results)"
