@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope.factors import RescaleFactors, Tiers
-from longrope.patching import row_tiers, tiered
+from longrope.patching import cache_guard, row_tiers, tiered
 from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
@@ -101,6 +101,8 @@ def apply(
     device = next(base.parameters()).device
     base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
     (tiered if by_position else row_tiers).install(base, rotary)
+    if len(several) == 1:
+        rotary.hooks += cache_guard.install(base, several[0])
     return model
 
 

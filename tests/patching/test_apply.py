@@ -27,13 +27,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     CohereConfig,
+    DynamicCache,
     GPT2Config,
     LlamaConfig,
+    StaticCache,
 )
 
 import longrope
 from longrope import RescaleFactors
 from longrope.patching import RopeSettings, embedding, rope_settings, rotary_of, rotation
+from longrope.patching.tier_pass import cache_argument
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
@@ -132,7 +135,7 @@ def test_applying_again_replaces():
     expected = logits(longrope.apply(build(), factors("ntk")), ids)
     model = longrope.apply(build(), [factors("yarn"), factors("none", target=ORIGINAL)])
     assert torch.equal(logits(longrope.apply(model, factors("ntk")), ids), expected)
-    assert not model.model._forward_pre_hooks
+    assert len(model.model._forward_pre_hooks) == 1  # of the last
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -375,3 +378,39 @@ def test_tables_are_exact():
     table = rotation.tabulate(arguments, torch.float32)
     assert table.cos.shape == (1, 3, 2)
     assert table.sin[0, 2, 1].item() == pytest.approx(2 * math.sin(2**21 * 0.1), abs=1e-6)
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_of_other_factors_is_refused(kind):
+    """With one set as with tiers: never attended silently."""
+    model, ids = build(), tokens(1, 40)
+    name = cache_argument(model.model)
+
+    def filled():
+        cache = (
+            DynamicCache(config=model.config)
+            if kind == "dynamic"
+            else StaticCache(config=model.config, max_cache_len=64)
+        )
+        with torch.no_grad():
+            model(ids, **{name: cache})
+        return cache
+
+    plain = filled()
+    longrope.apply(model, factors())
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"^cache: expected an empty cache, or one that was"):
+            model(ids[:, :1], **{name: plain})
+        ours, theirs = filled(), filled()
+        model(ids[:, :1], **{name: ours})
+        longrope.apply(model, factors("ntk"))
+        with pytest.raises(ValueError, match=r"^cache: expected an empty cache, or one that was"):
+            model(ids[:, :1], **{name: ours})
+        ours.reset()
+        model(ids[:, :1], **{name: ours})
+        longrope.remove(model)
+        with pytest.raises(ValueError, match=r"^cache: expected one that was filled without"):
+            model(ids[:, :1], **{name: theirs})
