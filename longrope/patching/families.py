@@ -32,12 +32,15 @@ class Family:
         The attribute of a decoder layer that holds its attention.
     gated_mlp
         The class whose forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`; None: another.
+    since
+        The first major release of transformers whose file has the usual shape.
     """
 
     name: str
     model_types: tuple[str, ...]
     attention: str = "self_attn"
     gated_mlp: str | None = None
+    since: int = 4
 
 
 FAMILIES = (
@@ -48,14 +51,14 @@ FAMILIES = (
     Family("Phi-3, Phi-4", ("phi3",)),
     Family("Gemma", ("gemma",), gated_mlp="GemmaMLP"),
     Family("Gemma 2", ("gemma2",), gated_mlp="Gemma2MLP"),
-    Family("Gemma 3 (text)", ("gemma3_text",), gated_mlp="Gemma3MLP"),
+    Family("Gemma 3 (text)", ("gemma3_text",), gated_mlp="Gemma3MLP", since=5),
     Family("OLMo 2", ("olmo2",), gated_mlp="Olmo2MLP"),
-    Family("OLMo 3", ("olmo3",), gated_mlp="Olmo3MLP"),
+    Family("OLMo 3", ("olmo3",), gated_mlp="Olmo3MLP", since=5),
     Family("Granite", ("granite",), gated_mlp="GraniteMLP"),
     Family("SmolLM3", ("smollm3",), gated_mlp="SmolLM3MLP"),
     Family("GPT-NeoX, Pythia", ("gpt_neox",), attention="attention"),
     Family("Mixtral", ("mixtral",)),
-    Family("Qwen2 MoE", ("qwen2_moe",)),
+    Family("Qwen2 MoE", ("qwen2_moe",), since=5),
     Family("Qwen3 MoE", ("qwen3_moe",)),
 )
 
@@ -74,6 +77,13 @@ def family_of(model_or_config: Any) -> Family:
         raise ValueError(
             f"model: expected one of the model types {', '.join(SUPPORTED_MODEL_TYPES)}, "
             f'got "{config.model_type}"'
+        )
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < family.since:
+        raise ValueError(
+            f"model: expected transformers {family.since} or newer for {family.name}, got "
+            f"{transformers.__version__}"
         )
     return family
 

@@ -7,6 +7,8 @@ changes, and is not compiled again at a crossing.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,6 +94,16 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Record operations for a gradient inside an op, which torch runs with recording off."""
+    kept = torch._C._dispatch_tls_local_include_set()
+    hidden = torch._C._dispatch_tls_local_exclude_set()
+    hidden = hidden.remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(kept, hidden), torch.enable_grad():
+        yield
+
+
 @torch.library.custom_op("longrope::attend_tiers_backward", mutates_args=())
 def _attend_tiers_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
@@ -100,7 +112,7 @@ def _attend_tiers_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the attention again, as functions, and differentiate that."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
+    with _recording():
         query, key = _planned(*leaves[:2], cos, sin, positions, mask, ticket, 0)
         options = Options(scale, window, softcap)
         out = tier_attention.attend(query, key, leaves[2], module_of(ticket), options)
