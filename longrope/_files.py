@@ -35,8 +35,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-#: Digits of a whole number: more do not fit 64 bits, and no length or count has them.
-_MOST_DIGITS = 19
+#: Digits of a whole number: a seed may have 128 bits, which is 39 digits.
+_MOST_DIGITS = 39
 
 
 def strict_json(text: str | bytes) -> Any:

@@ -7,10 +7,50 @@ which lambda rises). The file does not say which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longrope._validation import choice, even, integer
+from longrope.factors.rules import su_attention_factor, yarn_attention_factor
 
 #: Rotated channels come in sixteens, so pairs in eights.
 _PAIRS = 8
+
+
+def fields_of(
+    values: Sequence[float], settings: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of `RescaleFactors` from the numbers of a file and what is said beside it.
+
+    `settings` are the caller's fields, whose attention factor may be `"su"` or `"yarn"`;
+    `defaults` are those of the class. Raises `ValueError` where they do not fit the file.
+    """
+    rotary_dim = settings.get("rotary_dim")
+    start_tokens, lambdas = layout(
+        values, None if rotary_dim is None else even("rotary_dim", rotary_dim)
+    )
+    fields: dict[str, Any] = {"lambdas": lambdas, "rotary_dim": 2 * len(lambdas)}
+    if start_tokens is not None:
+        if settings.get("start_tokens", start_tokens) != start_tokens:
+            raise ValueError(
+                f"start_tokens: expected {start_tokens}, which the file states, "
+                f"got {settings['start_tokens']}"
+            )
+        fields["start_tokens"] = start_tokens
+    fields |= settings
+    rule = fields.get("attention_factor")
+    if isinstance(rule, str):
+        choice("attention_factor", rule, ("su", "yarn"))
+        original, target = (
+            integer(name, settings.get(name, defaults[name]), 1)
+            for name in ("original_length", "target_length")
+        )
+        su = rule == "su"
+        ratio = target / original
+        fields["attention_factor"] = (
+            su_attention_factor(ratio, original) if su else yarn_attention_factor(ratio)
+        )
+    return fields
 
 
 def layout(
@@ -38,14 +78,14 @@ def layout(
 
 def _is_count(values: Sequence[float]) -> bool:
     first, *rest = values
-    return bool(rest) and first >= 0 and first == int(first) and all(v > 0 for v in rest)
+    return bool(rest) and first >= 0 and first.is_integer() and all(v > 0 for v in rest)
 
 
 def _are_indices(values: Sequence[float]) -> bool:
     if len(values) < 3 or not all(value > 0 for value in values[2:]):
         return False
     first, second = values[:2]
-    whole = first == int(first) and second == int(second)
+    whole = first.is_integer() and second.is_integer()
     return whole and 0 <= first <= second <= len(values) - 2
 
 

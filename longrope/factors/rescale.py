@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longrope._validation import choice, even, integer, lambda_array, longer, positive
+from longrope._validation import even, integer, lambda_array, longer, positive
 
 if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
-from longrope.factors import files
-from longrope.factors.official import layout
+from longrope.factors import files, official
 from longrope.factors.rules import (
     base_inv_freq,
     ntk_lambdas,
-    su_attention_factor,
     yarn_attention_factor,
     yarn_lambdas,
 )
@@ -310,7 +308,8 @@ class RescaleFactors:
                         f"{path}: the file states no attention factor, 1.0 is taken; its authors "
                         'use attention_factor="su"', stacklevel=2,
                     )  # fmt: skip
-                return cls(**_of_csv(content, settings))
+                defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+                return cls(**official.fields_of(content, settings, defaults))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if settings:
@@ -326,29 +325,3 @@ class RescaleFactors:
             return cls(**content[0])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _of_csv(values: list[float], settings: dict) -> dict:
-    """Return the fields of factors from the numbers of a CSV file and what was said beside it."""
-    rotary_dim = settings.get("rotary_dim")
-    start_tokens, lambdas = layout(
-        values, None if rotary_dim is None else even("rotary_dim", rotary_dim)
-    )
-    fields = {"lambdas": lambdas, "rotary_dim": 2 * len(lambdas)}
-    if start_tokens is not None:
-        if settings.get("start_tokens", start_tokens) != start_tokens:
-            raise ValueError(
-                f"start_tokens: expected {start_tokens}, which the file states, "
-                f"got {settings['start_tokens']}"
-            )
-        fields["start_tokens"] = start_tokens
-    fields |= settings
-    if isinstance(fields.get("attention_factor"), str):
-        rule = choice("attention_factor", fields["attention_factor"], ("su", "yarn"))
-        lengths = RescaleFactors(**(fields | {"attention_factor": 1.0}))
-        fields["attention_factor"] = (
-            yarn_attention_factor(lengths.ratio)
-            if rule == "yarn"
-            else su_attention_factor(lengths.ratio, lengths.original_length)
-        )
-    return fields
