@@ -1,13 +1,15 @@
-"""Writing files that appear whole or not at all."""
+"""Files that are written whole or not at all, and JSON that is read without surprises."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -31,3 +33,45 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+#: Digits of a whole number: a seed may have 128 bits, which is 39 digits.
+_MOST_DIGITS = 39
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Return the value that a JSON text spells.
+
+    Raises `ValueError` with a reason, also for what Python's parser takes or stumbles over: a key
+    that stands twice in an object, NaN and infinities, numbers that overflow, and values that are
+    nested too deeply.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_distinct, parse_int=_whole, parse_float=_finite,
+            parse_constant=_finite,
+        )  # fmt: skip
+    except RecursionError:
+        raise ValueError("values that are nested too deeply") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:40]!r}, which stands there twice")
+    return made
+
+
+def _whole(digits: str) -> int:
+    if len(digits.lstrip("-")) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number that is not finite, {text[:20]}")
+    return value

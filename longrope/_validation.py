@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import numbers
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -50,9 +50,16 @@ def even(name: str, value) -> int:
 
 def positive(name: str, value, above: float = 0) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not above < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above {above}, got {value!r}")
+    # A whole number may be larger than any float.
+    if not real or not above < value <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number above {above}, got {_brief(value)}")
     return float(value)
+
+
+def _brief(value) -> str:
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    return repr(value)
 
 
 def lambda_array(values, rotary_dim: int) -> np.ndarray:
@@ -61,6 +68,8 @@ def lambda_array(values, rotary_dim: int) -> np.ndarray:
         if hasattr(values, "detach"):  # a torch tensor of any dtype and device
             values = values.detach().double().cpu().numpy()
         array = np.array(values, dtype=np.float64)
+    except OverflowError:
+        raise ValueError(f"{expected}, got a number that overflows float64") from None
     except (TypeError, ValueError):
         raise ValueError(f"{expected}, got {type(values).__name__} that is no array") from None
     if array.shape != (rotary_dim // 2,):

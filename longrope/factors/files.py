@@ -6,13 +6,17 @@ import json
 import re
 from pathlib import Path
 
-from longrope._files import replacing
+from longrope._files import replacing, strict_json
 
 FACTORS, TIERS, VERSION = "longrope-factors", "longrope-tiers", 1
 _FIELDS = {
     "lambdas", "start_tokens", "attention_factor", "original_length", "target_length",
     "rope_theta", "rotary_dim",
 }  # fmt: skip
+
+#: A line of one number with a decimal comma, or of several that spaces or semicolons separate. (A
+#: line of two whole numbers would be a layer of four rotated channels, which no model has.)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[;\s]+[+-]?\d+(?:,\d+)?)*$")
 
 
 def write_json(path: Path, form: str, content: dict) -> None:
@@ -56,8 +60,8 @@ def read(path: Path) -> list[dict] | list[float]:
 
 def _parse_json(path: Path, text: str) -> list[dict]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = strict_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got a file broken at {error}") from None
     form = content.pop("format", None)
     if form not in (FACTORS, TIERS):
@@ -80,7 +84,10 @@ def _fields(path: Path, content: object) -> dict:
             raise ValueError(f"{path}: expected the fields of rescale factors, "
                              f"{what}: {', '.join(sorted(names))}")  # fmt: skip
     lambdas = content["lambdas"]
-    if not isinstance(lambdas, list):
+    numbers = isinstance(lambdas, list) and all(
+        v == "inf" or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in lambdas
+    )
+    if not numbers:
         raise ValueError(f"{path}: lambdas: expected a list of numbers")
     return content | {"lambdas": [float("inf") if v == "inf" else v for v in lambdas]}
 
@@ -91,8 +98,12 @@ def _parse_csv(path: Path, text: str) -> list[float]:
         line = line.split("#")[0].strip()
         if not line:
             continue
+        if _DECIMAL_COMMA.match(line):
+            raise ValueError(
+                f"{path}: expected numbers with a decimal point on line {number}, got {line[:40]!r}"
+            )
         try:
-            rows.append([float(cell) for cell in re.split(r"[,;\s]+", line.rstrip(",;"))])
+            rows.append([_number(cell) for cell in re.split(r"[,;\s]+", line.rstrip(",;"))])
         except ValueError:
             raise ValueError(
                 f"{path}: expected numbers on line {number}, got {line[:40]!r}"
@@ -108,3 +119,10 @@ def _parse_csv(path: Path, text: str) -> list[float]:
                 f"rows 1 and {number} differ"
             )
     return rows[0]
+
+
+def _number(cell: str) -> float:
+    value = float(cell)
+    if value in (float("inf"), -float("inf")) and cell.strip("+-")[:1].isdigit():
+        raise ValueError  # digits that overflow
+    return value

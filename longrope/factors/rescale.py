@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from longrope._validation import even, integer, lambda_array, longer, positive
 
 if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
-from longrope.factors import files
+from longrope.factors import files, official
 from longrope.factors.rules import (
     base_inv_freq,
     ntk_lambdas,
@@ -281,13 +282,18 @@ class RescaleFactors:
         Parameters
         ----------
         path
-            JSON (told by its content, not by its name), or CSV: one factor a line, or one line of
-            `R/2` factors for each layer, which must all be equal.
+            JSON (told by its content, not by its name), or CSV: one number a line, or one line for
+            each layer, which must all be equal. The `R/2` factors may follow the number of start
+            tokens (`dim_mono_n`) or two indices of pairs (`dim_piece_mono`), which are dropped.
+            Which it is follows from `rotary_dim`, or where it is left out from the values: the
+            number of factors is taken to be a multiple of 8 where that is possible.
         **settings
             For CSV, which holds the factors alone: any field of this class except `lambdas`. Left
             out, `rotary_dim` is twice the number of factors, and the others take the defaults of
             the class: start_tokens 0, attention_factor 1.0, original_length 4096, target_length
-            32768, rope_theta 10000.0. Refused for JSON, which states them itself.
+            32768, rope_theta 10000.0. `attention_factor` may be `"su"`, what the authors of these
+            files use with them, or `"yarn"`: computed from the lengths. Left out, a warning says
+            that it is 1.0. Refused for JSON, which states them itself.
 
         Raises
         ------
@@ -295,20 +301,27 @@ class RescaleFactors:
             With one sentence that names the file and what is wrong with it.
         """
         content = files.read(Path(path))
-        if not isinstance(content[0], dict):
-            content = {"lambdas": content, "rotary_dim": 2 * len(content)} | settings
-        elif settings:
+        try:
+            if not isinstance(content[0], dict):
+                if "attention_factor" not in settings:
+                    warnings.warn(
+                        f"{path}: the file states no attention factor, 1.0 is taken; its authors "
+                        'use attention_factor="su"', stacklevel=2,
+                    )  # fmt: skip
+                defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+                return cls(**official.fields_of(content, settings, defaults))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if settings:
             raise ValueError(
                 f"{next(iter(settings))}: expected no settings beside {path}, "
                 "a JSON file that states them itself; change them with .replace()"
             )
-        elif len(content) > 1:
+        if len(content) > 1:
             raise ValueError(
                 f"{path}: expected one set of factors, got {len(content)} tiers (Tiers.load)"
             )
-        else:
-            content = content[0]
         try:
-            return cls(**content)
+            return cls(**content[0])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

@@ -4,6 +4,9 @@ A run is a deterministic function of its header (model, data, settings, seed) an
 that it computed on the way. So it resumes by starting again and taking results from the journal,
 in order, for as long as they last: no random state is stored, and the resumed run is the
 uninterrupted one bit for bit.
+
+Every line ends with a checksum of itself and of all lines before it. So a figure that was altered,
+and a line that was lost or moved, is found before the run goes on from it.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from longrope._files import strict_json
 from longrope._validation import first_difference
 from longrope.errors import JournalError
 
@@ -96,8 +101,11 @@ class Journal(Replay):
         self._file = _open_locked(path, kind)
         try:
             lines = self._complete_lines()
+            #: The checksum up to each line: that of the header first.
+            self._checksums: list[int] = []
             if lines:
-                old = self._parse(lines[0], 1)
+                parsed = _parsed(lines, self._checksums)
+                old = self._unless_damaged(parsed)
                 notes = old.get("notes", {})
                 difference = first_difference({**old, "notes": None}, {**header, "notes": None})
                 if difference:
@@ -106,11 +114,11 @@ class Journal(Replay):
                         f"({explain(difference)}); choose another folder, or resume=False "
                         "(--no-resume) to start again"
                     )
+                entries = [self._unless_damaged(parsed) for _ in lines[1:]]
             else:
-                notes = header["notes"]
+                notes, entries = header["notes"], []
                 self._write([header])
                 _fsync_folder(self.path.parent)
-            entries = [self._parse(line, n) for n, line in enumerate(lines[1:], 2)]
             self._sizes = [len(line) + 1 for line in lines]
         except BaseException:
             self.close()
@@ -121,6 +129,7 @@ class Journal(Replay):
         """Write entries durably after the skipped ones, in place of those that were not skipped."""
         if self._read < len(self._pending):
             self._file.truncate(sum(self._sizes[: 1 + self._read]))
+            del self._checksums[1 + self._read :]
         super().append(entries)
         self._write(entries)
 
@@ -140,8 +149,12 @@ class Journal(Replay):
         self.close()
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
-        self._file.write(text.encode())
+        lines = []
+        for entry in entries:
+            line, checksum = _line(entry, self._checksums[-1] if self._checksums else 0)
+            self._checksums.append(checksum)
+            lines.append(line)
+        self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -153,17 +166,52 @@ class Journal(Replay):
             self._file.truncate(len(complete))
         return complete.split(b"\n")[:-1]
 
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+    def _unless_damaged(self, parsed: Iterator[dict[str, Any]]) -> dict[str, Any]:
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError
-        except ValueError:
+            return next(parsed)
+        except _DamagedLineError as error:
             raise JournalError(
-                f"out: line {number} of {self.path} is damaged; "
+                f"out: line {error.number} of {self.path} is damaged ({error.reason}); "
                 "remove it and the lines after it, or choose another folder"
             ) from None
-        return entry
+
+
+class _DamagedLineError(ValueError):
+    def __init__(self, number: int, reason: str):
+        super().__init__(reason)
+        self.number, self.reason = number, reason
+
+
+#: What stands before the checksum, at the end of a line.
+_MARK = b', "checksum": "'
+
+
+def _line(entry: dict[str, Any], before: int) -> tuple[bytes, int]:
+    """Return an entry as a line and the checksum up to it; `before` is that of the line before."""
+    text = json.dumps(entry, allow_nan=False).encode()
+    checksum = zlib.crc32(text, before)
+    return text[:-1] + _MARK + b'%08x"}\n' % checksum, checksum
+
+
+def _parsed(lines: Sequence[bytes], checksums: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of complete lines, and append the checksum up to each."""
+    for number, line in enumerate(lines, 1):
+        text, mark, end = line.rpartition(_MARK)
+        text += b"}"
+        checksum = zlib.crc32(text, checksums[-1] if checksums else 0)
+        try:
+            entry = strict_json(text if mark else line)
+            if not isinstance(entry, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            reason = f"no JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise _DamagedLineError(number, reason) from None
+        if not mark and number > 1:
+            raise _DamagedLineError(number, "it has no checksum")
+        if mark and end != b'%08x"}' % checksum:
+            raise _DamagedLineError(number, "its checksum is that of other figures")
+        checksums.append(checksum)
+        yield entry
 
 
 def is_begun(path: Path, kind: str) -> bool:
@@ -185,8 +233,17 @@ def is_begun(path: Path, kind: str) -> bool:
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the header and the complete entries of a journal, without its lock."""
-    header, *entries = (json.loads(line) for line in path.read_bytes().split(b"\n")[:-1])
+    """Return the header and the complete entries of a journal, without its lock.
+
+    Raises `JournalError` where a line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        if _MARK not in lines[0]:
+            raise _DamagedLineError(1, "it has no checksum")
+        header, *entries = _parsed(lines, [])
+    except _DamagedLineError as error:
+        raise JournalError(f"line {error.number} of {path} is damaged ({error.reason})") from None
     return header, entries
 
 

@@ -33,7 +33,9 @@ def test_entries_come_back_in_order_with_the_notes_of_the_first_run(tmp_path):
         kept.skip(3)
         assert kept.peek(1) == []
         kept.append([{"n": 5}])
-    assert [json.loads(line) for line in path.read_text().splitlines()[1:]] == [*ENTRIES, {"n": 5}]
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert all(len(line.pop("checksum")) == 8 for line in lines)
+    assert lines == [*ENTRIES, {"n": 5}]
 
 
 def test_a_file_cut_at_any_byte_gives_the_whole_lines_before_it(tmp_path):
@@ -95,6 +97,54 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(JournalError, match=r"line 4 of .* is damaged"):
         Journal(path, HEADER)
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        (lambda lines: lines[2].__setitem__(slice(None), lines[2].replace(b"0.1", b"0.2")), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), lines[2].replace(b"0.1", b"NaN")), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), lines[2].replace(b"0.1", b"null")), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b'{"n": 1, "nll": 0.1}'), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b'["n", 1]'), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b"[" * 100_000), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b"9" * 5000), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b'{"n": 1, "n": 1}'), 3),
+        (lambda lines: lines[2].__setitem__(slice(None), b"\xff\xfe"), 3),
+        (lambda lines: lines.pop(2), 3),
+        (lambda lines: lines.insert(2, lines.pop(3)), 3),
+        (lambda lines: lines[0].__setitem__(slice(None), lines[0].replace(b"abc", b"abd")), 1),
+    ],
+    ids=["altered", "NaN", "null", "no checksum", "list", "nested", "digits", "twice", "binary",
+         "lost", "moved", "header"],
+)  # fmt: skip
+def test_an_altered_line_is_found_on_resume_and_on_reading(tmp_path, change, number):
+    path = tmp_path / "journal.jsonl"
+    lines = [bytearray(line) for line in written(path).split(b"\n")]
+    change(lines)
+    path.write_bytes(b"\n".join(lines))
+    for attempt in (lambda: Journal(path, HEADER), lambda: journal.read(path)):
+        with pytest.raises(JournalError, match=rf"line {number} of .* is damaged \(") as raised:
+            attempt()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_header_without_a_checksum_is_not_read(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"format": "longrope search journal 1"}\n')
+    with pytest.raises(JournalError, match="line 1 of .* is damaged"):
+        journal.read(path)
+
+
+def test_the_checksums_go_on_after_lines_were_replaced(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    written(path)
+    with Journal(path, HEADER) as kept:
+        kept.skip(2)
+        kept.append([{"n": "new"}])
+    assert journal.read(path)[1] == [*ENTRIES[:2], {"n": "new"}]
+    with Journal(path, {**HEADER, "seed": 0}) as kept:
+        assert kept.peek(9) == [*ENTRIES[:2], {"n": "new"}]
 
 
 def test_a_difference_is_said_in_the_words_given(tmp_path):
