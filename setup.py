@@ -30,6 +30,7 @@ DEPENDENCIES = [
     "typer",
     "rich",
     "matplotlib",
+    "tomli>=2; python_version < '3.11'",  # the standard library's tomllib, before it was there
 ]
 
 torch_version = backend.find_torch()

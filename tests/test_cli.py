@@ -326,3 +326,43 @@ def test_export_says_how_a_search_found_its_factors(model_folder, text, tmp_path
     call("export", model_folder, *factors, "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| options: method | gradient |" in card and "| options: seed | 0 |" in card
+
+
+def test_tiers_from_the_command_line(model_folder, text, tmp_path):
+    """A file of tiers goes where one of factors does, by position unless asked otherwise."""
+    rope = longrope.rope_settings(inputs.load_model(str(model_folder), "cpu")[0])
+    yarn = longrope.RescaleFactors.yarn(**rope.lengths(128))
+    yarn.ladder().save(tmp_path / "tiers.json")
+    yarn.save(tmp_path / "factors.json")
+    measure = (
+        "perplexity",
+        model_folder,
+        text,
+        "--length",
+        128,
+        "--stride",
+        128,
+        "--device",
+        "cpu",
+    )
+
+    def parts(name, *more):
+        out = call(*measure, "--factors", tmp_path / name, "--ranges", "1-32,64-128", *more).stdout
+        return [float(line.split()[-1]) for line in out.splitlines()[:3]]
+
+    plain = call(*measure, "--ranges", "1-32").stdout.splitlines()[1]
+    by_position, by_row = parts("tiers.json"), parts("tiers.json", "--tiers", "row")
+    assert by_position[1] == float(plain.split()[-1])  # the first window is the model's own
+    assert by_row == parts("factors.json")  # of the row's length
+    assert by_position[1] != by_row[1]
+    assert "--ranges: expected" in sentence(*measure, "--ranges", "a-b")
+    assert "tiers: expected" in sentence(
+        *measure, "--factors", tmp_path / "tiers.json", "--tiers", "column"
+    )
+    assert "64-" in call("info", tmp_path / "tiers.json").stdout
+
+
+def test_info_says_which_paths_a_model_takes(model_folder, text):
+    said = call("info", model_folder, "--runtime").stdout
+    assert "Llama" in said and "ops.attention on cpu" in said
+    assert "--runtime: expected" in sentence("info", text, "--runtime")

@@ -12,12 +12,12 @@ from torch import nn
 
 from longrope._files import new_folder
 from longrope._validation import choice
-from longrope.checkpoints import card, hf, source
+from longrope.checkpoints import card, gguf, hf, source
 from longrope.checkpoints.measured import Measured
 from longrope.checkpoints.plan import plan_export
 from longrope.factors import RescaleFactors, Tiers
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "gguf")
 
 
 def export(
@@ -28,6 +28,7 @@ def export(
     format: str = "hf",
     drop_start_tokens: bool = False,
     *,
+    gguf_type: str | None = None,
     tokenizer: Any = None,
     measured: Measured | None = None,
     found: Mapping[str, Any] | None = None,
@@ -38,6 +39,7 @@ def export(
     like: rope type "longrope" in `config.json`, safetensors split as in the folder that the model
     came from, its tokenizer, chat template, generation configuration and licence, a model card, and
     `longrope.json`, from which `longrope.load` gives back the model with its tiers by position.
+    Format "gguf" is for llama.cpp: one file of its llama architecture, and a card.
 
     Readers know the paper's rule alone: a sequence of at most the original length is turned by
     short factors, a longer one by long factors, all of it, with one attention factor. In single
@@ -58,12 +60,14 @@ def export(
         `"none"`: the model as loaded for sequences within its window. Or factors with a smaller
         `target_length`.
     format
-        `"hf"`.
+        `"hf"` or `"gguf"`.
     drop_start_tokens
         Leave out start tokens, which no reader knows, instead of refusing factors with some.
         `longrope.measure_export` says what that costs.
+    gguf_type
+        How a GGUF file stores matrices: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"`; None: as the model.
     tokenizer
-        A tokenizer to save; None: the files of the folder that the model came from.
+        A tokenizer to save with format "hf"; None: the files of the folder the model came from.
     measured
         Of `longrope.measure_export`, for the card, which says otherwise that nothing was measured.
     found
@@ -87,10 +91,16 @@ def export(
     model = _inner(model)
     plan = plan_export(model, factors, short, drop_start_tokens)
     path = free_folder(path)
-    hf.warn_of_versions(plan)
+    if format == "hf":
+        hf.warn_of_versions(plan)
+    else:
+        gguf_type = gguf.check(model, gguf_type, plan.long.target_length)
     with _one_sentence(path), new_folder(path) as folder:
-        hf.write(model, folder, plan, tokenizer, found)
-        notes = [hf.only_version_5(plan)]
+        if format == "hf":
+            hf.write(model, folder, plan, tokenizer, found)
+            notes = [hf.only_version_5(plan)]
+        else:
+            notes = gguf.write(model, folder / gguf.NAME, plan, gguf_type)
         licences = source.carry_licence(source.source_folder(model), folder)
         text = card.text(
             model, plan, format, licences, measured, found, [note for note in notes if note]

@@ -28,7 +28,12 @@ def export(
             "length), none (the model as loaded), or a file."
         ),
     ] = "long",
-    format: Annotated[str, typer.Option(help="hf (transformers, vLLM).")] = "hf",
+    format: Annotated[
+        str, typer.Option(help="hf (transformers, vLLM) or gguf (llama.cpp).")
+    ] = "hf",
+    gguf_type: Annotated[
+        str | None, typer.Option(help="f32, f16, bf16 or q8_0; default: as the model.")
+    ] = None,
     drop_start_tokens: Annotated[
         bool,
         typer.Option("--drop-start-tokens", help="Leave out start tokens, which no reader knows."),
@@ -39,7 +44,7 @@ def export(
     ] = None,
     device: Annotated[str | None, typer.Option(help=f"Where to measure: {DEVICE}")] = None,
 ) -> None:
-    """Write a model with factors as a folder that transformers and vLLM read."""
+    """Write a model with factors as a folder that transformers, vLLM or llama.cpp read."""
     import longrope
     from longrope.checkpoints import plan_export
     from longrope.checkpoints.export import free_folder
@@ -70,6 +75,7 @@ def export(
             chosen,
             format,
             drop_start_tokens,
+            gguf_type=gguf_type,
             measured=measured,
             found=_found(factors),
         )

@@ -16,20 +16,26 @@ def info(
         str | None,
         typer.Argument(help="A folder of a model or a search, or factors; default: the build."),
     ] = None,
+    runtime: Annotated[
+        bool,
+        typer.Option("--runtime", help="Of a model: the attention, cache and device it takes."),
+    ] = False,
 ) -> None:
     """Show what was built, or what a model, a search or a factors file holds."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False)
-    for name, value in _facts(what).items():
+    for name, value in _facts(what, runtime).items():
         table.add_row(name, str(value))
     Console().print(table)
 
 
-def _facts(what: str | None) -> dict[str, Any]:
+def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
     import longrope
 
+    if runtime and (what is None or not (Path(what) / "config.json").is_file()):
+        raise ValueError(f"--runtime: expected WHAT to be the folder of a model, got {what!r}")
     if what is None:
         import transformers
 
@@ -51,14 +57,26 @@ def _facts(what: str | None) -> dict[str, Any]:
         raise ValueError(
             f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
         )
-    settings = vars(rope_settings(AutoConfig.from_pretrained(what)))
+    config = AutoConfig.from_pretrained(what)
+    if runtime:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from longrope.patching.runtime import runtime_facts
+
+        with torch.device("meta"):
+            return runtime_facts(AutoModelForCausalLM.from_config(config))
+    settings = vars(rope_settings(config))
     return {name: value for name, value in settings.items() if name != "config"}
 
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:
     import longrope
 
-    factors = longrope.RescaleFactors.load(path)
+    tiers = longrope.Tiers.load(path)
+    if len(tiers) > 1:
+        return {f"tier {number}": line for number, line in enumerate(repr(tiers).split("\n")[2:])}
+    factors = tiers[0]
     return {
         "original length": factors.original_length,
         "target length": factors.target_length,

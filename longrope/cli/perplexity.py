@@ -24,7 +24,14 @@ def perplexity(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Random documents; default: all.")] = None,
     factors: Annotated[
-        Path | None, typer.Option(help="Rescale factors (.json) to apply first.")
+        Path | None, typer.Option(help="Rescale factors or tiers (.json) to apply first.")
+    ] = None,
+    tiers: Annotated[
+        str, typer.Option(help="How several sets are chosen from: by position, or by row.")
+    ] = "position",
+    ranges: Annotated[
+        str | None,
+        typer.Option(help="Also by range of positions, as in 1-4096,4096-8192 (ends left out)."),
     ] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
@@ -32,10 +39,11 @@ def perplexity(
     """Measure sliding-window perplexity, each token scored once with the most context."""
     import longrope
 
-    rescale = longrope.RescaleFactors.load(factors) if factors else None
+    rescale = longrope.Tiers.load(factors) if factors else None
+    pairs = _pairs(ranges)
     network, tokenizer = load_model(model, device)
     if rescale is not None:
-        longrope.apply(network, rescale)
+        longrope.apply(network, rescale, tiers)
     value = longrope.perplexity(
         network,
         load_documents("DATA", data, tokenizer, length),
@@ -43,5 +51,19 @@ def perplexity(
         stride=min(256, length) if stride is None else stride,
         samples=samples,
         seed=seed,
+        ranges=pairs,
     )
     print(f"{value:.4f}")
+    for (begin, end), part in zip(pairs, value.by_range, strict=True):
+        print(f"{begin}-{end - 1}\t{part:.4f}")
+
+
+def _pairs(ranges: str | None) -> list[tuple[int, int]]:
+    """Return the pairs of positions that `1-4096,4096-8192` names."""
+    pairs = []
+    for part in ranges.split(",") if ranges else ():
+        begin, dash, end = part.strip().partition("-")
+        if not (dash and begin.isdigit() and end.isdigit()):
+            raise ValueError(f"--ranges: expected ranges like 1-4096,4096-8192, got {ranges!r}")
+        pairs.append((int(begin), int(end)))
+    return pairs

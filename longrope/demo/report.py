@@ -7,22 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from longrope.factors import RescaleFactors
+from longrope.runs import style
 
 #: What a method applies: one set of factors, or a list of them for growing lengths.
 Factors = RescaleFactors | Sequence[RescaleFactors]
 #: The perplexities of a method, one for each length.
 Table = Mapping[str, Sequence[float]]
-
-#: By the name in the table; the colours of Okabe and Ito (2008), which stay apart for readers who
-#: confuse red and green.
-COLORS = {
-    "none": "#7f7f7f",
-    "PI": "#cc79a7",
-    "NTK": "#009e73",
-    "YaRN": "#0072b2",
-    "LongRoPE, Algorithm 1": "#e69f00",
-    "LongRoPE, gradient": "#d55e00",
-}
 
 
 def as_rich_table(table: Table, lengths: Sequence[int]):
@@ -58,12 +48,13 @@ def save_plot(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, row in table.items():
-        width = 2.5 if name.startswith("LongRoPE") else 1.5
-        style = {"color": COLORS[name], "marker": "o", "linewidth": width}
-        left.plot(lengths, row, label=name, markersize=4, **style)
-        for factors in sets_of(methods[name]):
-            right.plot(factors.lambdas, markersize=2.5, **style)
+    known = {each.label: name for name, each in style.STYLES.items()}
+    for label, row in table.items():
+        drawn = style.line(known[label])
+        left.plot(lengths, row, **drawn)
+        # Of tiers the last set is the one that reaches furthest; the others lie below it.
+        *_, furthest = sets_of(methods[label])
+        right.plot(furthest.lambdas, **(drawn | {"markersize": 2.5}))
     left.axhline(table["none"][0], color="0.8", linestyle=":", zorder=0)
     left.set(xlabel="window, tokens", ylabel="perplexity per byte, unseen files")
     left.set_xscale("log", base=2)
@@ -75,8 +66,7 @@ def save_plot(
         axis.set_major_formatter(ScalarFormatter())
     left.legend(frameon=False)
     right.set(xlabel="pair of dimensions i", ylabel="rescale factor $\\lambda_i$")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    style.tidy(left, right)
     figure.savefig(path, dpi=150)
 
 

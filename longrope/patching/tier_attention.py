@@ -29,7 +29,8 @@ class TieredRotation(NamedTuple):
     """What the rotary module hands the layers: what the model turns by, and the plan of the pass.
 
     `cos` and `sin` are the model's own, `[B or 1, N, R]`; `positions` int64 `[B, N]` are those it
-    turns by, `shift` int64 `[B]` the padding that they count; `ticket` names the rotary module,
+    turns by, `shift` int64 `[B]` the padding that they count; `settings` are
+    those of the tier that all tokens share, where they do; `ticket` names the rotary module,
     `first_limit` is the end of its first tier. Without a plan, the pass is compiled.
     """
 
@@ -38,6 +39,7 @@ class TieredRotation(NamedTuple):
     positions: Tensor
     shift: Tensor | None
     plan: Plan | None
+    settings: tuple | None
     ticket: int
     first_limit: int
 
@@ -129,6 +131,8 @@ class _Rows:
 
     def through_the_cache(self) -> Tensor:
         """Turn what is held, let new keys join, attend: in place, without gradients."""
+        if self._is_steady():
+            return self._steady()
         states = self.query.states
         out = torch.empty_like(states)
         end = self.start + states.shape[2]
@@ -157,6 +161,32 @@ class _Rows:
                     self._turned(self.query, rows, segment, tiers), seen, values[:, :, :stop], rows
                 )
         return out
+
+    def _is_steady(self) -> bool:
+        """Say whether one tier of ours holds all tokens, and the cache is in its form already.
+
+        Nearly every token that is generated: worth a way of its own.
+        """
+        tier, layer = self.plan.tier, self.layer
+        if layer is None or tier is None or self.rotary.keeps_unrotated:
+            return False
+        if (tier == 0 and self.first_by_model) or not _has_kernels(self.value):
+            return False
+        return not self.start or layer.form.tolist() == [tier] * len(self.value)
+
+    def _steady(self) -> Tensor:
+        """Do what `through_the_cache` does where `_is_steady`."""
+        keys, values, positions = self.layer.storage()
+        at = self.rotation.positions
+        end = self.start + at.shape[1]
+        query, new = KernelRotation(self._real(at, 0), *self.rotation.settings).rotate(
+            self.query.states, self.key.states
+        )
+        keys[:, :, self.start : end] = new
+        values[:, :, self.start : end] = self.value
+        positions[:, self.start : end] = at
+        self.layer.form.fill_(self.plan.tier)
+        return self._attention(query, keys[:, :, :end], values[:, :, :end], slice(None))
 
     def _groups(self) -> Iterator[tuple[slice, tuple[Segment, ...]]]:
         """Yield rows that go together, and their segments."""

@@ -22,6 +22,9 @@ from longrope.patching.settings import text_config
 #: Keys of this form are un-rotated; a form of 0 or more is the tier that keys are turned by.
 UNROTATED = -1
 
+#: Attribute of a cache whose layers follow tiers: the signature of these.
+_ADOPTED = "_longrope_tiers"
+
 #: A growing layer takes memory for so much more than it holds, so that most tokens copy nothing.
 _GROWTH = 1.25
 _LEAST_ROOM = 64
@@ -267,6 +270,8 @@ def adopt(cache: Any, base: nn.Module) -> Any:
     )
 
     rotary = base.rotary_emb
+    if getattr(cache, _ADOPTED, None) == rotary.signature:
+        return cache
     growing, static = layer_types()
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", False):
@@ -313,6 +318,7 @@ def adopt(cache: Any, base: nn.Module) -> Any:
             )
         new.prepare(rotary)
         layers[index] = new
+    setattr(cache, _ADOPTED, rotary.signature)
     return cache
 
 
@@ -330,8 +336,3 @@ def new_cache(base: nn.Module, length: int | None = None) -> Any:
 def tiered_layers(cache: Any) -> list[Any]:
     """Return the layers of a cache (or of anything) whose keys follow the tiers."""
     return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, TierMixin)]
-
-
-def forms(cache: Any) -> list[Tensor]:
-    """Return the form of the keys of each row, of every layer that follows the tiers."""
-    return [layer.form for layer in tiered_layers(cache) if layer.form is not None]

@@ -133,8 +133,10 @@ def _planned(
     if exists is not None and bool(exists.all()):
         exists = None
     call = Call(len(q), count, start, positions, None, exists, None, q.device)
-    plan = make_plan(call, torch.tensor(rotary.tiers.limits), own=False)
-    rotation = TieredRotation(cos, sin, positions, None, plan, ticket, rotary.tiers.limits[0])
+    plan = make_plan(call, rotary.limits)
+    settings = None if plan.tier is None else rotary.settings(plan.tier)
+    first = rotary.tiers.limits[0]
+    rotation = TieredRotation(cos, sin, positions, None, plan, settings, ticket, first)
     return Unturned(q, rotation, rotary.turn), Unturned(k, rotation, rotary.turn)
 
 

@@ -34,8 +34,8 @@ class Plan:
 
     Attributes
     ----------
-    own
-        Whether the model's own rotation and attention compute the whole pass.
+    tier
+        The tier of all tokens, where they share one.
     rows
         For each row of the batch its segments, in order; they cover the pass.
     documents
@@ -46,14 +46,17 @@ class Plan:
         and the pass together; None where all do.
     mask
         bool `[B, M]`, where some of those between do not exist either.
+    own
+        Whether the model's own rotation and attention compute the whole pass.
     """
 
-    own: bool
+    tier: int | None
     rows: tuple[tuple[Segment, ...], ...]
     documents: tuple[tuple[int, ...], ...] = ()
     key_start: tuple[int, ...] | None = None
     key_length: tuple[int, ...] | None = None
     mask: Tensor | None = None
+    own: bool = False
 
     @property
     def uniform(self) -> bool:
@@ -119,11 +122,10 @@ def read_call(args: tuple, kwargs: dict) -> Call:
     return Call(batch, count, cached, positions, shift, mask, cache, tokens.device)
 
 
-def make_plan(call: Call, limits: Tensor, own: bool) -> Plan:
+def make_plan(call: Call, limits: Tensor) -> Plan:
     """Choose the tier of every token of a pass.
 
-    `limits` is int64 `[T]` on the CPU, the tiers' `target_length`; `own` says whether the first
-    tier, where it is all there is, may be left to the model.
+    `limits` is int64 `[T]` on the CPU, the tiers' `target_length`.
     """
     positions = call.positions.cpu()
     hidden = None if call.mask is None else ~call.mask[:, -call.tokens :].cpu()
@@ -134,10 +136,12 @@ def make_plan(call: Call, limits: Tensor, own: bool) -> Plan:
         tier = _without_padding(tier, hidden)
     elif call.cached == 0 and call.cache is None:
         documents = _documents(positions)
-    if own and not tier.any():
-        return Plan(True, ())
     bounds = () if call.mask is None else _bounds(call)
-    return Plan(False, _segments(tier, documents), documents, *bounds)
+    least, most = (int(x) for x in tier.aminmax())
+    if least == most and not documents:
+        rows = ((Segment(least, 0, call.tokens),),) * call.batch
+        return Plan(least, rows, (), *bounds)
+    return Plan(None, _segments(tier, documents), documents, *bounds)
 
 
 def _without_padding(tier: Tensor, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import weakref
@@ -59,6 +60,7 @@ class TieredRotaryEmbedding(nn.Module):
         inv_freq = np.stack([tier.inv_freq() for tier in tiers])
         self.register_buffer("inv_freq_bits", bits(inv_freq), persistent=False)
         self.register_buffer("base_bits", bits(tiers[0].base_inv_freq()), persistent=False)
+        self.limits = torch.tensor(tiers.limits)  # on the CPU, where passes are planned
         self.plan: Plan | None = None
         self.shift: Tensor | None = None
         self.hooks: tuple = ()
@@ -117,12 +119,13 @@ class TieredRotaryEmbedding(nn.Module):
         if stays or (self.plan is not None and self.plan.own):
             return cos, sin
         positions = position_ids.to(x.device).expand(x.shape[0], -1)
-        return (
-            TieredRotation(
-                cos, sin, positions, self.shift, self.plan, self.ticket, self.tiers.limits[0]
-            ),
-            None,
+        plan = self.plan
+        settings = None if plan is None or plan.tier is None else self.settings(plan.tier)
+        first = self.tiers.limits[0]
+        rotation = TieredRotation(
+            cos, sin, positions, self.shift, plan, settings, self.ticket, first
         )
+        return rotation, None
 
 
 def module_of(ticket: int) -> TieredRotaryEmbedding:
@@ -166,13 +169,14 @@ def _before(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
         changed = (args, kwargs | {cache_argument(base): cache})
     elif cache is not None:
         tier_cache.adopt(cache, base)
-    limits = torch.tensor(rotary.tiers.limits)
-    first_only = rotary.first_by_model and not getattr(cache, "is_compileable", False)
-    first_only = first_only and not any(bool(form.any()) for form in tier_cache.forms(cache))
-    rotary.plan = make_plan(call, limits, first_only)
-    rotary.shift = call.shift
-    for layer in tier_cache.tiered_layers(cache):
-        layer.incoming = call.positions if rotary.plan.own else None
+    plan = make_plan(call, rotary.limits)
+    if plan.tier == 0 and rotary.first_by_model and not getattr(cache, "is_compileable", False):
+        layers = tier_cache.tiered_layers(cache)
+        if all(layer.form is None or not layer.form.any() for layer in layers):
+            plan = dataclasses.replace(plan, own=True)
+            for layer in layers:
+                layer.incoming = call.positions
+    rotary.plan, rotary.shift = plan, call.shift
     return changed
 
 
@@ -180,7 +184,10 @@ def _after(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forget the plan; layers that run again have it in their arguments."""
     rotary = base.rotary_emb
     if isinstance(rotary, TieredRotaryEmbedding):
+        was_own = rotary.plan is not None and rotary.plan.own
         rotary.plan = rotary.shift = None
+        if not was_own:
+            return
     for layer in tier_cache.tiered_layers(arguments_of(args, kwargs).get("cache")):
         layer.incoming = None
 

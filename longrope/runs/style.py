@@ -16,6 +16,7 @@ class Style(NamedTuple):
     color: str
     marker: str
     linewidth: float = 1.2
+    linestyle: str = "-"
 
 
 #: By the name of the method. The last three are searches.
@@ -27,6 +28,8 @@ STYLES = {
     "gradient": Style("LongRoPE, gradient", "#d55e00", "o", 2.5),
     "evolution": Style("LongRoPE, Algorithm 1", "#e69f00", "v", 1.8),
     "hybrid": Style("LongRoPE, hybrid", "#56b4e9", "P", 1.8),
+    # A ladder of tiers: dashed, as its curve may lie on that of its last set of factors.
+    "position": Style("LongRoPE, by position", "#000000", "*", 1.8, "--"),
 }
 #: What is ours where there is one such curve, and what is there for comparison only.
 OURS, MUTED = STYLES["gradient"].color, "0.7"
