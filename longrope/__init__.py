@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"  # the one place: pyproject.toml and the extension read it from here
 
 if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the tables below
+    from longrope import checkpoints as checkpoints
     from longrope import demo as demo
     from longrope import errors as errors
     from longrope import evaluation as evaluation
@@ -19,7 +20,10 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope import ops as ops
     from longrope import patching as patching
     from longrope._native import _C as _C
+    from longrope.checkpoints.export import export
+    from longrope.checkpoints.load import load
     from longrope.documents import load_data
+    from longrope.evaluation.exported import measure_export
     from longrope.evaluation.perplexity import perplexity
     from longrope.factor_search.history import SearchResult
     from longrope.factor_search.run import search
@@ -41,7 +45,10 @@ _HOMES = {
     "Tiers": "longrope.factors",
     "_C": "longrope._native",
     "apply": "longrope.patching.apply",
+    "export": "longrope.checkpoints.export",
+    "load": "longrope.checkpoints.load",
     "load_data": "longrope.documents",
+    "measure_export": "longrope.evaluation.exported",
     "perplexity": "longrope.evaluation.perplexity",
     "published": "longrope.factors",
     "published_names": "longrope.factors",
@@ -54,7 +61,16 @@ _HOMES = {
 }
 
 #: Packages and modules that `import longrope` gives without an import of their own.
-_MODULES = ("demo", "errors", "evaluation", "factor_search", "factors", "ops", "patching")
+_MODULES = (
+    "checkpoints",
+    "demo",
+    "errors",
+    "evaluation",
+    "factor_search",
+    "factors",
+    "ops",
+    "patching",
+)
 
 __all__ = [
     "RescaleFactors",
@@ -62,7 +78,10 @@ __all__ = [
     "Tiers",
     "__version__",
     "apply",
+    "export",
+    "load",
     "load_data",
+    "measure_export",
     "perplexity",
     "published",
     "published_names",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read without surprises."""
+"""Files and folders that appear whole or not at all, and JSON that is read without surprises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +26,40 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        _usual_mode(Path(temporary), 0o666)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder inside a `with` block; at its end it stands under its name with all it holds.
+
+    Until then it lies beside, under a hidden name, and a failure removes it. An empty folder of
+    that name is replaced. Raises `OSError`, also where there is anything else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        _usual_mode(temporary, 0o777)
+        os.rename(temporary, path)  # a folder takes the place of an empty one only
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _usual_mode(path: Path, mode: int) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, mode & ~umask)
 
 
 #: Digits of a whole number: a seed may have 128 bits, which is 39 digits.

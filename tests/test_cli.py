@@ -51,7 +51,7 @@ def sentence(*arguments):
 
 def test_help_lists_the_commands():
     shown = call("--help").stdout
-    assert all(name in shown for name in ("demo", "search", "perplexity", "info"))
+    assert all(name in shown for name in ("demo", "search", "perplexity", "export", "info"))
 
 
 def test_info_shows_the_build_a_model_and_factors(model_folder, tmp_path):
@@ -292,6 +292,40 @@ def test_malformed_factors_get_one_sentence(model_folder, text, tmp_path):
     assert "rotary_dim" in sentence(
         "perplexity", model_folder, text, "--length", 64, "--factors", broken
     )
+
+
+def test_export_writes_a_folder_and_shows_what_readers_lose(model_folder, text, tmp_path):
+    factors = tiny_models.factors("yarn", start_tokens=2)
+    factors.ladder().save(tmp_path / "tiers.json")
+    out, options = tmp_path / "out", ("--factors", tmp_path / "tiers.json", "--device", "cpu")
+    said = sentence("export", model_folder, *options, "--out", out)
+    assert said.startswith("longrope: --drop-start-tokens: expected True")
+    done = call("export", model_folder, *options, "--out", out, "--data", text,
+                "--drop-start-tokens", "--short", "none")  # fmt: skip
+    assert done.stderr.count("beyond 32 tokens") == 1
+    shown = done.stdout
+    card = (out / "README.md").read_text()
+    assert shown[shown.index("|") : shown.rindex("|") + 1] in card
+    assert "book.txt" in card and "2 start tokens" in shown
+    assert longrope.load(out)[0].config.vocab_size == 256
+    again = sentence("export", model_folder, *options, "--out", out)
+    assert again.startswith("longrope: --out: expected a new or an empty folder")
+    short = tmp_path / "short.json"
+    tiny_models.factors("yarn", target=64).save(short)
+    flags = ("--drop-start-tokens", "--short", short, "--out", tmp_path / "second")
+    call("export", model_folder, *options, *flags)
+    rope = json.loads((tmp_path / "second" / "config.json").read_text())["rope_parameters"]
+    assert rope["original_max_position_embeddings"] == 64
+    assert "How the factors were found" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_export_says_how_a_search_found_its_factors(model_folder, text, tmp_path):
+    run = ("--target-length", 64, "--samples", 1, "--steps", 1, "--out", tmp_path / "run")
+    call("search", model_folder, text, *run, "--device", "cpu", "--start-tokens", 0)
+    factors = ("--factors", tmp_path / "run" / "factors.json")
+    call("export", model_folder, *factors, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| options: method | gradient |" in card and "| options: seed | 0 |" in card
 
 
 def test_tiers_from_the_command_line(model_folder, text, tmp_path):

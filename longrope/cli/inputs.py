@@ -54,13 +54,10 @@ def load_documents(name: str, path: Path, tokenizer: Any, length: int) -> list[A
     return kept
 
 
-def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
-    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_weights(name: str) -> Any:
+    """Load a model on the CPU, in eval mode and the dtype of its files."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    from longrope.evaluation.memory import native_dtype
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -69,11 +66,24 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"MODEL: the folder {name!r} has no config.json")
-    device = choose_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
         raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256).
+
+    16-bit models become float32 on a CPU that has no fast arithmetic for them.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from longrope.evaluation.memory import native_dtype
+
+    device = choose_device(device)
+    model = load_weights(name)
     if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
         model = model.to(native_dtype())  # others are slower in 16 bits than in 32
     tokenizer = None

@@ -11,6 +11,7 @@ import typer
 
 import longrope
 from longrope.cli.demo import demo
+from longrope.cli.export import export
 from longrope.cli.info import info
 from longrope.cli.perplexity import perplexity
 from longrope.cli.search import search
@@ -37,7 +38,7 @@ def common(
     """Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753)."""
 
 
-for command in (demo, search, perplexity, info):
+for command in (demo, search, perplexity, export, info):
     app.command()(command)
 
 

@@ -72,7 +72,8 @@ def _parse_json(path: Path, text: str) -> list[dict]:
     if form == FACTORS:
         return [_fields(path, content)]
     tiers = content.get("tiers")
-    if set(content) != {"tiers"} or not isinstance(tiers, list) or not tiers:
+    # "about" says more of the tiers, for people and for longrope.checkpoints.
+    if set(content) - {"about"} != {"tiers"} or not isinstance(tiers, list) or not tiers:
         raise ValueError(f'{path}: expected a list "tiers" of one or more sets of factors')
     return [_fields(path, tier) for tier in tiers]
 

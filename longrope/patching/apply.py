@@ -83,7 +83,7 @@ def apply(
     base = decoder(model)
     several = _tiers(factors)
     settings = rope_settings(model)
-    _check_fit(settings, several)
+    check_fit(settings, several)
     accept_rotations(attention_layers(base)[0])
     by_position = tiers == "position" and len(several) > 1
     remove(model)
@@ -91,7 +91,7 @@ def apply(
     if not first_by_model:
         _warn_of_replaced(settings)
     if by_position:
-        _check_windows(base, several)
+        check_windows(base, several)
         use_tiered_attention(base)
         rotary = TieredRotaryEmbedding(
             base.rotary_emb, several, first_by_model, cached_keys == "unrotated"
@@ -218,7 +218,8 @@ def _tiers(factors: RescaleFactors | Tiers | Sequence[RescaleFactors]) -> Tiers:
         raise type(error)(str(error).replace("tiers:", "factors:", 1)) from None
 
 
-def _check_fit(settings: RopeSettings, tiers: Tiers) -> None:
+def check_fit(settings: RopeSettings, tiers: Tiers) -> None:
+    """Refuse factors of a model with another rotary embedding."""
     for name in ("rotary_dim", "rope_theta"):
         given, expected = getattr(tiers[0], name), getattr(settings, name)
         if given != expected:
@@ -227,7 +228,7 @@ def _check_fit(settings: RopeSettings, tiers: Tiers) -> None:
             )
 
 
-def _check_windows(base: nn.Module, tiers: Tiers) -> None:
+def check_windows(base: nn.Module, tiers: Tiers) -> None:
     """Refuse tiers that no layer of a model would ever see."""
     if all(stays_as_loaded(layer, tiers.limits[0]) for layer in attention_layers(base)):
         raise ValueError(

@@ -1,9 +1,9 @@
 """The cache of a model with one set of factors is read under that set only.
 
 Keys lie in a cache as they were turned. One that was filled before `longrope.apply`, under other
-factors or before `longrope.remove` would give attention over keys of mixed rotations, silently: its
-layers are marked when a model fills them, and refuse to be read otherwise. Tiers know the factors of
-cached keys, and follow them.
+factors or before `longrope.remove` would give attention over keys of mixed rotations, silently:
+its layers are marked when a model fills them, and refuse to be read otherwise. Tiers know the
+factors of cached keys, and follow them.
 """
 
 from __future__ import annotations
