@@ -47,6 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                _usual_mode(file, 0o666)  # safetensors makes files that only their owner can read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
         _usual_mode(temporary, 0o777)

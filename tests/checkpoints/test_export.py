@@ -282,6 +282,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     model, factors = tiny_models.build(), tiny_models.factors("yarn")
     (tmp_path / "out").mkdir()
     longrope.export(model, tmp_path / "out", factors)  # an empty one is taken
+    (tmp_path / "usual").write_text("")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {usual}
     before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match="path: expected a new or an empty folder"):
         longrope.export(model, tmp_path / "out", factors)
