@@ -132,7 +132,7 @@ def test_an_altered_line_is_found_on_resume_and_on_reading(tmp_path, change, num
 def test_a_header_without_a_checksum_is_not_read(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"format": "longrope search journal 1"}\n')
-    with pytest.raises(JournalError, match="line 1 of .* is damaged"):
+    with pytest.raises(JournalError, match=r"line 1 of .* is damaged"):
         journal.read(path)
 
 
