@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import numbers
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -50,10 +50,13 @@ def even(name: str, value) -> int:
 
 def positive(name: str, value, above: float = 0) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # A whole number may be larger than any float.
-    if not real or not above < value <= sys.float_info.max:
+    try:
+        number = float(value) if real else math.nan
+    except OverflowError:  # a whole number may be larger than any float
+        number = math.inf
+    if not above < number < math.inf:
         raise ValueError(f"{name}: expected a finite number above {above}, got {_brief(value)}")
-    return float(value)
+    return number
 
 
 def _brief(value) -> str:

@@ -16,8 +16,23 @@ from longrope.cli.inputs import choose_device, rank
 from longrope.errors import LostRankError, TerminatedError
 from longrope.runs.folder import JOURNAL
 
+#: A heading in the help of commands.
+READING = "How DATA is read"
+
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a Hugging Face model.")]
-Data = Annotated[Path, typer.Argument(help="Text file, folder of text, .jsonl or .parquet.")]
+Data = Annotated[
+    list[Path],
+    typer.Argument(help="Files or folders: text, .jsonl, .json, .parquet, .arrow, token ids."),
+]
+TextField = Annotated[
+    str, typer.Option(help="The field or column that holds the text.", rich_help_panel=READING)
+]
+TokenDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="The type of the token ids in .bin files, such as uint16.", rich_help_panel=READING
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 DEVICE = "cpu or cuda; default: cuda where there is a GPU."
 

@@ -72,7 +72,16 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:
     import longrope
+    from longrope.factors.files import states_settings
 
+    if not states_settings(Path(path)):
+        factors = longrope.RescaleFactors.load(path, attention_factor=1.0)
+        return {
+            "lengths, rope theta, attention factor": "not stated (a CSV file holds factors alone)",
+            "start tokens": factors.start_tokens,
+            "rotary dim": factors.rotary_dim,
+            "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+        }
     tiers = longrope.Tiers.load(path)
     if len(tiers) > 1:
         return {f"tier {number}": line for number, line in enumerate(repr(tiers).split("\n")[2:])}

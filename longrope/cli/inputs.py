@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,82 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def load_documents(name: str, path: Path, tokenizer: Any, length: int) -> list[Any]:
-    """Load the documents of at least `length` tokens; errors name the argument of the command."""
-    from longrope.documents import load_data, long_enough
+def load_documents(
+    name: str,
+    paths: Path | Sequence[Path],
+    tokenizer: Any,
+    length: int,
+    *,
+    text_field: str = "text",
+    token_dtype: str | None = None,
+) -> list[Any]:
+    """Load the documents of at least `length` tokens; errors name the argument of the command.
 
+    What was left out is said in one line on standard error.
+    """
+    from longrope.documents import long_enough, read_documents
+
+    paths = [paths] if isinstance(paths, Path) else list(paths)
     try:
-        documents = load_data(path, tokenizer=tokenizer)
+        documents, notes = read_documents(
+            paths, tokenizer, text_field=text_field, token_dtype=token_dtype
+        )
     except (ValueError, OSError, ImportError) as error:
         if str(error).startswith("path: "):
             raise type(error)(f"{name}: {str(error).removeprefix('path: ')}") from None
         raise
-    kept = long_enough(documents, length, f"{name}: {str(path)!r}")
-    if len(kept) < len(documents) and rank() == 0:
-        print(
-            f"{len(documents) - len(kept)} of {len(documents)} documents in {path} are shorter "
-            f"than {length} tokens and left out", file=sys.stderr,
-        )  # fmt: skip
+    say(f"{name}: {notes}" if notes else "")
+    listed = ", ".join(map(repr, map(str, paths)))
+    kept = long_enough(documents, length, f"{name}: {listed}")
+    if len(kept) < len(documents):
+        say(
+            f"{len(documents) - len(kept)} of {len(documents)} documents in "
+            f"{', '.join(map(str, paths))} are shorter than {length} tokens and left out"
+        )
     return kept
+
+
+def load_factors(
+    path: Path, model: Any, length: int, *, rope_theta: float | None, attention_factor: str | None
+) -> Any:
+    """Load rescale factors; what a CSV file does not hold comes from the command and the model.
+
+    `length` is the target length where the file states none. What was taken is said in one line on
+    standard error.
+    """
+    from longrope import RescaleFactors, Tiers
+    from longrope.cli.options import value_of
+    from longrope.factors.files import states_settings
+    from longrope.patching import rope_settings
+
+    given = {"--rope-theta": rope_theta, "--attention-factor": attention_factor}
+    if states_settings(path):
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected none beside {path}, which states its own")
+        return Tiers.load(path)
+    rope = rope_settings(model)
+    settings = {
+        "rope_theta": rope.rope_theta if rope_theta is None else rope_theta,
+        "original_length": rope.original_length,
+        "target_length": length,
+        "rotary_dim": rope.rotary_dim,
+        "attention_factor": value_of(attention_factor or "su", [str, float]),
+    }
+    factors = RescaleFactors.load(path, **settings)
+    rule = settings["attention_factor"]
+    say(
+        f"{path} holds factors alone: with rope theta {factors.rope_theta:g}, original length "
+        f"{factors.original_length}, target length {factors.target_length}, attention factor "
+        f"{factors.attention_factor:.6g}" + f" ({rule})" * isinstance(rule, str)
+    )
+    return factors
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, by the first process of a job; nothing where it is empty."""
+    if line and rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def load_weights(name: str) -> Any:

@@ -49,7 +49,7 @@ def takes(kind: type[Options]) -> Callable[[Callable], Callable]:
             for name, (_, hint) in fields.items():
                 value = given.pop(name)
                 if context.get_parameter_source(name).name == "COMMANDLINE":
-                    flags[name] = _number(value, _types(hint))
+                    flags[name] = value_of(value, _types(hint))
             from_file = {} if options is None else kind.read(options)
             try:
                 return command(options=_made(kind, from_file | flags), **given)
@@ -97,11 +97,13 @@ def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
 
 
-def _number(value: Any, kinds: list[type]) -> Any:
-    """Return the number that a text spells, if the option can be a number; else the value."""
+def value_of(text: Any, kinds: list[type]) -> Any:
+    """Return the number or the truth that a text spells, if an option can be one; else the text."""
+    if bool in kinds and str in kinds and text in ("true", "false"):
+        return text == "true"
     for kind in (int, float) if str in kinds and len(kinds) > 1 else ():
         try:
-            return kind(value)
+            return kind(text)
         except ValueError:
             continue
-    return value
+    return text

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from longrope.cli.common import DEVICE, Data, Model, in_job, one_sentence_errors
+from longrope.cli.common import (
+    DEVICE,
+    Data,
+    Model,
+    TextField,
+    TokenDtype,
+    in_job,
+    one_sentence_errors,
+)
 from longrope.cli.inputs import load_documents, load_model, rank
 from longrope.cli.options import takes
 from longrope.factor_search.options import MACHINE, SearchOptions
@@ -22,8 +30,13 @@ def search(
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
     options: SearchOptions,
     validation: Annotated[
-        Path | None, typer.Option(help="Held-out text for the final choice; default: part of DATA.")
+        list[Path] | None,
+        typer.Option(
+            help="Held-out text for the final choice (repeatable); default: part of DATA."
+        ),
     ] = None,
+    text_field: TextField = "text",
+    token_dtype: TokenDtype = None,
     resume: Annotated[
         bool, typer.Option(help="Continue the run found in --out.", rich_help_panel=MACHINE)
     ] = True,
@@ -34,12 +47,13 @@ def search(
 
     network, tokenizer = load_model(model, device)
     length = options.target_length
+    reading = {"text_field": text_field, "token_dtype": token_dtype}
     held_out = None
-    if validation is not None:
-        held_out = load_documents("--validation", validation, tokenizer, length)
+    if validation:
+        held_out = load_documents("--validation", validation, tokenizer, length, **reading)
     result = longrope.search(
         network,
-        load_documents("DATA", data, tokenizer, length),
+        load_documents("DATA", data, tokenizer, length, **reading),
         validation=held_out,
         out=out,
         resume=resume,

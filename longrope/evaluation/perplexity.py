@@ -15,6 +15,7 @@ from longrope.documents import as_documents
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
+from longrope.evaluation.start import bos_token, with_bos, without_bos
 from longrope.patching.attention import has_kernel_attention, kernel_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
@@ -24,7 +25,10 @@ from longrope.patching.tiered import TieredRotaryEmbedding
 
 
 class Window(NamedTuple):
-    """Tokens `start` to `end` of document `document`, of which the last `scored` are scored."""
+    """Tokens `start` to `end` of document `document`, of which the last `scored` are scored.
+
+    Counted without a BOS in front of the document.
+    """
 
     document: int
     start: int
@@ -62,6 +66,7 @@ def perplexity(
     samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    bos: str | bool | int = "auto",
     ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of documents in sliding windows of `length` tokens.
@@ -70,7 +75,8 @@ def perplexity(
     shorter). Each token is scored once, in the first window that holds it, where it has the most
     context; a window's first token has no context there and is never scored by that window. The
     result is `exp(sum of NLL / number of scored tokens)` over all documents, so a long document
-    weighs more than a short one.
+    weighs more than a short one. With `bos` a window is that token and `length - 1` tokens of text:
+    a model that was trained with BOS leans on it (the attention sink).
 
     Parameters
     ----------
@@ -91,7 +97,13 @@ def perplexity(
     batch_size
         Windows of one forward pass; None: from the memory that is free. Long windows may go through
         the model in chunks, with a cache of keys and values.
-
+    bos
+        The token in front of every window, which is never scored and not doubled where a document
+        has it; the first token after it is scored in a document's first window alone. `"auto"`: the
+        one that the tokenizer of `load_data`'s documents adds, if it adds one; for other documents
+        the `bos_token_id` of the model's config, if it names one and the vocabulary is more than
+        the 256 bytes. True: as `"auto"`, or an error. False: none. A number: this token. Windows
+        then start every `min(stride, length - 1)` tokens.
     ranges
         Pairs `(begin, end)`: measure also the tokens at positions `begin` to before `end` of their
         windows. With `stride = length`, as a rule: smaller strides score the last tokens of most
@@ -117,7 +129,9 @@ def perplexity(
     if batch_size is not None:
         batch_size = _validation.integer("batch_size", batch_size, 1)
     seed = _validation.integer("seed", seed, 0)
+    start = bos_token(bos, model, documents)
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
+    tokens = without_bos(tokens, start)
     chosen = range(len(tokens))
     if samples is not None:
         if _validation.integer("samples", samples, 1) > len(tokens):
@@ -128,7 +142,7 @@ def perplexity(
     windows = [
         Window(index, *window)
         for index in chosen
-        for window in sliding_windows(len(tokens[index]), length, stride)
+        for window in _text_windows(len(tokens[index]), length, stride, start is not None)
     ]
     # Only windows of one length and one number of scored tokens share a batch: no padding, which
     # models whose factors depend on the actual length would take for text.
@@ -142,7 +156,8 @@ def perplexity(
     with evaluating(model), kernel_attention(model), inplace_mlps(model):
         score = NextTokenNLL(model, layout.chunk)
         for batch in _batches(windows, layout.rows):
-            ids = torch.stack([tokens[w.document][w.start : w.end] for w in batch])
+            ids = [tokens[w.document][w.start : w.end].to(torch.int64) for w in batch]
+            ids = with_bos(torch.stack(ids), start)
             scored = batch[0].scored
             if ranges:
                 nll = score(ids, scored).double().cpu()
@@ -182,16 +197,27 @@ def _checked_ranges(ranges: Sequence[tuple[int, int]] | None, length: int) -> li
     return checked
 
 
-def sliding_windows(size: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def _text_windows(size: int, length: int, stride: int, bos: bool) -> Iterator[tuple[int, int, int]]:
+    """Return the windows of a text of `size` tokens; with BOS, of `length - 1` tokens beside it."""
+    if bos:
+        return sliding_windows(size, length - 1, min(stride, length - 1), scores_first=True)
+    return sliding_windows(size, length, stride)
+
+
+def sliding_windows(
+    size: int, length: int, stride: int, scores_first: bool = False
+) -> Iterator[tuple[int, int, int]]:
     """Yield `(start, end, scored)` of each window of a document of `size` tokens.
 
     `scored` counts the window's last tokens that no earlier window scores. With `stride = length`
-    windows do not overlap, and the first token of each stays unscored.
+    windows do not overlap, and the first token of each stays unscored; with `scores_first` that of
+    the document is scored, by a BOS that stands before it.
     """
     previous_end = 0
     for start in range(0, size, stride):
         end = min(start + length, size)
-        scored = end - max(previous_end, start + 1)
+        unseen = 0 if scores_first and start == 0 else 1
+        scored = end - max(previous_end, start + unseen)
         if scored > 0:
             yield start, end, scored
         if end == size:

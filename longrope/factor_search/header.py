@@ -15,6 +15,7 @@ _WORDS = {
     "data.screen:": "first search windows, of documents and samples:",
     "data.validation:": "validation windows, of documents or validation:",
     "data.documents:": "documents:",
+    "problem.bos:": "bos:",
     "problem.last_tokens:": "last_tokens:",
     "problem.space.start_tokens:": "start_tokens:",
     "problem.space.upper:": "max_lambda, in hundredths:",

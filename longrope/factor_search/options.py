@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from longrope._validation import choice, count, integer, natural, positive, probability, switch
+from longrope.evaluation.start import checked_bos
 from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS
@@ -102,6 +103,10 @@ class SearchOptions(Options):
     last_tokens: int | None = _option(
         count, PROBLEM, "Score only this many tokens at the end of each window."
     )
+    bos: str | bool | int = _option(
+        checked_bos, PROBLEM, "BOS before every window: auto (where the tokenizer adds it), true, "
+        "false or a token id.", "auto",
+    )  # fmt: skip
     samples: int | None = _option(count, PROBLEM, "Search windows (paper: 5).")
     original_length: int | None = _option(
         _LENGTH, PROBLEM, "The window of the model; default: what its config says."

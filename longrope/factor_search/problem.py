@@ -29,13 +29,16 @@ class Problem:
     space: SearchSpace | CriticalSpace
     #: Whether the attention factor is learned, starting from `attention_factor`.
     learn_attention: bool = False
+    #: The token in front of every window; None: there is none.
+    bos: int | None = None
     #: Only this many tokens at the end of each window are scored; None: all but the first.
     last_tokens: int | None = None
 
     @classmethod
-    def of(cls, rope: RopeSettings, options: SearchOptions) -> Problem:
+    def of(cls, rope: RopeSettings, options: SearchOptions, bos: int | None = None) -> Problem:
         """Put together what the options ask of a model with these rope settings.
 
+        With `bos` the first token of a window's text is not scored either: windows begin anywhere.
         Raises `ValueError` with one sentence where they do not fit the model.
         """
         original = options.original_length or rope.original_length
@@ -52,6 +55,8 @@ class Problem:
                     f"target_length: expected at least {needles.SHORTEST} tokens with "
                     f"objective='needle', got {target}"
                 )
+        if bos is not None:  # BOS and the first token of the text, which has nothing else before it
+            last_tokens = min(last_tokens or target, target - 2)
         ratio = target / original
         preset, bound = PRESETS[options.preset], options.max_lambda
         if options.start_tokens == "search":
@@ -84,6 +89,7 @@ class Problem:
             attention_factor=factor,
             space=space,
             learn_attention=learned,
+            bos=bos,
             last_tokens=last_tokens,
         )
 

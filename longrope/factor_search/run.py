@@ -22,6 +22,7 @@ from longrope.evaluation.memory import (
     plan_backward,
     plan_batches,
 )
+from longrope.evaluation.start import bos_token
 from longrope.factor_search import folder
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
@@ -102,6 +103,10 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     last_tokens
         Score only this many tokens at the end of each window, those with the most context; None:
         all but the first. With `"perplexity"` only.
+    bos
+        The token in front of every window, `"auto"`, True or False, as in `longrope.perplexity`: a
+        window is that token and `target_length - 1` tokens of text, of which the first is not
+        scored. Resuming needs the same.
     preset
         The source of the defaults below: `"paper"`; `"paper-long"`, the paper's halved sizes
         and 3 documents for targets above 512k; or `"official-code"`, the released code's bound
@@ -179,7 +184,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         If a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
-    problem = Problem.of(rope_settings(model), options)
+    rope = rope_settings(model)
+    bos = bos_token(options.bos, model, documents)
+    problem = Problem.of(rope, options, bos)
     options.check_ranks(job.size)
     if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
@@ -190,7 +197,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     drawn = WindowsByRole.draw(
         model, documents, options.validation, problem.target_length, options.windows, *randoms[:2],
         screened=SCREEN_WINDOWS if options.has_steps else 0,
-        needles=randoms[4] if options.objective == "needle" else None,
+        needles=randoms[4] if options.objective == "needle" else None, bos=bos,
     )  # fmt: skip
     data: dict[str, str] = {role: digest(windows) for role, windows in drawn.windows.items()}
     if options.has_steps:

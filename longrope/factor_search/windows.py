@@ -14,7 +14,11 @@ from torch import nn
 from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.needles import plant
+from longrope.evaluation.start import with_bos, without_bos
 from longrope.factor_search.history import Role
+
+#: Tokens that are hashed at a time: a document may be most of the memory.
+_HASHED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,12 @@ class WindowsByRole:
         What the windows were drawn from.
     held_out
         The places in `documents` of validation windows.
+    length
+        Tokens of text in a window: without its BOS.
     needles
         The random numbers that plant needles; None: windows of plain text.
+    bos
+        The token in front of every window; None: windows of text alone.
     """
 
     windows: dict[Role, torch.Tensor]
@@ -39,6 +47,7 @@ class WindowsByRole:
     held_out: list[tuple[int, int]]
     length: int
     needles: np.random.Generator | None = None
+    bos: int | None = None
 
     @classmethod
     def draw(
@@ -53,8 +62,9 @@ class WindowsByRole:
         *,
         screened: int,
         needles: np.random.Generator | None = None,
+        bos: int | None = None,
     ) -> WindowsByRole:
-        """Draw the windows of each role; with `needles`, plant them.
+        """Draw the windows of each role; with `needles`, plant them, with `bos`, put it in front.
 
         `screened` is the number of search windows that are a role of their own. Where the documents
         hold fewer than `2 * samples` windows, validation gets what `samples` search windows leave,
@@ -62,30 +72,36 @@ class WindowsByRole:
         """
         vocab_size = vocabulary(model)
         documents = as_documents(documents, min_length=length, vocab_size=vocab_size)
+        documents = without_bos(documents, bos)
+        text = length if bos is None else length - 1
         if validation is not None:
             validation = as_documents(
                 validation, min_length=length, vocab_size=vocab_size, name="validation"
             )
-            held_out = draw_windows(validation, length, len(validation), random_validation)
-            windows = {Role.SEARCH: draw_windows(documents, length, samples, random)}
+            validation = without_bos(validation, bos)
+            held_out = draw_windows(validation, text, len(validation), random_validation)
+            windows = {Role.SEARCH: draw_windows(documents, text, samples, random)}
             windows[Role.VALIDATION] = held_out
             places = []
         else:
-            places = place_windows(documents, length, 2 * samples, random)
+            places = place_windows(documents, text, 2 * samples, random)
             first = min(samples, (len(places) + 1) // 2) if screened else samples
-            windows = {Role.SEARCH: cut_windows(documents, length, places[:first])}
+            windows = {Role.SEARCH: cut_windows(documents, text, places[:first])}
             places = places[first:]
             if places:
-                windows[Role.VALIDATION] = cut_windows(documents, length, places)
+                windows[Role.VALIDATION] = cut_windows(documents, text, places)
         if needles is not None:
-            windows = {role: plant(text, needles) for role, text in windows.items()}
+            windows = {role: plant(plain, needles) for role, plain in windows.items()}
+        windows = {role: with_bos(plain, bos) for role, plain in windows.items()}
         if 0 < screened < len(windows[Role.SEARCH]):
             windows[Role.SCREEN] = windows[Role.SEARCH][:screened]
-        return cls(windows, documents, places, length, needles)
+        return cls(windows, documents, places, text, needles, bos)
 
     def random(self, random: np.random.Generator) -> RandomWindows:
         """Return random windows that share no text with a validation window."""
-        return RandomWindows(self.documents, self.length, self.held_out, random, self.needles)
+        return RandomWindows(
+            self.documents, self.length, self.held_out, random, self.needles, self.bos
+        )
 
     def digest(self) -> str:
         """Return a hash of the documents."""
@@ -124,7 +140,9 @@ def cut_windows(
     documents: Sequence[torch.Tensor], length: int, places: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
     """Return the windows at places `(document, start)`: int64 `[S, length]`."""
-    return torch.stack([documents[index][start : start + length] for index, start in places])
+    return torch.stack(
+        [documents[index][start : start + length].to(torch.int64) for index, start in places]
+    )
 
 
 class RandomWindows:
@@ -137,13 +155,15 @@ class RandomWindows:
     documents
         1-D token ids; at least one document has room for a window outside the held-out ones.
     length
-        Tokens of a window.
+        Tokens of a window, without its BOS.
     held_out
         Places `(document, start)` of windows of the same length, of which no token may appear.
     random
         Random numbers for the order and the places.
     needles
         Random numbers that plant needles; None: plain text.
+    bos
+        The token in front of every window; None: none.
     """
 
     def __init__(
@@ -153,9 +173,11 @@ class RandomWindows:
         held_out: Sequence[tuple[int, int]],
         random: np.random.Generator,
         needles: np.random.Generator | None = None,
+        bos: int | None = None,
     ):
         self.length = length
         self.needles = needles
+        self.bos = bos
         self.random = random
         self._order: list[int] = []
         self._documents = []
@@ -168,16 +190,17 @@ class RandomWindows:
                 self._documents.append((document, starts))
 
     def draw(self, count: int) -> torch.Tensor:
-        """Return the next `count` windows: int64 `[count, length]`."""
+        """Return the next `count` windows: int64 `[count, length]`, one more with BOS."""
         windows = []
         for _ in range(count):
             if not self._order:
                 self._order = [int(i) for i in self.random.permutation(len(self._documents))]
             document, starts = self._documents[self._order.pop()]
             start = int(starts[self.random.integers(len(starts))])
-            windows.append(document[start : start + self.length])
+            windows.append(document[start : start + self.length].to(torch.int64))
         drawn = torch.stack(windows)
-        return drawn if self.needles is None else plant(drawn, self.needles)
+        drawn = drawn if self.needles is None else plant(drawn, self.needles)
+        return with_bos(drawn, self.bos)
 
 
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
@@ -196,6 +219,12 @@ def scored_tokens(windows: torch.Tensor, last_tokens: int | None) -> int:
 
 
 def digest(windows: torch.Tensor) -> str:
-    """Return a hash of the windows' tokens, for the header of a journal."""
-    shape = repr(tuple(windows.shape)).encode()
-    return hashlib.sha256(shape + windows.contiguous().numpy().tobytes()).hexdigest()[:16]
+    """Return a hash of the tokens of windows or a document, for the header of a journal.
+
+    The same for every type that holds them.
+    """
+    found = hashlib.sha256(repr(tuple(windows.shape)).encode())
+    flat = windows.flatten()
+    for start in range(0, len(flat), _HASHED):
+        found.update(flat[start : start + _HASHED].to(torch.int64).numpy().tobytes())
+    return found.hexdigest()[:16]

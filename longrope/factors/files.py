@@ -58,6 +58,11 @@ def read(path: Path) -> list[dict] | list[float]:
     return _parse_json(path, text) if text.lstrip().startswith("{") else _parse_csv(path, text)
 
 
+def states_settings(path: Path) -> bool:
+    """Say whether a file of factors states their lengths and so on: JSON does, CSV does not."""
+    return isinstance(read(path)[0], dict)
+
+
 def _parse_json(path: Path, text: str) -> list[dict]:
     try:
         content = strict_json(text)
