@@ -48,6 +48,8 @@ def exported(tmp_path_factory):
     inputs = [tokens(1, length)[0].tolist() for length in LENGTHS]
     folders = []
     for family in SUPPORTED_MODEL_TYPES:
+        if family in ("gemma3_text", "olmo3") and not VERSION_5:
+            continue  # their decoders in transformers 4 are ones that longrope.apply refuses
         for short in SHORTS:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -72,7 +74,7 @@ def test_a_plain_reader_follows_the_rule(exported, family, short):
     folder, inputs = exported
     read = Path(folder, f"{family}-{short}.logits.safetensors")
     if not read.exists():
-        pytest.skip("transformers 4 cannot read it, and the export says so")
+        pytest.skip("not with transformers 4")
     read = load_file(read)
     model, factors = build(family), factors_of(family)
     plain = [logits(model, ids) for ids in inputs]
@@ -91,7 +93,7 @@ def test_load_gives_the_tiers_back(exported, family):
     folder, inputs = exported
     path = folder / f"{family}-long"
     if not path.exists():
-        pytest.skip("transformers 4 cannot read it, and the export says so")
+        pytest.skip("not with transformers 4")
     model, expected = build(family), factors_of(family).ladder()
     loaded, tokenizer = longrope.load(path)
     assert tokenizer is None
