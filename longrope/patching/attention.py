@@ -28,13 +28,11 @@ from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
 from longrope.patching.tier_attention import Options, Unturned, attend
 from longrope.patching.tier_cache import stays_as_loaded
-from longrope.patching.tier_pass import arguments_of
+from longrope.patching.tier_pass import PREFIX, arguments_of
 from longrope.patching.tiered import TieredRotaryEmbedding, module_of
 
 #: What the function is called in transformers' `AttentionInterface`.
 NAME = "longrope"
-#: What stands before the name of a model's own implementation under tiers by position.
-PREFIX = "longrope_"
 #: What the kernels take.
 LARGEST_HEAD_DIM = _C.MAX_HEAD_DIM
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -198,6 +196,13 @@ def use_tiered_attention(base: nn.Module) -> None:
         if not name.startswith(PREFIX):
             _register_tiered(name)
             config._attn_implementation = PREFIX + name
+
+
+def register_again(config: Any) -> None:
+    """Make known what a model under tiers names, in a process that has got it from another one."""
+    name = config._attn_implementation or ""
+    if name.startswith(PREFIX):
+        _register_tiered(name.removeprefix(PREFIX))
 
 
 def use_own_attention(base: nn.Module) -> None:

@@ -13,6 +13,7 @@ from longrope.patching.rotation import (
     DEVICES_WITH_KERNELS,
     KernelRotation,
     TableRotation,
+    accept_rotations,
     tabulate,
 )
 
@@ -55,6 +56,11 @@ class RescaledRotaryEmbedding(nn.Module):
         #: What the hooks of `longrope.patching.tiers` need between the start and end of a pass.
         self.cached_keys = None
         self.hooks = ()
+
+    def __setstate__(self, state: dict) -> None:
+        """Become a copy, maybe in a process that has applied nothing."""
+        super().__setstate__(state)
+        accept_rotations(self.original)
 
     def _put(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values, persistent=False)

@@ -53,7 +53,7 @@ def turning_by(original: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     """Return the rotation of a model's file, `apply_rotary_pos_emb`, of one tensor."""
 
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return original(x, x[:, :0], cos, sin)[0]
+        return original(x, x[:, :0], cos, sin)[0].to(x.dtype)  # autocast has tables in float32
 
     return turn
 

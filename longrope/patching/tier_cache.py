@@ -72,6 +72,9 @@ class TierMixin:
                     "cache: expected one that was filled without tiers, got one of a model with "
                     "tiers applied; start from an empty cache after longrope.remove"
                 )
+            if torch.is_grad_enabled() and (key_states.requires_grad or self.has_gradient()):
+                self.join(key_states, value_states, self.incoming)
+                return self.keys, self.values
             start = self.held()
             self.make_room(key_states, value_states)
             self.write(start, key_states, value_states, self.incoming)
@@ -155,6 +158,18 @@ def layer_types() -> tuple[type, type]:
                 room[:, :, start:end] = new
             self._rooms[2][:, start:end] = positions
 
+        def has_gradient(self) -> bool:
+            return self.keys is not None and self.keys.requires_grad
+
+        def join(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+            """Hold also the tokens of a pass through which gradients flow: nothing in place."""
+            if not self.is_initialized:
+                self.make_room(keys[:, :, :0], values[:, :, :0])
+            self.keys = torch.cat([self.keys, keys], 2)
+            self.values = torch.cat([self.values, values], 2)
+            self.positions = torch.cat([self.positions, positions], 1)
+            self._rooms = (self.keys, self.values, self.positions)
+
         def storage(self) -> tuple[Tensor, Tensor, Tensor]:
             """Return the rooms of keys, values and positions."""
             return self._rooms
@@ -205,6 +220,12 @@ def layer_types() -> tuple[type, type]:
             if isinstance(key_states, Tensor):
                 return super().update(key_states, value_states)  # refuses
             self.make_room(key_states.states, value_states)
+            count = value_states.shape[2]
+            if not torch.compiler.is_compiling() and self.held() + count > self.keys.shape[2]:
+                raise ValueError(
+                    f"cache: expected room for {self.held() + count} tokens, got a StaticCache of "
+                    f"{self.keys.shape[2]}"
+                )
             before = self.count().clone()
             self.count().add_(value_states.shape[2])
             return Cached(self, key_states, before), value_states
@@ -291,6 +312,7 @@ def adopt(cache: Any, base: nn.Module) -> Any:
                     "keys of others; start from an empty cache"
                 )
             if layer.signature != rotary.signature:
+                layer.reset()
                 layer.prepare(rotary)
             continue
         if getattr(layer, "as_loaded", False) or not getattr(attention, "use_rope", True):
@@ -320,6 +342,13 @@ def adopt(cache: Any, base: nn.Module) -> Any:
         layers[index] = new
     setattr(cache, _ADOPTED, rotary.signature)
     return cache
+
+
+def is_ready(cache: Any, rotary: nn.Module) -> bool:
+    """Say whether a compiled pass may use a cache: one of fixed size that a pass has prepared."""
+    return getattr(cache, _ADOPTED, None) == rotary.signature and getattr(
+        cache, "is_compileable", False
+    )
 
 
 def new_cache(base: nn.Module, length: int | None = None) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from longrope.patching import tier_attention
 from longrope.patching.tier_attention import Options, TieredRotation, Unturned
 from longrope.patching.tier_cache import Cached
-from longrope.patching.tier_pass import Call, make_plan
+from longrope.patching.tier_pass import Call, existing_keys, make_plan
 from longrope.patching.tiered import module_of
 
 
@@ -141,23 +141,12 @@ def _planned(
     """Return queries and keys with the plan of their pass, which `start` tokens precede."""
     rotary = module_of(ticket)
     count = q.shape[2]
-    exists = None if mask is None else _existing_keys(mask)[:, : start + count]
+    exists = existing_keys(mask, start, count)
     if exists is not None and bool(exists.all()):
         exists = None
-    call = Call(len(q), count, start, positions, None, exists, None, q.device)
+    call = Call(len(q), count, start, positions, None, None, exists, False, None, q.device)
     plan = make_plan(call, rotary.limits)
     settings = None if plan.tier is None else rotary.settings(plan.tier)
     first = rotary.tiers.limits[0]
     rotation = TieredRotation(cos, sin, positions, None, plan, settings, ticket, first)
     return Unturned(q, rotation, rotary.turn), Unturned(k, rotation, rotary.turn)
-
-
-def _existing_keys(mask: Tensor) -> Tensor:
-    """Return which keys any query sees, bool `[B, M]`, from the mask of any implementation.
-
-    One of padding `[B, M]`, or of pairs `[B, 1, N, M]`, bool or added to the scores.
-    """
-    if mask.ndim == 2:
-        return mask.bool()
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    return seen.any(-2).any(1)

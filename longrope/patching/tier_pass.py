@@ -10,14 +10,17 @@ runs as one opaque op that makes it.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+#: What stands before the name of a model's own attention implementation under tiers by position.
+PREFIX = "longrope_"
 #: The order of the arguments of a decoder's forward, where they come by position.
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
+POSITIONAL = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds")
 
 
 class Segment(NamedTuple):
@@ -77,7 +80,9 @@ class Call(NamedTuple):
     cached: int
     positions: Tensor  # int64 [B, N], by which the model turns
     shift: Tensor | None  # int64 [B]: padding before the row that the positions count; None: none
-    mask: Tensor | None  # bool [B, cached + N]
+    real: Tensor | None  # int64 [B, N]: positions among the tokens that exist, where not given
+    mask: Tensor | None  # bool [B, cached + N], which keys exist; None: all
+    may_pack: bool  # positions that start again begin another document
     cache: Any
     device: torch.device
 
@@ -87,7 +92,7 @@ def arguments_of(args: tuple, kwargs: dict) -> dict[str, Any]:
 
     Before it, `cache` was `past_key_values`.
     """
-    given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+    given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
     if "past_key_values" in given:
         given.setdefault("cache", given.pop("past_key_values"))
     return given
@@ -107,19 +112,50 @@ def read_call(args: tuple, kwargs: dict) -> Call:
     cache = given.get("cache")
     # A static cache counts in a tensor that it goes on writing to: read it now.
     cached = 0 if cache is None else int(cache.get_seq_length())
-    mask, shift = given.get("attention_mask"), None
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask, shift, real = given.get("attention_mask"), None, None
+    may_pack = mask is None  # as transformers has it
+    mask = existing_keys(mask, cached, count)
     positions = given.get("position_ids")
     if positions is None:
         # As the model numbers them, padding too.
         positions = torch.arange(cached, cached + count, device=tokens.device)
         if mask is not None:
-            shift = mask.cumsum(-1).eq(0).sum(-1)
+            counted = mask.cumsum(-1)
+            shift = counted.eq(0).sum(-1)
             shift = shift if bool(shift.any()) else None
+            real = (counted[:, cached:] - 1).clamp(min=0)
     positions = positions.reshape(-1, count).expand(batch, count)
     if mask is not None and bool(mask.all()):
         mask = None
-    return Call(batch, count, cached, positions, shift, mask, cache, tokens.device)
+    return Call(batch, count, cached, positions, shift, real, mask, may_pack, cache, tokens.device)
+
+
+def existing_keys(mask: Any, cached: int, count: int) -> Tensor | None:
+    """Return which keys exist, bool `[B, cached + count]`, from any mask of a decoder.
+
+    `mask` is one of padding `[B, M]`, or of pairs `[B, 1, N, M]` as `generate` makes it for static
+    caches (bool, or added to the scores), or such masks by layer type.
+
+    Raises `ValueError` where a mask of pairs is more than causal attention to keys that exist.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, : cached + count].bool()
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, :, -count:, : cached + count]
+    exists = seen.any(-2).any(1)
+    key = torch.arange(cached + count, device=mask.device)
+    query = torch.arange(cached, cached + count, device=mask.device)[:, None]
+    expected = (key <= query) & exists[:, None, None]
+    real = exists[:, None, cached:, None]  # what padding sees is nobody's business
+    if bool(((expected != seen) & real).any()):
+        raise ValueError(
+            "attention_mask: expected padding alone under tiers by position, got a mask of pairs "
+            f"{list(mask.shape)} that is not causal"
+        )
+    return exists
 
 
 def make_plan(call: Call, limits: Tensor) -> Plan:
@@ -129,12 +165,12 @@ def make_plan(call: Call, limits: Tensor) -> Plan:
     """
     positions = call.positions.cpu()
     hidden = None if call.mask is None else ~call.mask[:, -call.tokens :].cpu()
-    real = positions if call.shift is None else positions - call.shift.cpu()[:, None]
+    real = positions if call.real is None else call.real.cpu()
     tier = torch.searchsorted(limits, real.contiguous(), right=True).clamp_(max=len(limits) - 1)
     documents = ()
     if hidden is not None:
         tier = _without_padding(tier, hidden)
-    elif call.cached == 0 and call.cache is None:
+    elif call.may_pack and call.cache is None:
         documents = _documents(positions)
     bounds = () if call.mask is None else _bounds(call)
     least, most = (int(x) for x in tier.aminmax())

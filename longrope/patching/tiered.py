@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from longrope.factors import Tiers
 from longrope.patching import tier_cache
 from longrope.patching.embedding import bits
-from longrope.patching.rotation import original_rotation
+from longrope.patching.rotation import accept_rotations, original_rotation
 from longrope.patching.settings import LENGTH_DEPENDENT, RopeSettings, text_config
 from longrope.patching.tier_attention import TieredRotation, turning_by
 from longrope.patching.tier_pass import (
+    POSITIONAL,
+    PREFIX,
     Plan,
     arguments_of,
     cache_argument,
@@ -61,8 +64,6 @@ class TieredRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq_bits", bits(inv_freq), persistent=False)
         self.register_buffer("base_bits", bits(tiers[0].base_inv_freq()), persistent=False)
         self.limits = torch.tensor(tiers.limits)  # on the CPU, where passes are planned
-        self.plan: Plan | None = None
-        self.shift: Tensor | None = None
         self.hooks: tuple = ()
         # Of the tiers and of the design of the cache: what makes cached keys readable.
         said = repr(([tier.as_fields() for tier in tiers], keeps_unrotated))
@@ -75,9 +76,13 @@ class TieredRotaryEmbedding(nn.Module):
         _MODULES[self.ticket] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, with a ticket of its own."""
+        """Become a copy, with a ticket of its own; maybe in a process that has applied nothing."""
+        from longrope.patching.attention import register_again
+
         super().__setstate__(state)
         self._register()
+        accept_rotations(self.original)
+        register_again(self.original.config)
 
     @property
     def turn(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -116,21 +121,33 @@ class TieredRotaryEmbedding(nn.Module):
         kind = () if layer_type is None else (layer_type,)
         cos, sin = self.original(x, position_ids, *kind)
         stays = layer_type not in (None, "full_attention")
-        if stays or (self.plan is not None and self.plan.own):
+        plan, shift = (None, None) if torch.compiler.is_compiling() else _passing(self)
+        if stays or (plan is not None and plan.own):
             return cos, sin
         positions = position_ids.to(x.device).expand(x.shape[0], -1)
-        plan = self.plan
         settings = None if plan is None or plan.tier is None else self.settings(plan.tier)
         first = self.tiers.limits[0]
-        rotation = TieredRotation(
-            cos, sin, positions, self.shift, plan, settings, self.ticket, first
-        )
+        rotation = TieredRotation(cos, sin, positions, shift, plan, settings, self.ticket, first)
         return rotation, None
 
 
 def module_of(ticket: int) -> TieredRotaryEmbedding:
     """Return the rotary module of a ticket."""
     return _MODULES[ticket]
+
+
+#: Of each thread: the plan and the padding of the pass that a module is in, by its ticket.
+_THREAD = threading.local()
+
+
+def _passes() -> dict[int, tuple[Plan, Tensor | None]]:
+    if not hasattr(_THREAD, "passes"):
+        _THREAD.passes = {}
+    return _THREAD.passes
+
+
+def _passing(rotary: TieredRotaryEmbedding) -> tuple[Plan | None, Tensor | None]:
+    return _passes().get(rotary.ticket, (None, None))
 
 
 def install(base: nn.Module, rotary: TieredRotaryEmbedding) -> None:
@@ -159,14 +176,27 @@ def _before(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     if not isinstance(rotary, TieredRotaryEmbedding):
         return None
     if torch.compiler.is_compiling():
-        rotary.plan = rotary.shift = None
+        given = arguments_of(args, kwargs)
+        cache = given.get("cache")
+        if _will_cache(base, given) if cache is None else not tier_cache.is_ready(cache, rotary):
+            raise ValueError(
+                "cache: expected use_cache=False, or a StaticCache that has been through a pass "
+                "that was not compiled, under tiers by position inside torch.compile"
+            )
         return None
+    if not (base.config._attn_implementation or "").startswith(PREFIX):
+        from longrope.patching.attention import use_tiered_attention
+
+        use_tiered_attention(base)  # set_attn_implementation has chosen another one since
     call = read_call(args, kwargs)
     changed = None
     cache = call.cache
     if cache is None and _will_cache(base, arguments_of(args, kwargs)):
         cache = tier_cache.new_cache(base)
-        changed = (args, kwargs | {cache_argument(base): cache})
+        call = call._replace(cache=cache)
+        more = dict(zip(POSITIONAL[3:], args[3:], strict=False)) | {"cache": cache}
+        more[cache_argument(base)] = more.pop("cache")
+        changed = (args[:3], kwargs | more)
     elif cache is not None:
         tier_cache.adopt(cache, base)
     plan = make_plan(call, rotary.limits)
@@ -176,18 +206,18 @@ def _before(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
             plan = dataclasses.replace(plan, own=True)
             for layer in layers:
                 layer.incoming = call.positions
-    rotary.plan, rotary.shift = plan, call.shift
+    _passes()[rotary.ticket] = (plan, call.shift)
     return changed
 
 
 def _after(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forget the plan; layers that run again have it in their arguments."""
     rotary = base.rotary_emb
-    if isinstance(rotary, TieredRotaryEmbedding):
-        was_own = rotary.plan is not None and rotary.plan.own
-        rotary.plan = rotary.shift = None
-        if not was_own:
-            return
+    if torch.compiler.is_compiling() or not isinstance(rotary, TieredRotaryEmbedding):
+        return
+    plan, _ = _passes().pop(rotary.ticket, (None, None))
+    if plan is not None and not plan.own:
+        return
     for layer in tier_cache.tiered_layers(arguments_of(args, kwargs).get("cache")):
         layer.incoming = None
 
