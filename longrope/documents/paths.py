@@ -77,7 +77,7 @@ class _Walk:
             self.notes.remark(f"read snapshot {found[0].name} of {len(snapshots)} in {folder.name}")
         for path in self.folder(found[0]):
             if path.parent == found[0] and path.name.lower().startswith(_ABOUT):
-                self.notes.add("files about the dataset", path.name)
+                self.notes.add("dataset cards", path.name)
             else:
                 yield path
 
