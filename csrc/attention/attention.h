@@ -8,6 +8,7 @@
 //   key_start(b) <= j < key_length(b)
 //   causal:   j <= query_start(b) + i
 //   window w: j >  query_start(b) + i - w
+//   i itself: query_begin(b) <= i < query_end(b)
 // A query that sees no key gives out 0 and lse -inf. Keys and values that no query of the row sees
 // are never used, nor are queries that see no key: they may hold NaN.
 //
@@ -54,8 +55,9 @@ struct AttentionParams {
                          // float64 where dtype is float64
   DType dtype;           // of q, k, v and out; accumulation in float32 (float64 for float64)
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
-  AttentionBound query_start;            // position of the first query, any value
-  AttentionBound key_start, key_length;  // 0 ... keys
+  AttentionBound query_start;             // position of the first query, any value
+  AttentionBound key_start, key_length;   // 0 ... keys
+  AttentionBound query_begin, query_end;  // of the queries that attend, any values
   bool causal;
   int64_t window;  // 0: none
   double scale;

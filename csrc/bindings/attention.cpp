@@ -57,6 +57,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t query_start, const OptionalTensor& query_start_rows,
                                      int64_t key_start, const OptionalTensor& key_start_rows,
                                      int64_t key_length, const OptionalTensor& key_length_rows,
+                                     int64_t query_begin, const OptionalTensor& query_begin_rows,
+                                     int64_t query_end, const OptionalTensor& query_end_rows,
                                      int64_t window, double scale, double softcap,
                                      const OptionalTensor& query_cos,
                                      const OptionalTensor& query_sin, const OptionalTensor& key_cos,
@@ -67,6 +69,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   p.query_start = arguments.bound("query_start", query_start, query_start_rows, false);
   p.key_start = arguments.bound("key_start", key_start, key_start_rows, true);
   p.key_length = arguments.bound("key_length", key_length, key_length_rows, true);
+  p.query_begin = arguments.bound("query_range", query_begin, query_begin_rows, false);
+  p.query_end = arguments.bound("query_range", query_end, query_end_rows, false);
   arguments.options(causal, window, scale, softcap);
   TORCH_CHECK_VALUE(query_cos.has_value() == key_cos.has_value(),
                     "rotation: expected tables for queries and keys, got only one of them");
@@ -105,14 +109,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_grad(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, bool causal, int64_t query_start,
     const OptionalTensor& query_start_rows, int64_t key_start, const OptionalTensor& key_start_rows,
-    int64_t key_length, const OptionalTensor& key_length_rows, int64_t window, double scale,
-    double softcap) {
+    int64_t key_length, const OptionalTensor& key_length_rows, int64_t query_begin,
+    const OptionalTensor& query_begin_rows, int64_t query_end, const OptionalTensor& query_end_rows,
+    int64_t window, double scale, double softcap) {
   Arguments arguments;
   AttentionParams& p = arguments.params;
   arguments.heads(q, k, v);
   p.query_start = arguments.bound("query_start", query_start, query_start_rows, false);
   p.key_start = arguments.bound("key_start", key_start, key_start_rows, true);
   p.key_length = arguments.bound("key_length", key_length, key_length_rows, true);
+  p.query_begin = arguments.bound("query_range", query_begin, query_begin_rows, false);
+  p.query_end = arguments.bound("query_range", query_end, query_end_rows, false);
   arguments.options(causal, window, scale, softcap);
   check_heads("out", out, q, p.batch, p.heads, p.queries, p.head_dim);
   check_heads("grad_out", grad_out, q, p.batch, p.heads, p.queries, p.head_dim);

@@ -36,13 +36,15 @@ TORCH_LIBRARY(longrope, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal, SymInt query_start, "
       "Tensor? query_start_rows, SymInt key_start, Tensor? key_start_rows, SymInt key_length, "
-      "Tensor? key_length_rows, SymInt window, float scale, float softcap, Tensor? query_cos, "
+      "Tensor? key_length_rows, SymInt query_begin, Tensor? query_begin_rows, SymInt query_end, "
+      "Tensor? query_end_rows, SymInt window, float scale, float softcap, Tensor? query_cos, "
       "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, bool interleaved) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "attention_grad(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, bool causal, SymInt query_start, Tensor? query_start_rows, SymInt key_start, "
-      "Tensor? key_start_rows, SymInt key_length, Tensor? key_length_rows, SymInt window, "
+      "Tensor? key_start_rows, SymInt key_length, Tensor? key_length_rows, SymInt query_begin, "
+      "Tensor? query_begin_rows, SymInt query_end, Tensor? query_end_rows, SymInt window, "
       "float scale, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "

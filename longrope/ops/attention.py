@@ -31,12 +31,14 @@ def attention(
     softcap: float | None = None,
     rotation: Rotation | None = None,
     return_lse: bool = False,
+    query_range: tuple[int | Tensor, int | Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend queries to the keys that each of them sees; memory `O(N + M)`.
 
     Query `i` stands at position `query_start + i`, counted from the first key, and sees key `j`
     when `key_start <= j < key_length`, with `causal` only `j <= query_start + i`, and with a
-    `window` only `j > query_start + i - window`. In plain torch, with the mask of those pairs:
+    `window` only `j > query_start + i - window`. With a `query_range` (begin, end) queries outside
+    `begin <= i < end` see no key. In plain torch, with the mask of those pairs:
     `scores = (scale * q @ k.mT).masked_fill(~mask, -inf)`, `out = scores.softmax(-1) @ v`,
     `lse = scores.logsumexp(-1)`. Keys and values that no query sees may hold anything, NaN too.
 
@@ -65,6 +67,9 @@ def attention(
         for, by `ops.rope` itself: gradients also reach the rotation's tensors.
     return_lse : bool
         Return also the log-sum-exp of the scores.
+    query_range : (int or int64 `[B]`, int or int64 `[B]`), optional
+        The first query that attends, and the first behind the last that does; any values. Blocks of
+        other queries do no work.
 
     Returns
     -------
@@ -111,11 +116,18 @@ def attention(
                 *_rotation_tables(q, rotation, rotation.query_positions),
                 *_rotation_tables(k, rotation, rotation.key_positions),
             )
+    expect(
+        query_range is None or (isinstance(query_range, tuple) and len(query_range) == 2),
+        "query_range", "a tuple of two, each an int or int64 [B], or None", query_range,
+    )  # fmt: skip
+    query_begin, query_end = query_range or (None, None)
     out, lse = torch.ops.longrope.attention(
         q, k, v, causal,
         *_bound("query_start", query_start, keys - queries),
         *_bound("key_start", key_start, 0),
         *_bound("key_length", key_length, keys),
+        *_bound("query_range", query_begin, 0),
+        *_bound("query_range", query_end, queries),
         0 if window is None else window, scale, 0.0 if softcap is None else softcap,
         *tables, interleaved,
     )  # fmt: skip
@@ -224,9 +236,9 @@ def _stride_1(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-# Arguments of longrope::attention: three bounds with their rows follow q, k, v and causal.
-_ROWS = (5, 7, 9)
-_TABLES = 13
+# Arguments of longrope::attention: five bounds with their rows follow q, k, v and causal.
+_ROWS = (5, 7, 9, 11, 13)
+_TABLES = 17
 
 
 def _attention_setup(ctx, inputs, output):
@@ -247,7 +259,7 @@ def _attention_backward(ctx, grad_out, grad_lse):
     grads = torch.ops.longrope.attention_grad(
         _stride_1(grad_out), grad_lse, q, k, v, out, lse, *options
     )
-    return *grads, *[None] * 15
+    return *grads, *[None] * (_TABLES + 2)
 
 
 torch.library.register_autograd(

@@ -41,6 +41,10 @@ class AttentionRotation(ctypes.Structure):
     ]
 
 
+#: As they follow one another in the struct and, each as an int and a tensor, among the arguments.
+BOUNDS = ("query_start", "key_start", "key_length", "query_begin", "query_end")
+
+
 class AttentionParams(ctypes.Structure):
     """As csrc/attention/attention.h says."""
 
@@ -49,7 +53,7 @@ class AttentionParams(ctypes.Structure):
         ("lse", c_void_p),
         ("dtype", c_int),
         *((n, c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")),
-        *((name, AttentionBound) for name in ("query_start", "key_start", "key_length")),
+        *((name, AttentionBound) for name in BOUNDS),
         ("causal", c_bool),
         ("window", c_int64),
         ("scale", c_double),
@@ -84,18 +88,17 @@ class AttentionMergeParams(ctypes.Structure):
 
 def params_of(held, q, k, v, causal, *options):
     """Fill in everything but the outputs and the rotations; `held` keeps what they point to."""
-    bounds = []
-    for all_rows, rows in zip(options[:6:2], options[1:6:2], strict=True):
+    *options, window, scale, softcap = options
+    bounds = {}
+    for name, all_rows, rows in zip(BOUNDS, options[::2], options[1::2], strict=True):
         held.append(None if rows is None else rows.contiguous())
-        bounds.append(AttentionBound(None if rows is None else held[-1].data_ptr(), all_rows))
+        bounds[name] = AttentionBound(None if rows is None else held[-1].data_ptr(), all_rows)
     held += [q, k, v]
-    window, scale, softcap = options[6:]
     return AttentionParams(
         q=AttentionTensor.of(q), k=AttentionTensor.of(k), v=AttentionTensor.of(v),
         dtype=DTYPES[q.dtype], batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1],
         queries=q.shape[2], keys=k.shape[2], head_dim=q.shape[3],
-        query_start=bounds[0], key_start=bounds[1], key_length=bounds[2],
-        causal=causal, window=window, scale=scale, softcap=softcap,
+        causal=causal, window=window, scale=scale, softcap=softcap, **bounds,
     )  # fmt: skip
 
 

@@ -77,6 +77,8 @@ class Arguments:
             *self.bound(-5, self.keys + 5, self.keys - self.queries),
             *self.bound(0, self.keys // 2, 0),
             *self.bound(self.keys // 2, self.keys, self.keys),
+            *self.bound(-3, self.queries, 0),
+            *self.bound(0, self.queries + 3, self.queries),
         ]
         window = self.random.choice(ODD_NUMBERS if self.slips() else [0, 0, 1, 4, 2**62])
         scale = self.random.choice(ODD_FLOATS if self.slips() else [0.3, 1.0, -1.0, 0.0])

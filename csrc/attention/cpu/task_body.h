@@ -109,10 +109,17 @@ struct RowIndex {
   }
 };
 
+// The queries of row b of the batch that attend.
+inline Range attending(const AttentionParams& p, int64_t b) {
+  const int64_t begin = p.query_begin[b], end = p.query_end[b];
+  return Range{begin > 0 ? begin : 0, end < p.queries ? end : p.queries};
+}
+
 // The keys that query `query` of row b of the batch sees.
 inline Range visible(const AttentionParams& p, int64_t b, int64_t query) {
   // Far enough out to see all or nothing, and no sum below overflows.
   constexpr int64_t kFar = int64_t{1} << 60;
+  if (query < p.query_begin[b] || query >= p.query_end[b]) return Range{0, 0};
   int64_t position = p.query_start[b];
   position = position > kFar ? kFar : position < -kFar ? -kFar : position;
   position += query;
@@ -150,7 +157,9 @@ inline Range row_ranges(const AttentionParams& p, const Task& t, int64_t rows, R
 // The keys of the task that any query of the row of the batch sees. Consecutive queries see ranges
 // that touch, so the union has no gap.
 inline Range seen_by_all(const AttentionParams& p, const Task& t) {
-  const Range first = visible(p, t.batch, 0), last = visible(p, t.batch, p.queries - 1);
+  const Range queries = attending(p, t.batch);
+  const Range first = visible(p, t.batch, queries.begin);
+  const Range last = visible(p, t.batch, queries.end - 1);
   Range all{first.begin > t.keys.begin ? first.begin : t.keys.begin,
             last.end < t.keys.end ? last.end : t.keys.end};
   return all;

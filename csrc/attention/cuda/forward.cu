@@ -110,6 +110,16 @@ __global__ void __launch_bounds__(kThreads)
 
   float inverse[kM][2], lse[kM][2];
   softmax.finish(score.unit, inverse, lse);
+  const Keys rows = head.attending(p);
+#pragma unroll
+  for (int i = 0; i < 2 * kM; ++i) {  // what others would have seen of the attending rows' keys
+    const int row = first + 8 * i + lane / 4;
+    if (row >= rows.begin && row < rows.end) continue;
+    lse[i / 2][i % 2] = -INFINITY;
+    inverse[i / 2][i % 2] = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kHeadDim / 4; ++e) o[i / 2][e / 2][2 * (i % 2) + e % 2] = 0.0f;
+  }
   float* const all_lse = splits.count > 1 ? splits.lse : static_cast<float*>(p.lse);
   const int64_t part = work.split * p.batch * p.heads * p.queries;
 #pragma unroll

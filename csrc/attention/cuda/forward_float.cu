@@ -63,12 +63,19 @@ __global__ void __launch_bounds__(kFloatThreads)
   }
 
   const bool whole = splits.count == 1;
+  const Keys rows = head.attending(p);
   const int64_t part = work.split * p.batch * p.heads * p.queries;
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
     const int row = first + r;
-    const float total = warp_sum(sum[r]);
+    float total = warp_sum(sum[r]);
     if (row >= head.rows) break;
+    if (row < rows.begin || row >= rows.end) {
+      total = 0.0f;
+      largest[r] = -INFINITY;
+#pragma unroll
+      for (int c = 0; c < kFloatColumns; ++c) o[r][c] = 0.0f;
+    }
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const int64_t at = part + head.flat(p, row);
     write_row(whole ? head.row<float>(p.out, row) : splits.out + at * p.head_dim, o[r], inverse,

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kThreads)
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this tile:
   // what nobody sees, and rows that see nothing, may hold anything.
-  const Keys used = head.visible.keys(0, head.last_query);
-  const Keys queries = head.visible.queries(first_key, first_key + kKeys, head.last_query + 1);
+  const Keys used = head.keys(p, 0, head.rows);
+  const Keys queries = head.visible.queries(first_key, first_key + kKeys, attending(p, head.batch));
   const int begin = queries.begin * head.group, end = queries.end * head.group;
 
   const auto copy_keys = [&](T* tile, const AttentionTensor& x) {

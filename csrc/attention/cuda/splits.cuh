@@ -33,7 +33,7 @@ struct Assignment {
       : head(p, blockIdx.x / tiles / splits),
         first_row(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * rows),
         split(static_cast<int>(blockIdx.x / tiles % splits)),
-        keys(head.keys(first_row, rows)) {
+        keys(head.keys(p, first_row, rows)) {
     if (keys.begin >= keys.end || splits == 1) return;
     const int64_t steps = ceil_div(keys.end - keys.begin, keys_at_once);
     const auto from = static_cast<int>(steps * split / splits);

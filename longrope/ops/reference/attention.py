@@ -25,6 +25,7 @@ def visible_keys(
     key_length: int | Tensor | None = None,
     key_start: int | Tensor | None = None,
     window: int | None = None,
+    query_range: tuple[int | Tensor, int | Tensor] | None = None,
 ) -> Tensor:
     """Return which keys each query sees, bool `[B, N, M]`."""
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
@@ -33,13 +34,16 @@ def visible_keys(
         value = torch.as_tensor(default if bound is None else bound, device=q.device)
         return value.expand(batch).reshape(batch, 1, 1)
 
-    position = rows(query_start, keys - queries) + torch.arange(queries, device=q.device)[:, None]
+    query = torch.arange(queries, device=q.device)[:, None]
+    position = rows(query_start, keys - queries) + query
     key = torch.arange(keys, device=q.device)
     seen = (key >= rows(key_start, 0)) & (key < rows(key_length, keys))
     if causal:
         seen = seen & (key <= position)
     if window is not None:
         seen = seen & (key > position - window)
+    begin, end = query_range or (None, None)
+    seen = seen & (query >= rows(begin, 0)) & (query < rows(end, queries))
     return seen.expand(batch, queries, keys)
 
 
@@ -56,6 +60,7 @@ def attention(
     softcap: float | None = None,
     rotation: Rotation | None = None,
     return_lse: bool = False,
+    query_range: tuple[int | Tensor, int | Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `longrope.ops.attention`."""
     if rotation is not None:
@@ -63,7 +68,7 @@ def attention(
                 rotation.attention_factor, rotation.interleaved)  # fmt: skip
         q, _ = rope(q, q[:, :0], rotation.query_positions, *turn)
         k, _ = rope(k, k[:, :0], rotation.key_positions, *turn)
-    seen = visible_keys(q, k, causal, query_start, key_length, key_start, window)
+    seen = visible_keys(q, k, causal, query_start, key_length, key_start, window, query_range)
     # What nobody sees has no influence, whatever it holds.
     q = q.masked_fill(~seen.any(2)[:, None, :, None], 0)
     k, v = (x.masked_fill(~seen.any(1)[:, None, :, None], 0) for x in (k, v))
