@@ -18,10 +18,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/bfloat16_product.h"
 #include "common/dtype.h"
+#include "common/product.h"
 
 namespace longrope {
+
+constexpr int kMaxHeadDim = 256;
 
 // [batch, heads, tokens, head_dim] with stride 1 in head_dim; strides count elements.
 struct AttentionTensor {
@@ -63,7 +65,7 @@ struct AttentionParams {
   double scale;
   double softcap;  // 0: none
   AttentionRotation rotate_q, rotate_k;
-  BFloat16Product bfloat16_product;  // CPU; nullptr: products are in float32
+  Product bfloat16_product;  // CPU; nullptr: products are in float32
 };
 
 // Gradients of q, k and v from those of out and lse. With P = exp(score - lse):

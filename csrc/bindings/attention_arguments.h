@@ -18,8 +18,6 @@ namespace longrope::attention_bindings {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxHeadDim = 256;
-
 inline DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:

@@ -54,7 +54,7 @@ bool works() {
 
 }  // namespace
 
-BFloat16Product bfloat16_product() { return works() ? product : nullptr; }
+Product bfloat16_product() { return works() ? product : nullptr; }
 
 void release_bfloat16_product() { at::native::cpublas::brgemm_release(true); }
 

@@ -2,12 +2,12 @@
 // kernels.
 #pragma once
 
-#include "common/bfloat16_product.h"
+#include "common/product.h"
 
 namespace longrope {
 
 // nullptr where this processor, or this torch, has none.
-BFloat16Product bfloat16_product();
+Product bfloat16_product();
 
 // To be called on a thread after its last product: the configuration of the tile registers belongs
 // to whoever multiplies next.

@@ -10,11 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define LONGROPE_HOST_DEVICE __host__ __device__
-#else
-#define LONGROPE_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace longrope {
 

@@ -13,6 +13,7 @@
 #include <functional>
 
 #include "common/dtype.h"
+#include "common/product.h"
 
 namespace longrope {
 
@@ -44,12 +45,6 @@ struct LinearNllParams {
   void* grad_hidden;     // [rows, embed]
   void* grad_weight;     // [vocab, embed]
 };
-
-// C[m, n] = A[m, k] B[k, n], added to C where `add`; row strides in elements. B is row-major for
-// float; for bfloat16 pairs of its rows are interleaved, [k / 2][n][2], as the dot-product
-// instructions want it, and C is float.
-using Product = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc,
-                         bool add, const void* a, const void* b, float* c);
 
 struct Runtime {
   int64_t threads = 1;

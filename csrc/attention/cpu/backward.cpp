@@ -1,12 +1,8 @@
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <initializer_list>
 
 #include "attention/attention.h"
 #include "attention/cpu/products.h"
-#include "attention/cpu/shuffle.h"
+#include "common/cpu/vocabulary.h"
 
 #define LONGROPE_BODY "attention/cpu/backward_entry_body.h"
 #include "common/cpu/foreach_isa.h"
@@ -18,16 +14,15 @@ AttentionPlan attention_grad_plan(const AttentionParams& p) {
   // so there are few; by shape alone, so that results do not depend on the number of threads.
   constexpr int64_t kEnoughTasks = 32, kLeastKeys = 1024, kMostSplits = 8;
   constexpr int64_t kBlockKeys = scalar::attention::kBlockKeys;
-  const auto ceil_divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   AttentionPlan plan{};
   plan.bfloat16_products = multiplies_in_bfloat16(p);
   const int64_t whole = p.batch * p.kv_heads;
-  int64_t splits = ceil_divide(kEnoughTasks, whole > 0 ? whole : 1);
+  int64_t splits = ceil_div(kEnoughTasks, whole > 0 ? whole : 1);
   if (splits > kMostSplits) splits = kMostSplits;
   if (splits > p.keys / kLeastKeys) splits = p.keys / kLeastKeys;
   if (splits < 1) splits = 1;
-  plan.split_keys = ceil_divide(ceil_divide(p.keys, splits), kBlockKeys) * kBlockKeys;
-  plan.splits = p.keys > 0 ? ceil_divide(p.keys, plan.split_keys) : 1;
+  plan.split_keys = round_up(ceil_div(p.keys, splits), kBlockKeys);
+  plan.splits = p.keys > 0 ? ceil_div(p.keys, plan.split_keys) : 1;
   plan.tasks = whole * plan.splits;
   LONGROPE_DISPATCH(attention::backward_sizes)(p, &plan);
   return plan;

@@ -44,7 +44,7 @@ struct SoftmaxGrad {
   Real factor;  // takes scores to powers of two
 
   explicit SoftmaxGrad(const AttentionParams& p)
-      : cap(p.scale, p.softcap), factor((cap.on ? 1 : p.scale) * 1.4426950408889634) {}  // log2(e)
+      : cap(p.scale, p.softcap), factor((cap.on ? 1 : p.scale) * kLog2E) {}
 
   // One row, visible in `row`: zero in the rest of `written`.
   void operator()(Real* s, Real* ds, Range row, Range written, Real lse, Real delta) const {
@@ -92,7 +92,7 @@ inline void prepare_rows(const AttentionGradParams& g, const Task& t,
     for (int64_t d = 0; d < p.head_dim; ++d) sum += out[d] * grad[d];
     if (g.grad_lse) sum -= static_cast<const Real*>(g.grad_lse)[row.flat];
     w.delta[i] = sum;
-    w.lse[i] = static_cast<const Real*>(p.lse)[row.flat] * Real(1.4426950408889634);  // log2(e)
+    w.lse[i] = static_cast<const Real*>(p.lse)[row.flat] * static_cast<Real>(kLog2E);
   }
 }
 
@@ -100,7 +100,7 @@ template <typename T>
 inline void write_gradient(const RealOf<T>* x, RealOf<T> factor, const AttentionTensor& y,
                            const Task& t, int64_t key, int64_t head_dim, RealOf<T>* row) {
   for (int64_t d = 0; d < head_dim; ++d) row[d] = x ? x[d] * factor : 0;
-  write_row(row,
+  store_row(row,
             static_cast<T*>(y.data) + t.batch * y.batch_stride + t.kv_head * y.head_stride +
                 key * y.token_stride,
             head_dim);
@@ -165,6 +165,6 @@ inline void finish_queries(const AttentionGradParams& g, const AttentionPlan& pl
     }
     for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= static_cast<Real>(p.scale);
     const RowIndex index(p, locate_keys(p, plan, whole * plan.splits), r % rows);
-    write_row(row, index.in<T>(g.grad_q), p.head_dim);
+    store_row(row, index.in<T>(g.grad_q), p.head_dim);
   }
 }

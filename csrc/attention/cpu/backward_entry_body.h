@@ -1,4 +1,6 @@
 // What backward.cpp calls, for one instruction set (no include guard: the body of foreach_isa.h).
+#include "common/cpu/vocabulary_body.h"
+
 namespace attention {
 
 #include "attention/cpu/common_body.h"
@@ -25,30 +27,15 @@ inline void backward(const AttentionGradParams& g, const AttentionPlan& plan, in
   if (plan.bfloat16_products) {
     return backward_task<BFloat16, LibraryGradProducts>(g, plan, task, workspace, scratch);
   }
-  switch (g.forward.dtype) {
-    case DType::kFloat32:
-      return backward_task<float, TileGradProducts>(g, plan, task, workspace, scratch);
-    case DType::kBFloat16:
-      return backward_task<BFloat16, TileGradProducts>(g, plan, task, workspace, scratch);
-    case DType::kFloat16:
-      return backward_task<Float16, TileGradProducts>(g, plan, task, workspace, scratch);
-    case DType::kFloat64:
-      return backward_task<double, TileGradProducts>(g, plan, task, workspace, scratch);
-  }
+  for_dtype(g.forward.dtype, [&](auto zero) {
+    backward_task<decltype(zero), TileGradProducts>(g, plan, task, workspace, scratch);
+  });
 }
 
 inline void finish(const AttentionGradParams& g, const AttentionPlan& plan, const void* workspace,
                    int64_t begin, int64_t end) {
-  switch (g.forward.dtype) {
-    case DType::kFloat32:
-      return finish_queries<float>(g, plan, workspace, begin, end);
-    case DType::kBFloat16:
-      return finish_queries<BFloat16>(g, plan, workspace, begin, end);
-    case DType::kFloat16:
-      return finish_queries<Float16>(g, plan, workspace, begin, end);
-    case DType::kFloat64:
-      return finish_queries<double>(g, plan, workspace, begin, end);
-  }
+  for_dtype(g.forward.dtype,
+            [&](auto zero) { finish_queries<decltype(zero)>(g, plan, workspace, begin, end); });
 }
 
 }  // namespace attention

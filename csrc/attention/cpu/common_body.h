@@ -1,7 +1,5 @@
 // What the forward and the backward pass share, in order (no include guard: part of a body).
 // clang-format off
-#include "common/cpu/elements_body.h"
-#include "attention/cpu/vector_body.h"
 #include "attention/cpu/product_body.h"
 #include "attention/cpu/pack_body.h"
 #include "attention/cpu/task_body.h"

@@ -1,13 +1,9 @@
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <initializer_list>
 
 #include "attention/attention.h"
 #include "attention/cpu/products.h"
-#include "attention/cpu/shuffle.h"
+#include "common/cpu/vocabulary.h"
 
 #define LONGROPE_BODY "attention/cpu/forward_entry_body.h"
 #include "common/cpu/foreach_isa.h"
@@ -19,33 +15,31 @@ constexpr int64_t kBlockRows = scalar::attention::kBlockRows;
 constexpr int64_t kGroupRows = scalar::attention::kGroupRows;
 constexpr int64_t kBlockKeys = scalar::attention::kBlockKeys;
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 AttentionPlan attention_plan(const AttentionParams& p) {
   AttentionPlan plan{};
-  plan.bfloat16_products = p.dtype == DType::kBFloat16 && p.bfloat16_product && isa() == best_isa();
+  plan.bfloat16_products = multiplies_in_bfloat16(p);
   // Few rows against many keys: part the keys until there is work for many threads, in parts that
   // are long against the work of merging them; then part the rows. By shape alone, so that results
   // do not depend on the number of threads.
   constexpr int64_t kEnoughTasks = 24, kLeastKeys = 4 * kBlockKeys;
   const int64_t rows = p.queries * (p.heads / p.kv_heads);
   const auto tasks = [&] {
-    plan.row_blocks = ceil_divide(rows, plan.block_rows);
+    plan.row_blocks = ceil_div(rows, plan.block_rows);
     return std::max<int64_t>(p.batch * p.kv_heads * plan.row_blocks, 1);
   };
   plan.block_rows = kBlockRows;
-  int64_t splits = ceil_divide(kEnoughTasks, tasks());
+  int64_t splits = ceil_div(kEnoughTasks, tasks());
   splits = std::max<int64_t>(std::min(splits, p.keys / kLeastKeys), 1);
   while (tasks() * splits < kEnoughTasks && plan.block_rows > kGroupRows) plan.block_rows /= 2;
-  plan.split_keys = ceil_divide(ceil_divide(p.keys, splits), kBlockKeys) * kBlockKeys;
-  plan.splits = p.keys > 0 ? ceil_divide(p.keys, plan.split_keys) : 1;
+  plan.split_keys = round_up(ceil_div(p.keys, splits), kBlockKeys);
+  plan.splits = p.keys > 0 ? ceil_div(p.keys, plan.split_keys) : 1;
   plan.tasks = tasks() * plan.splits;
   LONGROPE_DISPATCH(attention::forward_sizes)(p, &plan);
   if (plan.splits > 1) {
-    const size_t real = p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-    plan.workspace = plan.splits * p.batch * p.heads * p.queries * (p.head_dim + 1) * real;
+    plan.workspace =
+        plan.splits * p.batch * p.heads * p.queries * (p.head_dim + 1) * real_bytes_of(p.dtype);
   }
   return plan;
 }

@@ -48,7 +48,7 @@ struct Softmax {
   explicit Softmax(const AttentionParams& p)
       : sign((static_cast<Real>(p.scale) > 0) - (static_cast<Real>(p.scale) < 0)),
         cap(sign == 0 ? 1 : p.scale * sign, p.softcap),
-        factor((cap.on || sign == 0 ? 1 : p.scale * sign) * 1.4426950408889634) {}  // log2(e)
+        factor((cap.on || sign == 0 ? 1 : p.scale * sign) * kLog2E) {}
 
   // One row of scores, visible in `row`, to probabilities there and zeros in the rest of `written`.
   // The probabilities may take the place of the scores.
@@ -119,7 +119,7 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
     const Real l = x.state.l[i], inverse = l == 0 ? 0 : 1 / l;
     for (int64_t d = 0; d < p.head_dim; ++d) o[d] *= inverse;
     const Real lse =
-        l == 0 ? -__builtin_inf() : x.state.m[i] * Real(0.6931471805599453) + natural_log(l);
+        l == 0 ? -__builtin_inf() : x.state.m[i] * static_cast<Real>(kLn2) + natural_log(l);
     const RowIndex row(p, t, i);
     if (plan.splits > 1) {
       const int64_t index = t.split * p.batch * p.heads * p.queries + row.flat;
@@ -127,7 +127,7 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
       __builtin_memcpy(parts + index * p.head_dim, o, p.head_dim * sizeof(Real));
       parts[plan.splits * p.batch * p.heads * p.queries * p.head_dim + index] = lse;
     } else {
-      write_row(o, row.in<T>(p.out), p.head_dim);
+      store_row(o, row.in<T>(p.out), p.head_dim);
       static_cast<Real*>(p.lse)[row.flat] = lse;
     }
   }

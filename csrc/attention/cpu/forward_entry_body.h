@@ -1,4 +1,6 @@
 // What forward.cpp calls, for one instruction set (no include guard: the body of foreach_isa.h).
+#include "common/cpu/vocabulary_body.h"
+
 namespace attention {
 
 #include "attention/cpu/common_body.h"
@@ -24,43 +26,19 @@ inline void forward(const AttentionParams& p, const AttentionPlan& plan, int64_t
   if (plan.bfloat16_products) {
     return forward_task<BFloat16, LibraryProducts>(p, plan, task, workspace, scratch);
   }
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return forward_task<float, TileProducts>(p, plan, task, workspace, scratch);
-    case DType::kBFloat16:
-      return forward_task<BFloat16, TileProducts>(p, plan, task, workspace, scratch);
-    case DType::kFloat16:
-      return forward_task<Float16, TileProducts>(p, plan, task, workspace, scratch);
-    case DType::kFloat64:
-      return forward_task<double, TileProducts>(p, plan, task, workspace, scratch);
-  }
+  for_dtype(p.dtype, [&](auto zero) {
+    forward_task<decltype(zero), TileProducts>(p, plan, task, workspace, scratch);
+  });
 }
 
 inline void merge_splits(const AttentionParams& p, const AttentionPlan& plan, const void* workspace,
                          int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return merge_rows<float>(p, plan, workspace, begin, end);
-    case DType::kBFloat16:
-      return merge_rows<BFloat16>(p, plan, workspace, begin, end);
-    case DType::kFloat16:
-      return merge_rows<Float16>(p, plan, workspace, begin, end);
-    case DType::kFloat64:
-      return merge_rows<double>(p, plan, workspace, begin, end);
-  }
+  for_dtype(p.dtype,
+            [&](auto zero) { merge_rows<decltype(zero)>(p, plan, workspace, begin, end); });
 }
 
 inline void merge(const AttentionMergeParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return merge_pair<float>(p, begin, end);
-    case DType::kBFloat16:
-      return merge_pair<BFloat16>(p, begin, end);
-    case DType::kFloat16:
-      return merge_pair<Float16>(p, begin, end);
-    case DType::kFloat64:
-      return merge_pair<double>(p, begin, end);
-  }
+  for_dtype(p.dtype, [&](auto zero) { merge_pair<decltype(zero)>(p, begin, end); });
 }
 
 }  // namespace attention

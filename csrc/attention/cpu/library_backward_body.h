@@ -20,7 +20,7 @@ struct LibraryGradProducts {
   float* pairs;                  // [padded / 2, kGradRows] pairs of bfloat16
   float* row;                    // [2, padded]
   Range* range;                  // [kGradRows] visible keys
-  BFloat16Product product;
+  Product product;
 
   LibraryGradProducts(const AttentionParams& p, void* memory, size_t* bytes)
       : head_dim(p.head_dim), padded(library_padded(p.head_dim)), product(p.bfloat16_product) {

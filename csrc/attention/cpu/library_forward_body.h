@@ -4,7 +4,6 @@
 template <typename T>
 struct LibraryProducts {
   static constexpr int64_t kStep = 8;       // few sizes: the library compiles a kernel for each
-  static constexpr int64_t kPanel = 64;     // keys per panel
   static constexpr int64_t kPartRows = 32;  // of a group, where a block is visible in part
   static constexpr int64_t kStride = 2 * kBlockKeys;  // of probabilities, in place of the scores
 
@@ -15,7 +14,7 @@ struct LibraryProducts {
   float* s;        // [kGroupRows, kBlockKeys]: scores, then probabilities
   BFloat16* tile;  // [kPanel, padded]
   RowState<float> state;
-  BFloat16Product product;
+  Product product;
 
   LibraryProducts(const AttentionParams& p, const AttentionPlan& plan, void* memory, size_t* bytes)
       : head_dim(p.head_dim), padded(library_padded(p.head_dim)), product(p.bfloat16_product) {

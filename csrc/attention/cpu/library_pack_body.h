@@ -12,7 +12,7 @@ inline void read_bfloat16(const Tokens<T>& x, int64_t token, int64_t padded, BFl
   if (x.cos) {
     float values[kMaxHeadDim];
     x.read(token, values);
-    write_row(values, row, x.head_dim);
+    store_row(values, row, x.head_dim);
   } else {
     __builtin_memcpy(row, x.data + token * x.token_stride, x.head_dim * sizeof(BFloat16));
   }

@@ -28,6 +28,6 @@ inline void merge_pair(const AttentionMergeParams& p, int64_t begin, int64_t end
       load_row(at(p.out_b, r), part, p.head_dim);
       for (int64_t d = 0; d < p.head_dim; ++d) row[d] += weight_b * part[d];
     }
-    write_row(row, at(p.out, r), p.head_dim);
+    store_row(row, at(p.out, r), p.head_dim);
   }
 }

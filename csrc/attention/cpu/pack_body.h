@@ -1,19 +1,6 @@
 // From tensors of any element type and stride to the packed operands of the products (no include
 // guard: part of a body). Whatever is out of bounds is packed as zero, never read.
 
-template <typename T>
-using RealOf = typename ValueOf<T>::type;
-
-inline void load_row(const float* x, float* y, int64_t count) {
-  __builtin_memcpy(y, x, count * sizeof(float));
-}
-inline void load_row(const double* x, double* y, int64_t count) {
-  __builtin_memcpy(y, x, count * sizeof(double));
-}
-inline void load_row(const BFloat16* x, float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) y[i] = load(x[i]);
-}
-
 template <typename Real>
 inline void rotate_row(Real* x, const float* cos, const float* sin, int64_t pairs,
                        bool interleaved) {
@@ -61,46 +48,6 @@ struct Tokens {
     }
   }
 };
-
-// y[column * y_stride + row] = x[row * x_stride + column] for `rows` a multiple of 4.
-inline void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y,
-                      int64_t y_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  typedef float FourUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
-  for (int64_t r = 0; r < rows; r += 4) {
-    const float* const x0 = x + r * x_stride;
-    float* const y0 = y + r;
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const Four a = *reinterpret_cast<const FourUnaligned*>(x0 + c);
-      const Four b = *reinterpret_cast<const FourUnaligned*>(x0 + x_stride + c);
-      const Four d = *reinterpret_cast<const FourUnaligned*>(x0 + 2 * x_stride + c);
-      const Four e = *reinterpret_cast<const FourUnaligned*>(x0 + 3 * x_stride + c);
-      const Four ab_low = LONGROPE_SHUFFLE(a, b, 0, 4, 1, 5);
-      const Four ab_high = LONGROPE_SHUFFLE(a, b, 2, 6, 3, 7);
-      const Four de_low = LONGROPE_SHUFFLE(d, e, 0, 4, 1, 5);
-      const Four de_high = LONGROPE_SHUFFLE(d, e, 2, 6, 3, 7);
-      float* const z = y0 + c * y_stride;
-      *reinterpret_cast<FourUnaligned*>(z) = LONGROPE_SHUFFLE(ab_low, de_low, 0, 1, 4, 5);
-      *reinterpret_cast<FourUnaligned*>(z + y_stride) =
-          LONGROPE_SHUFFLE(ab_low, de_low, 2, 3, 6, 7);
-      *reinterpret_cast<FourUnaligned*>(z + 2 * y_stride) =
-          LONGROPE_SHUFFLE(ab_high, de_high, 0, 1, 4, 5);
-      *reinterpret_cast<FourUnaligned*>(z + 3 * y_stride) =
-          LONGROPE_SHUFFLE(ab_high, de_high, 2, 3, 6, 7);
-    }
-    for (; c < columns; ++c) {
-      for (int64_t i = 0; i < 4; ++i) y0[c * y_stride + i] = x0[i * x_stride + c];
-    }
-  }
-}
-
-inline void transpose(const double* x, int64_t x_stride, int64_t rows, int64_t columns, double* y,
-                      int64_t y_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) y[c * y_stride + r] = x[r * x_stride + c];
-  }
-}
 
 // The transpose of tokens [first, first + count) in panels of kColumns tokens,
 // [panel][head_dim][kColumns]; the last panel is filled up with zeros. row: [kColumns, head_dim].

@@ -6,7 +6,8 @@
 
 namespace longrope {
 
-// The caller's bfloat16 product uses the processor's best instructions: not for who asks for less.
+// The caller's bfloat16 product uses the processor's best instructions, which a smaller set in use
+// does not allow.
 inline bool multiplies_in_bfloat16(const AttentionParams& p) {
   return p.dtype == DType::kBFloat16 && p.bfloat16_product && isa() == best_isa();
 }

@@ -31,6 +31,6 @@ inline void merge_rows(const AttentionParams& p, const AttentionPlan& plan, cons
     const int64_t query = r % p.queries, head = r / p.queries % p.heads;
     T* const y = static_cast<T*>(p.out.data) + r / p.queries / p.heads * p.out.batch_stride +
                  head * p.out.head_stride + query * p.out.token_stride;
-    write_row(row, y, p.head_dim);
+    store_row(row, y, p.head_dim);
   }
 }

@@ -1,7 +1,5 @@
-// What the passes share: blocks, the visible keys of a row, scratch memory (no include guard: part
-// of a body).
+// What the passes share: blocks and the visible keys of a row (no include guard: part of a body).
 
-constexpr int64_t kMaxHeadDim = 256;
 // A multiple of every instruction set's rows of a tile (12, 6, 4) and of its columns (up to 32).
 // Larger blocks pack keys less often; these keep a task within a second-level cache of 1 MiB.
 constexpr int64_t kBlockRows = 384;  // at most
@@ -12,38 +10,10 @@ struct Range {
   int64_t begin, end;
 };
 
-inline int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
 template <typename Real>
 inline int64_t padded_columns(int64_t columns) {
   return round_up(columns, Tile<Real>::kColumns);
 }
-
-inline float natural_log(float x) { return __builtin_logf(x); }
-inline double natural_log(double x) { return __builtin_log(x); }
-inline float natural_exp(float x) { return __builtin_expf(x); }
-inline double natural_exp(double x) { return __builtin_exp(x); }
-
-// Hands out pieces of a thread's scratch memory, each on its own cache lines; with nullptr only
-// counts.
-class Carver {
- public:
-  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename E>
-  E* take(int64_t count) {
-    char* const taken = memory_ + used_;
-    used_ = round_up(used_ + count * static_cast<int64_t>(sizeof(E)), 64);
-    return reinterpret_cast<E*>(taken);
-  }
-  size_t bytes() const { return static_cast<size_t>(used_); }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 // score = softcap tanh(scale s / softcap).
 template <typename Real>
@@ -209,14 +179,3 @@ inline void pack_queries(const AttentionParams& p, const Task& t, const Attentio
     pack_groups(tile, here, p.head_dim, groups + r * p.head_dim);
   }
 }
-
-inline void write_row(const float* x, float* y, int64_t count) {
-  __builtin_memcpy(y, x, count * sizeof(float));
-}
-inline void write_row(const double* x, double* y, int64_t count) {
-  __builtin_memcpy(y, x, count * sizeof(double));
-}
-inline void write_row(const float* x, BFloat16* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) store(y + i, x[i]);
-}
-inline void write_row(const float* x, Float16* y, int64_t count) { store_row(x, y, count); }

@@ -11,7 +11,7 @@ constexpr int kFloatThreads = 128;
 constexpr int kRowsOfWarp = 4;
 constexpr int kFloatRows = kFloatThreads / 32 * kRowsOfWarp;  // of a block
 constexpr int kFloatKeys = 32;                                // of a tile, one for every lane
-constexpr int kFloatColumns = 8;                              // of a lane: head_dim 256 at most
+constexpr int kFloatColumns = kMaxHeadDim / 32;               // of a lane
 
 // Odd: the elements of one column lie in different banks.
 constexpr __host__ __device__ int float_stride(int head_dim) { return head_dim | 1; }

@@ -12,7 +12,7 @@ auto for_head_dim(int64_t head_dim, const F& f) {
   if (head_dim <= 64) return f(std::integral_constant<int, 64>());
   if (head_dim <= 96) return f(std::integral_constant<int, 96>());
   if (head_dim <= 128) return f(std::integral_constant<int, 128>());
-  return f(std::integral_constant<int, 256>());  // more is refused by check_sizes
+  return f(std::integral_constant<int, kMaxHeadDim>());  // more is refused by check_sizes
 }
 
 // Whether rows of `x`, 16-bit elements, can be written 16 bytes at a time.

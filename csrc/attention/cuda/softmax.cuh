@@ -6,7 +6,8 @@
 
 namespace longrope::cuda {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr auto kLog2E = static_cast<float>(longrope::kLog2E);
+constexpr auto kLn2 = static_cast<float>(longrope::kLn2);
 
 // The power of two that a product q . k stands for is unit times apply(product), or unit times the
 // product itself where is_product: then unit is positive, so that the largest product is the

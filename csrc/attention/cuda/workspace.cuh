@@ -43,7 +43,9 @@ inline void check_sizes(const AttentionParams& p) {
   if (p.dtype == DType::kFloat64) {
     throw std::invalid_argument("q: expected float32, bfloat16 or float16 on CUDA, got float64");
   }
-  if (p.head_dim > 256) throw std::invalid_argument("q: expected head_dim 1 to 256");
+  if (p.head_dim > kMaxHeadDim) {
+    throw std::invalid_argument("q: expected head_dim 1 to " + std::to_string(kMaxHeadDim));
+  }
   const int64_t rows = p.kv_heads ? p.queries * (p.heads / p.kv_heads) : 0;
   if (p.keys >= kMaxPosition || rows >= kMaxPosition) {
     throw std::invalid_argument(

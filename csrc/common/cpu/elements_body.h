@@ -10,13 +10,22 @@ struct Float16 {
 
 // The type of the arithmetic.
 template <typename T>
-struct ValueOf {
-  using type = float;
-};
-template <>
-struct ValueOf<double> {
-  using type = double;
-};
+using RealOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls f with a zero of the element type.
+template <typename F>
+inline void for_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kFloat64:
+      return f(double{});
+  }
+}
 
 inline float load(float x) { return x; }
 inline double load(double x) { return x; }
@@ -74,6 +83,25 @@ inline uint16_t half_from_float(float value) {  // to nearest even
 }
 
 inline float load(Float16 x) { return half_to_float(x.bits); }
+
+// A row to the type of the arithmetic, and back.
+template <typename T>
+inline void load_row(const T* x, RealOf<T>* y, int64_t count) {
+  if constexpr (std::is_same_v<T, RealOf<T>>) {
+    __builtin_memcpy(y, x, count * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = load(x[i]);
+  }
+}
+
+template <typename T>
+inline void store_row(const RealOf<T>* x, T* y, int64_t count) {
+  if constexpr (std::is_same_v<T, RealOf<T>>) {
+    __builtin_memcpy(y, x, count * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < count; ++i) store(y + i, x[i]);
+  }
+}
 
 inline void load_row(const Float16* x, float* y, int64_t count) {
   int64_t i = 0;

@@ -7,6 +7,7 @@
 #include "common/cuda/ptx.cuh"
 #include "common/cuda/types.cuh"
 #include "common/dtype.h"
+#include "common/numbers.h"
 
 // States the most registers that `kernel` may use; ci/nvcc_check.py reads it from the source and
 // holds ptxas to it. Spills fail too, unless a third argument allows so many bytes of them.
@@ -32,11 +33,6 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 #else
   return static_cast<unsigned char*>(emulation::dynamic_shared());
 #endif
-}
-
-template <typename Integer>
-constexpr __host__ __device__ Integer ceil_div(Integer a, Integer b) {
-  return (a + b - 1) / b;
 }
 
 // kCount neighbours with one instruction; the address is aligned to all of them.

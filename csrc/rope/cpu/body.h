@@ -1,10 +1,8 @@
 // All that is compiled once per instruction set.
-#include "common/cpu/elements_body.h"
-//
+// clang-format off
+#include "common/cpu/vocabulary_body.h"
 #include "rope/cpu/table_body.h"
-//
 #include "rope/cpu/rotate_body.h"
-//
 #include "rope/cpu/rope_body.h"
-//
 #include "rope/cpu/rope_grad_body.h"
+// clang-format on

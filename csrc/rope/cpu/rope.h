@@ -1,6 +1,7 @@
 // What the bodies of every instruction set share.
 #pragma once
 
+#include "common/cpu/memory.h"
 #include "rope/rope.h"
 
 namespace longrope {
@@ -19,24 +20,12 @@ inline int64_t rope_block_tokens(const RopeParams& p) {
 // not read the lines that they overwrite.
 inline bool rope_streams(const RopeParams& p, const RopeTensor& in, const RopeTensor& out,
                          int64_t element_bytes) {
-  constexpr int64_t kLine = 64, kLarge = 32 << 20;
-  const auto lines = [&](int64_t elements) { return elements * element_bytes % kLine == 0; };
+  constexpr int64_t kLarge = 32 << 20;
+  const auto lines = [&](int64_t elements) { return elements * element_bytes % kCacheLine == 0; };
   const int64_t bytes = p.batch * p.tokens * (p.q.heads + p.k.heads) * p.head_dim * element_bytes;
   return in.data != out.data && bytes >= kLarge && lines(p.head_dim) && lines(out.batch_stride) &&
          lines(out.head_stride) && lines(out.token_stride) &&
-         reinterpret_cast<uintptr_t>(out.data) % kLine == 0;
+         reinterpret_cast<uintptr_t>(out.data) % kCacheLine == 0;
 }
-
-// Buffers of one thread, allocated outside the bodies (a library container that is compiled for
-// AVX-512 could be picked by the linker for every caller).
-struct RopeScratch {
-  void* cos;              // [block tokens, pairs] in the type of the arithmetic, without the factor
-  void* sin;              // the same
-  void* row;              // [2 * pairs] in the type of the arithmetic
-  void* turned;           // [head_dim] of the tensors' type, on a cache line
-  void* cross;            // gradients: [block tokens, pairs], A of rope.h
-  void* dot;              // gradients: [block tokens, pairs], B of rope.h
-  uint64_t* frequencies;  // [4, pairs]
-};
 
 }  // namespace longrope

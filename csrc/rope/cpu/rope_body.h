@@ -25,15 +25,44 @@ void for_heads_and_tokens(const RopeTensor& t, int64_t count, const Visit& visit
   }
 }
 
-template <typename T, bool kInterleaved>
+// The memory of one thread.
+template <typename T>
+class RopeScratch {
+ public:
+  using Real = RealOf<T>;
+  Real *cos, *sin;        // [block tokens, pairs]
+  Real* row;              // [2 * pairs]
+  T* turned;              // [head_dim], on a cache line
+  uint64_t* frequencies;  // [4, pairs]
+  Real *cross, *dot;      // gradients: [block tokens, pairs], A and B of rope.h
+
+  RopeScratch(const RopeParams& p, bool gradients) : memory_(carve(nullptr, p, gradients)) {
+    carve(memory_, p, gradients);
+  }
+
+ private:
+  int64_t carve(void* memory, const RopeParams& p, bool gradients) {
+    const int64_t table = rope_block_tokens(p) * p.pairs;
+    Carver carver(memory);
+    cos = carver.take<Real>(table);
+    sin = carver.take<Real>(table);
+    row = carver.take<Real>(2 * p.pairs);
+    turned = carver.take<T>(p.head_dim);
+    frequencies = carver.take<uint64_t>(4 * p.pairs);
+    cross = carver.take<Real>(gradients ? table : 0);
+    dot = carver.take<Real>(gradients ? table : 0);
+    return carver.bytes();
+  }
+
+  Buffer<char> memory_;
+};
+
+template <bool kInterleaved, typename T>
 void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& out, int64_t row,
-                  int64_t begin, int64_t count, const RopeScratch& scratch) {
-  using Value = typename ValueOf<T>::type;
+                  int64_t begin, int64_t count, const RopeScratch<T>& scratch) {
   const T* x0 = static_cast<const T*>(in.data) + row * in.batch_stride + begin * in.token_stride;
   T* y0 = static_cast<T*>(out.data) + row * out.batch_stride + begin * out.token_stride;
-  const Value* cos = static_cast<const Value*>(scratch.cos);
-  const Value* sin = static_cast<const Value*>(scratch.sin);
-  Value* values = static_cast<Value*>(scratch.row);
+  const RealOf<T>*const cos = scratch.cos, *const sin = scratch.sin;
   const int64_t pairs = p.pairs;
   const int64_t rest = p.head_dim - 2 * pairs;
   const int64_t bytes = p.head_dim * sizeof(T);
@@ -45,12 +74,12 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (streamed && rest == 0 && pairs % 32 == 0) {
         rotate_row<kInterleaved, true>(x, result, cos + token * pairs, sin + token * pairs, pairs,
-                                       values);
+                                       scratch.row);
         return;
       }
     }
-    T* y = streamed ? static_cast<T*>(scratch.turned) : result;
-    rotate_row<kInterleaved>(x, y, cos + token * pairs, sin + token * pairs, pairs, values);
+    T* y = streamed ? scratch.turned : result;
+    rotate_row<kInterleaved>(x, y, cos + token * pairs, sin + token * pairs, pairs, scratch.row);
     if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
     if (streamed) stream_row(y, result, bytes);
   });
@@ -72,8 +101,8 @@ inline bool rows_share_table(const RopeParams& p) {
 // block's rows follow one another, so that rows which turn alike share its table.
 //
 // slot(pairs, i) is where pair i stands in the table.
-template <typename Value, typename Slot, typename Visit>
-void for_items(const RopeParams& p, const RopeScratch& scratch, int64_t begin, int64_t end,
+template <typename T, typename Slot, typename Visit>
+void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin, int64_t end,
                bool with_factor, const Slot& slot, const Visit& visit) {
   const int64_t block_tokens = rope_block_tokens(p);
   const bool share = rows_share_table(p) && !(with_factor && p.attention_factor_rows);
@@ -87,47 +116,32 @@ void for_items(const RopeParams& p, const RopeScratch& scratch, int64_t begin, i
         row_frequencies(p, row, slot, scratch.frequencies);
         frequencies_row = row;
       }
-      const Value factor = static_cast<Value>(with_factor ? factor_of(p, row) : 1.0);
-      fill_table(p, row, first, first + count, factor, scratch.frequencies,
-                 static_cast<Value*>(scratch.cos), static_cast<Value*>(scratch.sin));
+      const RealOf<T> factor = with_factor ? factor_of(p, row) : 1.0;
+      fill_table(p, row, first, first + count, factor, scratch.frequencies, scratch.cos,
+                 scratch.sin);
       table_block = block;
     }
     visit(row, block, first, count);
   }
 }
 
-template <typename T, bool kInterleaved>
-void rope_typed(const RopeParams& p, const RopeScratch& scratch, int64_t begin, int64_t end) {
-  const auto visit = [&](int64_t row, int64_t, int64_t first, int64_t count) {
-    rotate_block<T, kInterleaved>(p, p.q, p.q_out, row, first, count, scratch);
-    rotate_block<T, kInterleaved>(p, p.k, p.k_out, row, first, count, scratch);
-  };
-  for_items<typename ValueOf<T>::type>(p, scratch, begin, end, true, table_slot<T, kInterleaved>,
-                                       visit);
-}
-
-// Calls visit with a zero of the element type.
+// Calls visit with a zero of the element type and, as a type, whether pairs are interleaved.
 template <typename Visit>
-void for_dtype(DType dtype, const Visit& visit) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit(float{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-    case DType::kFloat16:
-      return visit(Float16{});
-    case DType::kFloat64:
-      return visit(double{});
-  }
+void for_layout(const RopeParams& p, const Visit& visit) {
+  for_dtype(p.dtype, [&](auto zero) {
+    p.interleaved ? visit(zero, std::true_type()) : visit(zero, std::false_type());
+  });
 }
 
-inline void rope(const RopeParams& p, const RopeScratch& scratch, int64_t begin, int64_t end) {
-  for_dtype(p.dtype, [&](auto zero) {
+inline void rope(const RopeParams& p, int64_t begin, int64_t end) {
+  for_layout(p, [&](auto zero, auto interleaved) {
     using T = decltype(zero);
-    if (p.interleaved) {
-      rope_typed<T, true>(p, scratch, begin, end);
-    } else {
-      rope_typed<T, false>(p, scratch, begin, end);
-    }
+    constexpr bool kInterleaved = decltype(interleaved)::value;
+    const RopeScratch<T> scratch(p, false);
+    for_items(p, scratch, begin, end, true, table_slot<T, kInterleaved>,
+              [&](int64_t row, int64_t, int64_t first, int64_t count) {
+                rotate_block<kInterleaved>(p, p.q, p.q_out, row, first, count, scratch);
+                rotate_block<kInterleaved>(p, p.k, p.k_out, row, first, count, scratch);
+              });
   });
 }

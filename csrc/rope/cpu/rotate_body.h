@@ -4,56 +4,7 @@
 // that widening and narrowing need no permutation. Even and odd pairs then lie in different
 // registers, and the table is stored in that order (table_slot).
 
-template <int kWidth>
-struct Lanes {
-  typedef float Floats __attribute__((vector_size(kWidth * 4)));
-  typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
-  typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
-};
-constexpr int kLanes = LONGROPE_ISA_BYTES / 4;
-using Floats = Lanes<kLanes>::Floats;
-using Words = Lanes<kLanes>::Words;
-
-template <typename V>
-inline auto bits_as_floats(V words) {
-  return (typename Lanes<sizeof(V) / 4>::Floats) words;
-}
-template <typename V>
-inline auto bits_as_words(V floats) {
-  return (typename Lanes<sizeof(V) / 4>::Words) floats;
-}
-
-template <typename V>
-inline V load_as(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <typename V>
-inline void store_as(void* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
-// Stores a register past the caches; the address is on a register's boundary.
-inline void stream_words(void* p, Words v) {
-#if LONGROPE_ISA_BYTES == 64
-  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
-#elif LONGROPE_ISA_BYTES == 32
-  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-#elif defined(__x86_64__)
-  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-#else
-  store_as(p, v);
-#endif
-}
-
-// Copies whole cache lines past the caches, to a line's boundary.
-inline void stream_row(const void* from, void* to, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += LONGROPE_ISA_BYTES) {
-    stream_words(static_cast<char*>(to) + i, load_as<Words>(static_cast<const char*>(from) + i));
-  }
-}
+constexpr int kLanes = Vector<float>::kLanes;
 
 // Where the cosine and sine of pair i stand in a row of the table.
 template <typename T, bool kInterleaved>
@@ -182,8 +133,4 @@ void rotate_row(const BFloat16* x, BFloat16* y, const float* cos, const float* s
     }
   }
   rotate_pairs<kInterleaved>(x, y, cos, sin, i, pairs);
-}
-
-inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
