@@ -168,7 +168,7 @@ def block_sums(
 
     Added in an order that is always the same, on a GPU too, where `index_add_` has none.
     """
-    return torch.ops.longrope.candidate_sums(nll, targets, block, blocks)[0]
+    return ops.candidate_sums(nll, targets, block, blocks)[0]
 
 
 def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -14,7 +14,6 @@
 
 #include "bindings/attention_arguments.h"
 #include "bindings/bfloat16_product.h"
-#include "bindings/check.h"
 #include "bindings/cuda.h"
 
 namespace longrope {
@@ -77,7 +76,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   p.rotate_q = arguments.rotation("query rotation", query_cos, query_sin, p.queries, interleaved);
   p.rotate_k = arguments.rotation("key rotation", key_cos, key_sin, p.keys, interleaved);
   Tensor out = fresh(q);
-  Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(lse_type(q)));
+  Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(real_type(q)));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
   if (out.numel() == 0) return {out, lse};

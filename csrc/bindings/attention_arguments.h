@@ -5,59 +5,22 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
-#include <optional>
 #include <sstream>
 #include <string>
-#include <vector>
 
 #include "attention/attention.h"
-#include "bindings/check.h"
+#include "bindings/arguments.h"
 
 namespace longrope::attention_bindings {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline DType dtype_of(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kDouble:
-      TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected float32, bfloat16 or float16 on ", t.device(),
-                        ", got ", describe(t));
-      return DType::kFloat64;
-    default:
-      TORCH_CHECK_VALUE(false, name, ": expected float32, bfloat16, float16 or float64, got ",
-                        describe(t));
-  }
-}
-
-inline at::ScalarType lse_type(const Tensor& out) {
-  return out.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 inline AttentionTensor view_of(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// A fresh tensor in the memory order of `like`: [B, N, H, D] where heads lie closer than tokens,
-// [B, H, N, D] otherwise. The fake kernels follow the same rule.
-inline Tensor fresh(const Tensor& like) {
-  const auto s = like.sizes();
-  if (like.stride(1) < like.stride(2)) {
-    return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
-  }
-  return at::empty(s, like.options());
-}
-
 // [B, heads, tokens, D] on the device and of the dtype of `like`; -1 leaves a size open.
 inline void check_heads(const char* name, const Tensor& t, const Tensor& like, int64_t batch,
                         int64_t heads, int64_t tokens, int64_t head_dim) {
-  LONGROPE_EXPECT(t.device() == like.device(), name, "device " + like.device().str(), t.device());
+  check_device(name, t, like.device());
   const auto fits = [](int64_t wanted, int64_t got) { return wanted < 0 || wanted == got; };
   const bool ok = t.scalar_type() == like.scalar_type() && t.dim() == 4 && fits(batch, t.size(0)) &&
                   fits(heads, t.size(1)) && fits(tokens, t.size(2)) && fits(head_dim, t.size(3));
@@ -76,17 +39,15 @@ inline void check_heads(const char* name, const Tensor& t, const Tensor& like, i
 }
 
 inline void check_lse(const char* name, const Tensor& t, const Tensor& out) {
-  LONGROPE_EXPECT(t.device() == out.device(), name, "device " + out.device().str(), t.device());
+  check_device(name, t, out.device());
   std::ostringstream expected;
-  expected << (lse_type(out) == at::kDouble ? "float64 " : "float32 ") << out.sizes().slice(0, 3);
-  LONGROPE_EXPECT(t.scalar_type() == lse_type(out) && t.sizes() == out.sizes().slice(0, 3), name,
+  expected << (real_type(out) == at::kDouble ? "float64 " : "float32 ") << out.sizes().slice(0, 3);
+  LONGROPE_EXPECT(t.scalar_type() == real_type(out) && t.sizes() == out.sizes().slice(0, 3), name,
                   expected.str(), describe(t));
 }
 
-// Holds what the parameters point to.
-struct Arguments {
+struct Arguments : HeldTensors {
   AttentionParams params{};
-  std::vector<Tensor> held;
 
   void heads(const Tensor& q, const Tensor& k, const Tensor& v) {
     AttentionParams& p = params;
@@ -121,14 +82,7 @@ struct Arguments {
       check(all);
       return b;
     }
-    std::ostringstream expected;
-    expected << "an int or int64 [" << params.batch << "]";
-    LONGROPE_EXPECT(
-        rows->scalar_type() == at::kLong && rows->dim() == 1 && rows->size(0) == params.batch, name,
-        expected.str(), describe(*rows));
-    check_device(name, *rows);
-    held.push_back(rows->contiguous());
-    b.rows = held.back().const_data_ptr<int64_t>();
+    b.rows = hold_rows(name, *rows, params.batch, device_);
     // On CUDA that would wait for the device: the kernels take the nearest that is in range.
     for (int64_t i = 0; rows->is_cpu() && i < params.batch; ++i) check(b.rows[i]);
     return b;
@@ -160,11 +114,10 @@ struct Arguments {
                           t.size(1) == tokens && (t.size(0) == 1 || t.size(0) == params.batch) &&
                           t.sizes() == cos->sizes(),
                       name, expected.str(), describe(t));
-      check_device(name, t);
-      held.push_back(t.contiguous());
+      check_device(name, t, device_);
     }
-    r.cos = held[held.size() - 2].const_data_ptr<float>();
-    r.sin = held[held.size() - 1].const_data_ptr<float>();
+    r.cos = hold<float>(*cos);
+    r.sin = hold<float>(*sin);
     r.pairs = cos->size(2);
     r.token_stride = r.pairs;
     r.batch_stride = cos->size(0) == 1 ? 0 : tokens * r.pairs;
@@ -173,10 +126,6 @@ struct Arguments {
   }
 
  private:
-  void check_device(const char* name, const Tensor& t) const {
-    LONGROPE_EXPECT(t.device() == device_, name, "device " + device_.str(), t.device());
-  }
-
   at::Device device_ = at::kCPU;
 };
 

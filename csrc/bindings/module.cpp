@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "attention/attention.h"
 #include "common/cpu/isa.h"
 
 namespace {
@@ -34,6 +35,7 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("MAX_HEAD_DIM") = longrope::kMaxHeadDim;  // of attention
   m.def("build_info", &build_info,
         "What this extension was built from and for: version, torch, compiler, openmp, cuda "
         "(toolkit version or None), and isa, the CPU instruction set in use.");

@@ -14,7 +14,7 @@ TORCH_LIBRARY(longrope, m) {
       "Tensor? attention_factor_rows, bool interleaved) -> ()");
   // Gradients for inv_freq, base_inv_freq [batch, pairs] and the factor [batch] of each row.
   m.def(
-      "rope_grad(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, "
+      "rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, "
       "Tensor inv_freq, Tensor? base_inv_freq, SymInt start_tokens, Tensor? start_tokens_rows, "
       "float attention_factor, Tensor? attention_factor_rows, bool interleaved, bool inverse) "
       "-> (Tensor, Tensor, Tensor)");

@@ -55,15 +55,15 @@ struct Runtime {
   void (*end_of_task)() = nullptr;     // called by each thread after its last product; may be null
 };
 
-void linear_nll_forward(const LinearNllParams& params, const Runtime& runtime);
-void linear_nll_backward(const LinearNllParams& params, const Runtime& runtime);
+void linear_nll_cpu(const LinearNllParams& params, const Runtime& runtime);
+void linear_nll_backward_cpu(const LinearNllParams& params, const Runtime& runtime);
 
 // The sum of nll (float32, or float64 where `wide`) and the number of rows that are not ignored,
 // by candidate: sums [candidates] and counts [candidates] are overwritten. Rows are added in order,
 // in float64, so the result does not depend on the number of threads.
-void candidate_sums(const void* nll, bool wide, const int64_t* targets, const int64_t* candidate,
-                    int64_t rows, int64_t candidates, int64_t ignore_index, double* sums,
-                    int64_t* counts);
+void candidate_sums_cpu(const void* nll, bool wide, const int64_t* targets,
+                        const int64_t* candidate, int64_t rows, int64_t candidates,
+                        int64_t ignore_index, double* sums, int64_t* counts);
 
 // CUDA: the matrix products are the caller's (cuBLAS, through torch). It computes the logits of
 // some rows and a part of the vocabulary at a time, in float32, and these kernels reduce them.
@@ -88,7 +88,7 @@ struct NllChunkParams {
 };
 
 // d logits of the chunk, rounded to `dtype`.
-struct NllGradChunkParams {
+struct NllBackwardChunkParams {
   LogitsChunk chunk;
   const float *largest, *log_sum, *grad_nll;  // [rows]
   DType dtype;
@@ -106,7 +106,7 @@ struct CandidateSumsParams {
 };
 
 void linear_nll_chunk_cuda(const NllChunkParams& params, void* stream);
-void linear_nll_grad_chunk_cuda(const NllGradChunkParams& params, void* stream);
+void linear_nll_backward_chunk_cuda(const NllBackwardChunkParams& params, void* stream);
 void candidate_sums_cuda(const CandidateSumsParams& params, void* stream);
 
 }  // namespace longrope

@@ -53,7 +53,7 @@ struct RopeParams {
 // summed over the tokens of one block, in float64: d/d phase times the position goes to inv_freq,
 // or to base_inv_freq below start_tokens. The caller adds up blocks (and rows that share
 // frequencies).
-struct RopeGradParams {
+struct RopeBackwardParams {
   RopeParams forward;         // q_out and k_out unused; only one of turn and undo
   RopeTensor grad_q, grad_k;  // gradients of the outputs
   double* partial;            // [batch, blocks, 2 * pairs + 1]: inv_freq, base_inv_freq, factor
@@ -64,12 +64,12 @@ struct RopeGradParams {
 int64_t rope_blocks(const RopeParams& params);
 
 // On a CUDA device: every pointer is device memory, `stream` a cudaStream_t. float64 is refused.
-// Gradients come in rope_grad_cuda_blocks(params) blocks per row.
+// Gradients come in rope_backward_cuda_blocks(params) blocks per row.
 void rope_cuda(const RopeParams& params, void* stream);
-void rope_grad_cuda(const RopeGradParams& params, void* stream);
-int64_t rope_grad_cuda_blocks(const RopeGradParams& params);
+void rope_backward_cuda(const RopeBackwardParams& params, void* stream);
+int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params);
 
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
-void rope_grad_cpu(const RopeGradParams& params, int64_t begin, int64_t end);
+void rope_backward_cpu(const RopeBackwardParams& params, int64_t begin, int64_t end);
 
 }  // namespace longrope

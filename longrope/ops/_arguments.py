@@ -22,6 +22,11 @@ def expect(condition: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
+def argument_names(op: str) -> list[str]:
+    """Return the names of the arguments of `longrope::op`, in the order of its schema."""
+    return [a.name for a in getattr(torch.ops.longrope, op).default._schema.arguments]
+
+
 def check_tensors(**tensors: Tensor) -> None:
     """Check that all are dense tensors on the device of the first."""
     device = None

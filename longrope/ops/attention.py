@@ -13,7 +13,8 @@ from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import check_positions, check_tensors, expect, is_int64
-from longrope.ops.rope import Rotation, _fresh, rope
+from longrope.ops._rotation import Rotation
+from longrope.ops.rope import _fresh, rope
 
 __all__ = ["attention", "merge_attention"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import expect
 
-__all__ = ["linear_nll", "population_nll"]
+__all__ = ["candidate_sums", "linear_nll"]
 
 
 def linear_nll(
@@ -59,44 +59,43 @@ def linear_nll(
     return torch.ops.longrope.linear_nll(hidden, weight, targets, ignore_index, softcap)[0]
 
 
-def population_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    candidate: Tensor,
-    candidates: int,
-    ignore_index: int = -100,
-    softcap: float | None = None,
+def candidate_sums(
+    nll: Tensor, targets: Tensor, candidate: Tensor, candidates: int, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of `linear_nll` and the number of scored rows, for each candidate.
 
     For the evaluation of a whole population in one batch: the rows of all candidates come together
     and the results stay on the device. `(nll_sum / count).exp()` is each candidate's perplexity.
-    In plain torch: `zeros(candidates).index_add(0, candidate, linear_nll(...).double())`.
+    In plain torch: `zeros(candidates).index_add(0, candidate, nll.double())`, which has no fixed
+    order on a GPU.
 
     Parameters
     ----------
-    hidden, weight, targets, ignore_index, softcap
-        As `linear_nll`.
+    nll : float32 (CPU also float64) `[T]`
+        What `linear_nll` returned.
+    targets : int64 `[T]`
+        Its targets: rows of `ignore_index` count nowhere.
     candidate : int64 `[T]`
         Which candidate each row belongs to, in `[0, candidates)`, in any order.
     candidates : int
         How many there are; one without rows has sum 0 and count 0.
+    ignore_index : int
+        As for `linear_nll`.
 
     Returns
     -------
     nll_sum : float64 `[candidates]`
-        Rows are added in float64, in order: the result does not depend on the number of threads
-        beyond the rounding of each row. Differentiable in hidden and weight, once.
+        Rows are added in float64, in a fixed order: the result does not depend on the number of
+        threads beyond the rounding of each row. Differentiable in nll.
     count : int64 `[candidates]`
         Rows that are not ignored.
 
     Raises
     ------
     ValueError
-        As `linear_nll`, and where `candidate` does not fit.
+        Where a shape, dtype or device is not as above, and on CPU where a candidate is out of range
+        (on CUDA it counts nowhere).
     """
-    nll = linear_nll(hidden, weight, targets, ignore_index, softcap)
     return torch.ops.longrope.candidate_sums(nll, targets, candidate, candidates, ignore_index)
 
 

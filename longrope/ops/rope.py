@@ -7,7 +7,6 @@ kernels and `longrope.ops.reference.rope` for the specification in plain PyTorch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,52 +14,14 @@ from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import (
-    check_frequencies,
-    check_positions,
+    argument_names,
     check_tensors,
     expect,
     factor_sets,
     is_int64,
 )
 
-__all__ = ["Rotation", "rerotate", "rope", "rope_"]
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """How `ops.attention` turns queries and keys that come un-rotated.
-
-    Parameters
-    ----------
-    inv_freq : float64 `[R/2]` or `[B, R/2]`
-        Radians per token; a row of the batch may have its own.
-    query_positions, key_positions : int64 `[N]` or `[B, N]`, `[M]` or `[B, M]`
-        Positions of the queries and of the keys; may be negative.
-    start_tokens : int or int64 `[B]`
-        Positions below it turn by `base_inv_freq` (n_hat of the paper); 0 for none.
-    base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
-        The original frequencies; required with `start_tokens`.
-    attention_factor : float or tensor `[]` or `[B]`
-        Multiplies the rotated dimensions of queries and of keys.
-    interleaved : bool
-        Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
-    """
-
-    inv_freq: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    start_tokens: int | Tensor = 0
-    base_inv_freq: Tensor | None = None
-    attention_factor: float | Tensor = 1.0
-    interleaved: bool = False
-
-    def __post_init__(self) -> None:
-        """Check dtypes and shapes; batch and token counts are checked against the tensors later."""
-        check_frequencies(
-            self.inv_freq, self.start_tokens, self.base_inv_freq, self.attention_factor
-        )
-        check_positions("query_positions", self.query_positions)
-        check_positions("key_positions", self.key_positions)
+__all__ = ["rerotate", "rope", "rope_"]
 
 
 def rope(
@@ -256,7 +217,7 @@ def _(q, k, *_arguments):
     return None
 
 
-@torch.library.register_fake("longrope::rope_grad")
+@torch.library.register_fake("longrope::rope_backward")
 def _(grad_q, grad_k, q, k, positions, inv_freq, *_arguments):
     rows = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
     return rows, torch.empty_like(rows), inv_freq.new_empty(q.shape[0])
@@ -277,8 +238,11 @@ def _(k, *_arguments):
     return None
 
 
-# Positions of the arguments of longrope::rope that have a gradient.
-_INV_FREQ, _BASE_INV_FREQ, _FACTOR = 3, 4, 8
+_ARGUMENTS = argument_names("rope")
+# Which of them have a gradient, beside q and k.
+_INV_FREQ, _BASE_INV_FREQ, _FACTOR = map(
+    _ARGUMENTS.index, ("inv_freq", "base_inv_freq", "attention_factor_rows")
+)
 
 
 def _rope_setup(ctx, inputs, output):
@@ -297,11 +261,11 @@ def _rope_backward(ctx, grad_q, grad_k):
     turned_by = (
         positions, inv_freq, base, start_tokens, rows, factor, factor_rows, interleaved
     )  # fmt: skip
-    grads = [None] * 11
+    grads = [None] * len(_ARGUMENTS)
     # The gradient of a rotation is the rotation back.
     grads[0], grads[1] = torch.ops.longrope.rope(grad_q, grad_k, *turned_by, not inverse)
     if ctx.needs_angles:
-        to_inv_freq, to_base, to_factor = torch.ops.longrope.rope_grad(
+        to_inv_freq, to_base, to_factor = torch.ops.longrope.rope_backward(
             grad_q, grad_k, q, k, *turned_by, inverse
         )
         if ctx.needs_input_grad[_INV_FREQ]:
@@ -320,26 +284,34 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("rope: no second derivative for inv_freq and attention_factor")
 
 
-torch.library.register_autograd("longrope::rope_grad", _no_second_derivative)
+torch.library.register_autograd("longrope::rope_backward", _no_second_derivative)
+
+
+_REROTATE_ARGUMENTS = argument_names("rerotate")
+
+
+def _other_set(name: str) -> str:
+    """Return the argument of rerotate that says of the other factor set what `name` says of one."""
+    for one, other in (("from_", "to_"), ("to_", "from_")):
+        if name.startswith(one):
+            return other + name.removeprefix(one)
+    return name
 
 
 def _rerotate_setup(ctx, inputs, output):
-    _, positions, *from_set_to_set = inputs
-    ctx.save_for_backward(positions, *(a for a in from_set_to_set if isinstance(a, Tensor)))
-    ctx.arguments = [None if isinstance(a, Tensor) else a for a in from_set_to_set]
-    ctx.is_tensor = [isinstance(a, Tensor) for a in from_set_to_set]
+    arguments = dict(zip(_REROTATE_ARGUMENTS, inputs, strict=True))
+    del arguments["k"]
+    tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+    ctx.save_for_backward(*tensors.values())
+    ctx.arguments = arguments | dict.fromkeys(tensors)
+    ctx.tensors = list(tensors)
 
 
 def _rerotate_backward(ctx, grad):
-    positions, *tensors = ctx.saved_tensors
-    source = iter(tensors)
-    sets = [
-        next(source) if is_tensor else a
-        for a, is_tensor in zip(ctx.arguments, ctx.is_tensor, strict=True)
-    ]
-    turned_back = (*sets[3:6], *sets[:3], *sets[6:])
+    arguments = ctx.arguments | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
+    turned_back = {_other_set(name): a for name, a in arguments.items()}
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    return torch.ops.longrope.rerotate(grad, positions, *turned_back), *[None] * 9
+    return torch.ops.longrope.rerotate(grad, **turned_back), *[None] * len(arguments)
 
 
 torch.library.register_autograd(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
+from longrope._native import _C
 from longrope.patching.models import decoder
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
@@ -25,8 +26,8 @@ from longrope.patching.tiers import arguments_of
 
 #: What the function is called in transformers' `AttentionInterface`.
 NAME = "longrope"
-#: Limits of the kernels (`csrc/attention/attention.h`).
-LARGEST_HEAD_DIM = 256
+#: What the kernels take.
+LARGEST_HEAD_DIM = _C.MAX_HEAD_DIM
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Attribute of an attention layer: what it runs inside the block.

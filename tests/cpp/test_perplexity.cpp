@@ -165,8 +165,8 @@ void check_case(const Case& c) {
   };
   runtime.float_product = float_product;
   runtime.bfloat16_product = bfloat16_product;
-  longrope::linear_nll_forward(p, runtime);
-  longrope::linear_nll_backward(p, runtime);
+  longrope::linear_nll_cpu(p, runtime);
+  longrope::linear_nll_backward_cpu(p, runtime);
 
   const Expected expected(c, hidden, weight, targets, grad);
   const double arithmetic = wide == DType::kFloat64 ? 1e-13 : 3e-6;
@@ -181,7 +181,7 @@ void check_candidate_sums() {
   const int64_t targets[] = {0, -1, 2, 3}, candidate[] = {2, 2, 0, 2};
   double sums[3];
   int64_t counts[3];
-  longrope::candidate_sums(nll, false, targets, candidate, 4, 3, -1, sums, counts);
+  longrope::candidate_sums_cpu(nll, false, targets, candidate, 4, 3, -1, sums, counts);
   CHECK(sums[0] == 4.0 && sums[1] == 0.0 && sums[2] == 9.0);
   CHECK(counts[0] == 1 && counts[1] == 0 && counts[2] == 2);
 }

@@ -174,9 +174,9 @@ void gradients(Problem& problem) {
   Tensor grad_q(c, c.heads, problem.random), grad_k(c, c.key_heads, problem.random);
   const int64_t width = 2 * c.pairs + 1, blocks = longrope::rope_blocks(problem.p);
   std::vector<double> partial(c.batch * blocks * width, 7.0);
-  longrope::RopeGradParams params{problem.p, grad_q.view, grad_k.view, partial.data()};
+  longrope::RopeBackwardParams params{problem.p, grad_q.view, grad_k.view, partial.data()};
   problem.in_parts(
-      [&](int64_t begin, int64_t end) { longrope::rope_grad_cpu(params, begin, end); });
+      [&](int64_t begin, int64_t end) { longrope::rope_backward_cpu(params, begin, end); });
 
   std::vector<double> expected(c.batch * width), magnitude(c.batch * width);
   const auto add = [&](const Tensor& in, const Tensor& grad) {

@@ -30,12 +30,12 @@ const char* emulated_rope(const longrope::RopeParams* params) {
   return guarded([&] { longrope::rope_cuda(*params, nullptr); });
 }
 
-const char* emulated_rope_grad(const longrope::RopeGradParams* params) {
-  return guarded([&] { longrope::rope_grad_cuda(*params, nullptr); });
+const char* emulated_rope_backward(const longrope::RopeBackwardParams* params) {
+  return guarded([&] { longrope::rope_backward_cuda(*params, nullptr); });
 }
 
-int64_t emulated_rope_grad_blocks(const longrope::RopeGradParams* params) {
-  return longrope::rope_grad_cuda_blocks(*params);
+int64_t emulated_rope_backward_blocks(const longrope::RopeBackwardParams* params) {
+  return longrope::rope_backward_cuda_blocks(*params);
 }
 
 int64_t emulated_attention_workspace(const longrope::AttentionParams* params) {
@@ -62,8 +62,8 @@ const char* emulated_linear_nll_chunk(const longrope::NllChunkParams* params) {
   return guarded([&] { longrope::linear_nll_chunk_cuda(*params, nullptr); });
 }
 
-const char* emulated_linear_nll_grad_chunk(const longrope::NllGradChunkParams* params) {
-  return guarded([&] { longrope::linear_nll_grad_chunk_cuda(*params, nullptr); });
+const char* emulated_linear_nll_backward_chunk(const longrope::NllBackwardChunkParams* params) {
+  return guarded([&] { longrope::linear_nll_backward_chunk_cuda(*params, nullptr); });
 }
 
 const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params) {
@@ -74,9 +74,9 @@ int64_t sizeof_AttentionParams() { return sizeof(longrope::AttentionParams); }
 int64_t sizeof_AttentionGradParams() { return sizeof(longrope::AttentionGradParams); }
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
 int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }
-int64_t sizeof_NllGradChunkParams() { return sizeof(longrope::NllGradChunkParams); }
+int64_t sizeof_NllBackwardChunkParams() { return sizeof(longrope::NllBackwardChunkParams); }
 int64_t sizeof_CandidateSumsParams() { return sizeof(longrope::CandidateSumsParams); }
 int64_t sizeof_RopeParams() { return sizeof(longrope::RopeParams); }
-int64_t sizeof_RopeGradParams() { return sizeof(longrope::RopeGradParams); }
+int64_t sizeof_RopeBackwardParams() { return sizeof(longrope::RopeBackwardParams); }
 
 }  // extern "C"

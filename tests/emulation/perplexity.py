@@ -1,6 +1,6 @@
 """torch.ops.longrope.linear_nll and its relatives over the emulated kernels.
 
-The loops over chunks are those of csrc/bindings/perplexity_cuda.cpp, with chunks so small that
+The loops over chunks are those of csrc/bindings/perplexity_chunks.h, with chunks so small that
 tests meet their borders; the matrix products are torch's.
 """
 
@@ -38,7 +38,7 @@ class NllChunkParams(ctypes.Structure):
     ]
 
 
-class NllGradChunkParams(ctypes.Structure):
+class NllBackwardChunkParams(ctypes.Structure):
     """As csrc/perplexity/perplexity.h says."""
 
     _fields_ = [
@@ -101,11 +101,11 @@ def linear_nll_backward(
     )  # fmt: skip
     for rows, columns, _logits, chunk in chunks(hidden, weight, targets, ignore_index, softcap):
         grad_logits = poisoned((chunk.rows, CHUNK), hidden.dtype)
-        params = NllGradChunkParams(
+        params = NllBackwardChunkParams(
             chunk, stats[0, rows].data_ptr(), stats[1, rows].data_ptr(), grad_nll[rows].data_ptr(),
             DTYPES[hidden.dtype], grad_logits.data_ptr(), CHUNK,
         )  # fmt: skip
-        call("emulated_linear_nll_grad_chunk", params, (grad_logits,))
+        call("emulated_linear_nll_backward_chunk", params, (grad_logits,))
         grad = grad_logits[:, : chunk.columns].float()
         if need_hidden:
             grad_hidden[rows] += grad @ weight[columns].float()

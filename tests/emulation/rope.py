@@ -41,7 +41,7 @@ class RopeParams(ctypes.Structure):
     ]
 
 
-class RopeGradParams(ctypes.Structure):
+class RopeBackwardParams(ctypes.Structure):
     """As csrc/rope/rope.h says."""
 
     _fields_ = [
@@ -112,18 +112,18 @@ def rope_(q, k, *arguments):
     call("emulated_rope", p, (q, k))
 
 
-def rope_grad(grad_q, grad_k, q, k, *arguments):
-    """longrope::rope_grad."""
+def rope_backward(grad_q, grad_k, q, k, *arguments):
+    """longrope::rope_backward."""
     held = []
     forward = _forward(held, q, k, *arguments)
-    params = RopeGradParams(forward, Heads.of(grad_q), Heads.of(grad_k))
-    blocks = runtime().library.emulated_rope_grad_blocks
+    params = RopeBackwardParams(forward, Heads.of(grad_q), Heads.of(grad_k))
+    blocks = runtime().library.emulated_rope_backward_blocks
     blocks.restype = c_int64
     pairs = forward.pairs
     shape = (q.shape[0], blocks(ctypes.byref(params)), 2 * pairs + 1)
     partial = poisoned(shape, torch.float64)
     params.partial = partial.data_ptr()
-    call("emulated_rope_grad", params, (partial,))
+    call("emulated_rope_backward", params, (partial,))
     rows = partial.sum(1)
     return rows[:, :pairs].clone(), rows[:, pairs:-1].clone(), rows[:, -1].clone()
 
@@ -155,5 +155,5 @@ def rerotate_(k, *arguments):
 
 
 IMPLEMENTATIONS = {
-    f.__name__: f for f in (rope, rope_, rope_grad, rerotate, rerotate_out, rerotate_)
+    f.__name__: f for f in (rope, rope_, rope_backward, rerotate, rerotate_out, rerotate_)
 }

@@ -1,4 +1,4 @@
-"""ops.linear_nll and ops.population_nll under autograd, torch.compile, and with wrong inputs."""
+"""ops.linear_nll and ops.candidate_sums under autograd, torch.compile, and with wrong inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_gradcheck(softcap):
         lambda h, w: ops.linear_nll(h, w, targets, softcap=softcap), (hidden, weight)
     )
     assert torch.autograd.gradcheck(
-        lambda h, w: ops.population_nll(h, w, targets, candidate, 4, softcap=softcap)[0],
+        lambda h, w: ops.candidate_sums(
+            ops.linear_nll(h, w, targets, softcap=softcap), targets, candidate, 4
+        )[0],
         (hidden, weight),
     )
 
@@ -67,7 +69,8 @@ def test_compile():
     """One graph without breaks, forward and backward, also where the number of rows changes."""
 
     def loss(hidden, weight, targets, candidate):
-        sums, counts = ops.population_nll(hidden, weight, targets, candidate, 2, softcap=5.0)
+        nll = ops.linear_nll(hidden, weight, targets, softcap=5.0)
+        sums, counts = ops.candidate_sums(nll, targets, candidate, 2)
         return (sums / counts.clamp(min=1)).sum() + ops.linear_nll(hidden, weight, targets).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -106,8 +109,9 @@ def test_wrong_inputs(arguments, message):
 
 
 def test_wrong_candidates():
-    """The same for the population form."""
+    """The same for the sums by candidate."""
     hidden, weight, targets = (t.detach() for t in problem(torch.float32))
+    nll = ops.linear_nll(hidden, weight, targets)
     zeros = torch.zeros(7, dtype=torch.int64)
     for candidate, candidates, message in (
         (zeros[:3], 1, r"candidate: expected int64 \[7\] on cpu, got int64 \[3\]"),
@@ -117,7 +121,7 @@ def test_wrong_candidates():
         (zeros, -1, r"candidates: expected a count, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            ops.population_nll(hidden, weight, targets, candidate, candidates)
+            ops.candidate_sums(nll, targets, candidate, candidates)
 
 
 def test_fuzz():

@@ -56,7 +56,7 @@ def test_opcheck(dtype):
     q, inv_freq = q.detach(), inv_freq.detach()
     turned_by = (positions, inv_freq, base, 0, start, 1.0, factor, False)
     torch.library.opcheck(torch.ops.longrope.rope_, (q, k, *turned_by))
-    torch.library.opcheck(torch.ops.longrope.rope_grad, (q, k, q, k, *turned_by, False))
+    torch.library.opcheck(torch.ops.longrope.rope_backward, (q, k, q, k, *turned_by, False))
     sets = (inv_freq[0], None, 0, inv_freq[1], base, 2, 1.1, False)
     torch.library.opcheck(torch.ops.longrope.rerotate, (k.requires_grad_(), positions, *sets))
     k = k.detach()
@@ -229,7 +229,7 @@ def test_fuzz_of_the_bindings():
         for call, arguments in (
             (op.rope, (q, k, *turned_by, True, False)),
             (op.rope_, (q, k, *turned_by, False)),
-            (op.rope_grad, (gq, gk, q, k, *turned_by, False, True)),
+            (op.rope_backward, (gq, gk, q, k, *turned_by, False, True)),
             (op.rerotate, (k, *sets)),
             (op.rerotate_, (k, *sets)),
             (op.rerotate_out, (k, *sets, choose([gk, k]))),

@@ -11,17 +11,17 @@
 
 namespace longrope {
 
-void linear_nll_forward(const LinearNllParams& params, const Runtime& runtime) {
+void linear_nll_cpu(const LinearNllParams& params, const Runtime& runtime) {
   LONGROPE_DISPATCH(perplexity::forward)(params, runtime);
 }
 
-void linear_nll_backward(const LinearNllParams& params, const Runtime& runtime) {
+void linear_nll_backward_cpu(const LinearNllParams& params, const Runtime& runtime) {
   LONGROPE_DISPATCH(perplexity::backward)(params, runtime);
 }
 
-void candidate_sums(const void* nll, bool wide, const int64_t* targets, const int64_t* candidate,
-                    int64_t rows, int64_t candidates, int64_t ignore_index, double* sums,
-                    int64_t* counts) {
+void candidate_sums_cpu(const void* nll, bool wide, const int64_t* targets,
+                        const int64_t* candidate, int64_t rows, int64_t candidates,
+                        int64_t ignore_index, double* sums, int64_t* counts) {
   std::fill_n(sums, candidates, 0.0);
   std::fill_n(counts, candidates, int64_t{0});
   for (int64_t r = 0; r < rows; ++r) {

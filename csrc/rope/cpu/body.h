@@ -4,5 +4,5 @@
 #include "rope/cpu/table_body.h"
 #include "rope/cpu/rotate_body.h"
 #include "rope/cpu/rope_body.h"
-#include "rope/cpu/rope_grad_body.h"
+#include "rope/cpu/rope_backward_body.h"
 // clang-format on

@@ -21,8 +21,8 @@ void rope_cpu(const RopeParams& params, int64_t begin, int64_t end) {
 #endif
 }
 
-void rope_grad_cpu(const RopeGradParams& params, int64_t begin, int64_t end) {
-  LONGROPE_DISPATCH(rope_grad)(params, begin, end);
+void rope_backward_cpu(const RopeBackwardParams& params, int64_t begin, int64_t end) {
+  LONGROPE_DISPATCH(rope_backward)(params, begin, end);
 }
 
 }  // namespace longrope

@@ -1,14 +1,14 @@
 """Plain PyTorch, same signatures: the executable specification of `longrope.ops`."""
 
 from longrope.ops.reference.attention import attention, merge_attention
-from longrope.ops.reference.perplexity import linear_nll, population_nll
+from longrope.ops.reference.perplexity import candidate_sums, linear_nll
 from longrope.ops.reference.rope import rerotate, rope, rope_
 
 __all__ = [
     "attention",
+    "candidate_sums",
     "linear_nll",
     "merge_attention",
-    "population_nll",
     "rerotate",
     "rope",
     "rope_",

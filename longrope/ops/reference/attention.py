@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from longrope.ops._rotation import Rotation
 from longrope.ops.reference.rope import rope
-from longrope.ops.rope import Rotation
 
 __all__ = ["attention", "merge_attention", "visible_keys"]
 

@@ -1,4 +1,4 @@
-"""The specification of linear_nll and population_nll: all logits at once, float64, autograd."""
+"""The specification of linear_nll and candidate_sums: all logits at once, float64, autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from longrope.ops._arguments import expect
 
-__all__ = ["linear_nll", "population_nll"]
+__all__ = ["candidate_sums", "linear_nll"]
 
 
 def linear_nll(
@@ -44,16 +44,10 @@ def linear_nll(
     return nll if hidden.dtype == torch.float64 else nll.float()
 
 
-def population_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    candidate: Tensor,
-    candidates: int,
-    ignore_index: int = -100,
-    softcap: float | None = None,
+def candidate_sums(
+    nll: Tensor, targets: Tensor, candidate: Tensor, candidates: int, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """See `longrope.ops.population_nll`."""
+    """See `longrope.ops.candidate_sums`."""
     expect(
         candidate.dtype == torch.int64 and candidate.shape == targets.shape,
         "candidate", f"int64 [{targets.shape[0]}]", candidate,
@@ -62,10 +56,10 @@ def population_nll(
     expect(
         bool(known.all()), "candidate", f"values in [0, {candidates})", candidate[~known].tolist()
     )
-    nll = linear_nll(hidden, weight, targets, ignore_index, softcap)
-    sums = torch.zeros(candidates, dtype=torch.float64, device=hidden.device)
-    counts = torch.zeros(candidates, dtype=torch.int64, device=hidden.device)
+    scored = targets != ignore_index
+    sums = torch.zeros(candidates, dtype=torch.float64, device=nll.device)
+    counts = torch.zeros(candidates, dtype=torch.int64, device=nll.device)
     return (
-        sums.index_add(0, candidate, nll.double()),
-        counts.index_add(0, candidate, (targets != ignore_index).long()),
+        sums.index_add(0, candidate, nll.double().masked_fill(~scored, 0.0)),
+        counts.index_add(0, candidate, scored.long()),
     )

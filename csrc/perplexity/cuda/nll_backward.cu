@@ -14,7 +14,7 @@ constexpr int kFlight = 2;
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsPerBlock)
-    nll_grad_chunk_kernel(NllGradChunkParams p, bool packed) {
+    nll_backward_chunk_kernel(NllBackwardChunkParams p, bool packed) {
   const LogitsChunk& chunk = p.chunk;
   const int64_t row = row_of_warp();
   if (row >= chunk.rows) return;
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
   });
 }
 
-LONGROPE_MAX_REGISTERS(nll_grad_chunk_kernel, 64)
+LONGROPE_MAX_REGISTERS(nll_backward_chunk_kernel, 64)
 
 }  // namespace
 }  // namespace cuda
 
-void linear_nll_grad_chunk_cuda(const NllGradChunkParams& params, void* stream) {
+void linear_nll_backward_chunk_cuda(const NllBackwardChunkParams& params, void* stream) {
   const LogitsChunk& chunk = params.chunk;
   if (chunk.rows == 0 || chunk.columns == 0) return;
   cuda::for_dtype(params.dtype, [&](auto zero) {
@@ -59,7 +59,7 @@ void linear_nll_grad_chunk_cuda(const NllGradChunkParams& params, void* stream) 
     const bool packed = cuda::rows_are_packed(chunk.logits, chunk.row_stride) &&
                         reinterpret_cast<uintptr_t>(params.grad_logits) % 16 == 0 &&
                         params.grad_row_stride % 4 == 0;
-    cuda::launch("linear_nll_backward", cuda::nll_grad_chunk_kernel<T>,
+    cuda::launch("linear_nll_backward", cuda::nll_backward_chunk_kernel<T>,
                  cuda::blocks_of_rows(chunk.rows), dim3(32 * cuda::kRowsPerBlock), 0,
                  static_cast<cudaStream_t>(stream), params, packed);
   });

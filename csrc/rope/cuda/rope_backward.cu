@@ -1,12 +1,13 @@
 // Gradients of inv_freq, base_inv_freq and attention_factor, summed over the tokens of a block.
 //
-// Formula: RopeGradParams in csrc/rope/rope.h. The sums A and B over heads are taken in float32,
-// what is summed over tokens in float64. Mapping: a block takes one row of the batch, a run of
-// tokens and up to kThreads units of pairs; a thread one unit (8 pairs of 16-bit elements, 4 of
-// float32) of every tokens-per-pass-th token, for which it walks through all heads of q and k with
-// 16-byte accesses. Its sums over tokens are in slots of shared memory that no other thread touches
-// until the end, when one thread a pair adds the slots in the order of tokens: deterministic,
-// without atomics. Bytes moved: 2 (H + Hk) N R elements (inputs and gradients, each once), and 8 (R
+// Formula: RopeBackwardParams in csrc/rope/rope.h. The sums A and B over heads are taken in
+// float32, what is summed over tokens in float64. Mapping: a block takes one row of the batch, a
+// run of tokens and up to kThreads units of pairs; a thread one unit (8 pairs of 16-bit elements, 4
+// of float32) of every tokens-per-pass-th token, for which it walks through all heads of q and k
+// with 16-byte accesses. Its sums over tokens are in slots of shared memory that no other thread
+// touches until the end, when one thread a pair adds the slots in the order of tokens:
+// deterministic, without atomics. Bytes moved: 2 (H + Hk) N R elements (inputs and gradients, each
+// once), and 8 (R
 // + 1) bytes out a block.
 #include <algorithm>
 
@@ -84,7 +85,8 @@ __device__ __forceinline__ void add_token(const RopeTensor& in, const RopeTensor
 }
 
 template <typename T, int kCount>
-__global__ void __launch_bounds__(kThreads) rope_grad_kernel(RopeGradParams params, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads)
+    rope_backward_kernel(RopeBackwardParams params, Tiling tiling) {
   const RopeParams& p = params.forward;
   const int64_t row = blockIdx.x / tiling.blocks, block = blockIdx.x % tiling.blocks;
   const int unit = threadIdx.x % tiling.units, lane = threadIdx.x / tiling.units;
@@ -152,10 +154,10 @@ __global__ void __launch_bounds__(kThreads) rope_grad_kernel(RopeGradParams para
   }
 }
 
-LONGROPE_MAX_REGISTERS(rope_grad_kernel, 100)
+LONGROPE_MAX_REGISTERS(rope_backward_kernel, 100)
 
 template <typename T>
-int pack_of(const RopeGradParams& params) {
+int pack_of(const RopeBackwardParams& params) {
   constexpr int kCount = 16 / sizeof(T);
   const RopeParams& p = params.forward;
   bool packed = p.pairs % kCount == 0;
@@ -166,31 +168,31 @@ int pack_of(const RopeGradParams& params) {
 }
 
 template <typename T, int kCount>
-void run(const RopeGradParams& params, cudaStream_t stream) {
+void run(const RopeBackwardParams& params, cudaStream_t stream) {
   const RopeParams& p = params.forward;
   const Tiling t = tiling_of(p, kCount);
   const size_t slots = static_cast<size_t>(t.lanes) * t.units * kCount * (t.has_base ? 2 : 1);
-  launch("rope_grad", rope_grad_kernel<T, kCount>,
+  launch("rope_backward", rope_backward_kernel<T, kCount>,
          dim3(static_cast<unsigned>(p.batch * t.blocks), t.chunks), dim3(kThreads),
          (slots + kThreads) * sizeof(double) + frequency_bytes(p), stream, params, t);
 }
 
 template <typename T>
-void run(const RopeGradParams& params, cudaStream_t stream) {
+void run(const RopeBackwardParams& params, cudaStream_t stream) {
   pack_of<T>(params) > 1 ? run<T, 16 / sizeof(T)>(params, stream) : run<T, 1>(params, stream);
 }
 
 }  // namespace
 }  // namespace cuda
 
-int64_t rope_grad_cuda_blocks(const RopeGradParams& params) {
+int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params) {
   return cuda::for_dtype(params.forward.dtype, [&](auto zero) {
     const cuda::Tiling t = cuda::tiling_of(params.forward, cuda::pack_of<decltype(zero)>(params));
     return t.blocks * t.chunks;
   });
 }
 
-void rope_grad_cuda(const RopeGradParams& params, void* stream) {
+void rope_backward_cuda(const RopeBackwardParams& params, void* stream) {
   if (params.forward.batch == 0 || params.forward.tokens == 0) return;
   cuda::for_dtype(params.forward.dtype, [&](auto zero) {
     cuda::run<decltype(zero)>(params, static_cast<cudaStream_t>(stream));

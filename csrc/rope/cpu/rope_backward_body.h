@@ -1,4 +1,4 @@
-// The gradients of RopeGradParams for one instruction set (no include guard: part of a body).
+// The gradients of RopeBackwardParams for one instruction set (no include guard: part of a body).
 
 // Adds A and B of one token and head.
 template <bool kInterleaved, typename T, typename Value>
@@ -50,7 +50,7 @@ void add_tokens(const RopeParams& p, int64_t row, int64_t first, int64_t count,
   sums[2 * p.pairs] = factor_sum;
 }
 
-inline void rope_grad(const RopeGradParams& params, int64_t begin, int64_t end) {
+inline void rope_backward(const RopeBackwardParams& params, int64_t begin, int64_t end) {
   const RopeParams& p = params.forward;
   const int64_t width = 2 * p.pairs + 1, blocks = ceil_div(p.tokens, rope_block_tokens(p));
   for_layout(p, [&](auto zero, auto interleaved) {
