@@ -30,6 +30,11 @@ TORCH_LIBRARY(longrope, m) {
       "rerotate_(Tensor(a!) k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
       "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
       "SymInt to_start_tokens, float attention_factor, bool interleaved) -> ()");
+  // Every row from a tier to a tier, in place; -1: not rotated.
+  m.def(
+      "rerotate_rows_(Tensor(a!) k, Tensor positions, Tensor from_tier, Tensor to_tier, "
+      "Tensor inv_freq, Tensor? base_inv_freq, SymInt start_tokens, Tensor? start_tokens_tiers, "
+      "float attention_factor, Tensor? attention_factor_tiers, bool interleaved) -> ()");
 
   // attention. Each bound comes for all rows of the batch, or as a tensor [B]. window 0 and softcap
   // 0 mean none. Rotation tables are float32 [B or 1, tokens, pairs], all four or none.
