@@ -1,5 +1,3 @@
-#include <initializer_list>
-
 #include "attention/attention.h"
 #include "attention/cpu/products.h"
 #include "common/cpu/vocabulary.h"

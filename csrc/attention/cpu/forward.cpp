@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <initializer_list>
 
 #include "attention/attention.h"
 #include "attention/cpu/products.h"

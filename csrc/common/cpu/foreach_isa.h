@@ -1,14 +1,15 @@
 // Compiles one body for every instruction set (no include guard: included once per op).
 //
-//   #include <cmath>                               // everything the body needs, first
-//   #define LONGROPE_BODY "rope/cpu/rope_body.h"   // the body: no #include of its own
+//   #include "common/cpu/vocabulary.h"           // everything the body needs, first
+//   #define LONGROPE_BODY "rope/cpu/body.h"      // the body: includes nothing but other bodies
 //   #include "common/cpu/foreach_isa.h"
 //
 // The body is included three times, in the namespaces longrope::scalar, longrope::avx2 and
 // longrope::avx512, each under its target pragma, with LONGROPE_ISA_BYTES set to the width of a
 // vector register (16, 32, 64). System headers stay outside: an inline library function compiled
-// for AVX-512 could otherwise be picked by the linker for every caller. LONGROPE_DISPATCH(f)
-// names the instance of f that fits the set in use.
+// for AVX-512 could otherwise be picked by the linker for every caller. What a body instantiates of
+// the templates in them is compiled without the pragma, as their text stands before it.
+// LONGROPE_DISPATCH(f) names the instance of f that fits the set in use.
 #include "common/cpu/isa.h"
 
 #define LONGROPE_ISA_BYTES 16

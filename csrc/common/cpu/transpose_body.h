@@ -49,8 +49,14 @@ inline void transpose(const E* x, int64_t x_stride, int64_t rows, int64_t column
   for (int64_t c = 0; c < columns; c += kBlock) {
     const int64_t wide = columns - c < kBlock ? columns - c : kBlock;
     for (int64_t r = 0; r < rows; r += kBlock) {
-      transpose_few(x + r * x_stride + c, x_stride, rows - r < kBlock ? rows - r : kBlock, wide,
-                    y + c * y_stride + r, y_stride);
+      const int64_t tall = rows - r < kBlock ? rows - r : kBlock;
+      const E* const from = x + r * x_stride + c;
+      E* const to = y + c * y_stride + r;
+      if (wide == kBlock && tall == kBlock) {
+        transpose_few(from, x_stride, kBlock, kBlock, to, y_stride);  // sizes that are constants
+      } else {
+        transpose_few(from, x_stride, tall, wide, to, y_stride);
+      }
     }
     for (int64_t i = c; i < c + wide; ++i) {
       for (int64_t r = rows; r < filled; ++r) y[i * y_stride + r] = E{};
