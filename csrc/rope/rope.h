@@ -47,6 +47,9 @@ struct RopeParams {
   bool interleaved;
   const int64_t* positions;  // [batch or 1, tokens], may be negative
   int64_t positions_batch_stride, positions_token_stride;
+  // CUDA: tokens [begin, end) of each row turn, [batch]; others are neither read nor written.
+  // nullptr: all tokens of all rows.
+  const int64_t *token_begin_rows, *token_end_rows;
   RopeFrequencies turn, undo;
   // By tier; where `turn` and `undo` both have tier_rows, the one's divided by the other's.
   const double* attention_factor_rows;  // [batch or 1, tiers] or nullptr: then
@@ -75,6 +78,10 @@ int64_t rope_blocks(const RopeParams& params);
 void rope_cuda(const RopeParams& params, void* stream);
 void rope_backward_cuda(const RopeBackwardParams& params, void* stream);
 int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params);
+
+// Cosines and sines of the tokens [begin, end) of the first row, times its attention factor:
+// [end - begin, pairs] of float32 (float64 for float64).
+void rope_table_cpu(const RopeParams& params, int64_t begin, int64_t end, void* cos, void* sin);
 
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
 void rope_backward_cpu(const RopeBackwardParams& params, int64_t begin, int64_t end);

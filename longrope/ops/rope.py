@@ -20,6 +20,7 @@ from longrope.ops._arguments import (
     factor_sets,
     is_int64,
 )
+from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
 
 __all__ = ["rerotate", "rerotate_rows_", "rope", "rope_"]
 
@@ -322,7 +323,7 @@ def _rope_setup(ctx, inputs, output):
 def _rope_backward(ctx, grad_q, grad_k):
     q, k, positions, inv_freq, base, rows, factor_rows = ctx.saved_tensors
     start_tokens, factor, interleaved, inverse = ctx.scalars
-    grad_q, grad_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+    grad_q, grad_k = stride_1(grad_q), stride_1(grad_k)
     turned_by = (
         positions, inv_freq, base, start_tokens, rows, factor, factor_rows, interleaved
     )  # fmt: skip
@@ -364,19 +365,13 @@ def _other_set(name: str) -> str:
 
 
 def _rerotate_setup(ctx, inputs, output):
-    arguments = dict(zip(_REROTATE_ARGUMENTS, inputs, strict=True))
-    del arguments["k"]
-    tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
-    ctx.save_for_backward(*tensors.values())
-    ctx.arguments = arguments | dict.fromkeys(tensors)
-    ctx.tensors = list(tensors)
+    keep_arguments(ctx, _REROTATE_ARGUMENTS[1:], inputs[1:])  # not k
 
 
 def _rerotate_backward(ctx, grad):
-    arguments = ctx.arguments | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
+    arguments, _ = kept_arguments(ctx)
     turned_back = {_other_set(name): a for name, a in arguments.items()}
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    return torch.ops.longrope.rerotate(grad, **turned_back), *[None] * len(arguments)
+    return torch.ops.longrope.rerotate(stride_1(grad), **turned_back), *[None] * len(arguments)
 
 
 torch.library.register_autograd(

@@ -37,6 +37,8 @@ class RopeParams(ctypes.Structure):
         ("positions", c_void_p),
         ("positions_batch_stride", c_int64),
         ("positions_token_stride", c_int64),
+        ("token_begin_rows", c_void_p),
+        ("token_end_rows", c_void_p),
         ("turn", RopeFrequencies),
         ("undo", RopeFrequencies),
         ("attention_factor_rows", c_void_p),

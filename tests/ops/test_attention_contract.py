@@ -84,13 +84,11 @@ def test_opcheck(dtype, rows):
             0, torch.tensor([0, 1]), 0, torch.tensor([4, 5]),
         )  # fmt: skip
     options = (True, *bounds, 3, 0.5, 2.0)
-    out, lse = ATTENTION(q, k, v, *options, None, None, None, None, False)
+    out, lse = ATTENTION(q, k, v, *options)
     grads = (torch.randn(out.shape).to(dtype), torch.randn(lse.shape))
     torch.library.opcheck(GRAD, (*grads, q, k, v, out, lse, *options))
-    tables = [torch.rand(1, n, 2) for n in (5, 5, 6, 6)]
-    torch.library.opcheck(ATTENTION, (q, k, v, *options, *tables, True))
     q.requires_grad_(), v.requires_grad_()
-    torch.library.opcheck(ATTENTION, (q, k, v, *options, None, None, None, None, False))
+    torch.library.opcheck(ATTENTION, (q, k, v, *options))
 
 
 def test_compile():

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kFloatThreads)
     attention_float_kernel(AttentionParams p, Splits splits) {
   const int head_dim = static_cast<int>(p.head_dim), stride = float_stride(head_dim);
   const Assignment work(p, kFloatRows, kFloatKeys, splits.count);
+  if (work.is_idle) return;
   const Head& head = work.head;
   auto* const q = reinterpret_cast<float*>(dynamic_shared());  // [kFloatRows, stride]
   float* const k = q + kFloatRows * stride;                    // [kFloatKeys, stride]
@@ -68,14 +69,8 @@ __global__ void __launch_bounds__(kFloatThreads)
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
     const int row = first + r;
-    float total = warp_sum(sum[r]);
-    if (row >= head.rows) break;
-    if (row < rows.begin || row >= rows.end) {
-      total = 0.0f;
-      largest[r] = -INFINITY;
-#pragma unroll
-      for (int c = 0; c < kFloatColumns; ++c) o[r][c] = 0.0f;
-    }
+    const float total = warp_sum(sum[r]);
+    if (row < rows.begin || row >= rows.end) continue;
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const int64_t at = part + head.flat(p, row);
     write_row(whole ? head.row<float>(p.out, row) : splits.out + at * p.head_dim, o[r], inverse,

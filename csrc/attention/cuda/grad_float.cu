@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(kFloatThreads)
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this block:
   // what nobody sees, and rows that see nothing, may hold anything.
-  const Keys used = head.keys(p, 0, head.rows);
-  const Keys queries =
-      head.visible.queries(block_key, block_key + kFloatRows, attending(p, head.batch));
+  const Keys all = attending(p, head.batch);
+  const Keys used = all.begin < all.end ? head.visible.keys(all.begin, all.end - 1) : Keys{0, 0};
+  const Keys queries = head.visible.queries(block_key, block_key + kFloatRows, all);
   const int end = queries.end * head.group;
   const auto key_at = [&](const AttentionTensor& x, int key) {
     key += block_key;

@@ -87,16 +87,9 @@ struct Head {
     const Keys queries = cuda::attending(p, batch);
     return {queries.begin * group, queries.end * group};
   }
-  // Keys that rows [begin, begin + count) see among them, as if all of these attended.
+  // Keys that rows [begin, begin + count), which attend, see among them.
   __device__ __forceinline__ Keys keys(int begin, int count) const {
     return visible.keys(query(begin), query(begin + count - 1));
-  }
-  // The same for those of them that attend.
-  __device__ __forceinline__ Keys keys(const AttentionParams& p, int begin, int count) const {
-    const Keys all = attending(p);
-    const int from = begin > all.begin ? begin : all.begin;
-    const int to = begin + count < all.end ? begin + count : all.end;
-    return from < to ? keys(from, to - from) : Keys{0, 0};
   }
 
   template <typename T>

@@ -144,3 +144,14 @@ inline void rope(const RopeParams& p, int64_t begin, int64_t end) {
               });
   });
 }
+
+inline void rope_table(const RopeParams& p, int64_t begin, int64_t end, void* cos, void* sin) {
+  const Buffer<uint64_t> frequencies(4 * p.pairs);
+  row_frequencies(p, 0, table_slot<float, false>, frequencies);
+  const double factor = factor_of(p, 0, tiers_of(p, 0));
+  for_dtype(p.dtype, [&](auto zero) {
+    using Real = RealOf<decltype(zero)>;
+    fill_table(p, 0, begin, end, static_cast<Real>(factor), frequencies, static_cast<Real*>(cos),
+               static_cast<Real*>(sin));
+  });
+}

@@ -55,6 +55,14 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
   const int64_t row = blockIdx.x / tiling.tiles, tile = blockIdx.x % tiling.tiles;
   const RowTiers tiers = tiers_of(p, row);
   if (stays(p, tiers)) return;
+  int64_t token_begin = tile * tiling.tokens, token_end = token_begin + tiling.tokens;
+  token_end = token_end < p.tokens ? token_end : p.tokens;
+  if (p.token_begin_rows) {
+    const int64_t first = p.token_begin_rows[row], end = p.token_end_rows[row];
+    if (first >= token_end || end <= token_begin) return;
+    token_end = end < token_end ? end : token_end;
+    token_begin = first > token_begin ? first : token_begin;
+  }
   const RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
   // The chunks of q come first, then those of k.
   const bool is_q = static_cast<int>(blockIdx.y) < tiling.q_chunks;
@@ -71,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
   const float factor = static_cast<float>(factor_of(p, row, tiers));
 
   for (int item = threadIdx.x; item < tiling.tokens * tiling.units; item += blockDim.x) {
-    const int64_t token = tile * tiling.tokens + item / tiling.units;
-    if (token >= p.tokens) break;
+    const int64_t token = token_begin + item / tiling.units;
+    if (token >= token_end) break;
     const int unit = item % tiling.units;
     const bool turns = unit < tiling.rotated_units;
     float cos[kCount], sin[kCount];
