@@ -8,6 +8,7 @@
 //   key_start(b) <= j < key_length(b)
 //   causal:   j <= query_start(b) + i
 //   window w: j >  query_start(b) + i - w
+//   i itself: query_begin(b) <= i < query_end(b)
 // A query that sees no key gives out 0 and lse -inf. Keys and values that no query of the row sees
 // are never used, nor are queries that see no key: they may hold NaN.
 //
@@ -19,6 +20,7 @@
 
 #include "common/dtype.h"
 #include "common/product.h"
+#include "rope/rope.h"
 
 namespace longrope {
 
@@ -38,14 +40,29 @@ struct AttentionBound {
   int64_t operator[](int64_t b) const { return rows ? rows[b] : all; }
 };
 
-// Rotation of the queries or keys as they are read: the pair (x1, x2) of rope.h becomes
-// (x1 cos - x2 sin, x2 cos + x1 sin). The attention factor is part of the tables.
+// How queries and keys that come un-rotated turn (rope.h): each query, and for it all its keys, by
+// the first tier t with position < limits[t], by the last tier beyond. Positions of the queries
+// that attend must not come back to an earlier tier along a row.
 struct AttentionRotation {
-  const float* cos;  // [batch or 1, tokens, pairs] or nullptr: no rotation
-  const float* sin;  // the same
-  int64_t batch_stride, token_stride;
-  int64_t pairs;  // rotary_dim / 2
+  RopeParams q, k;        // but for their outputs, with no second tensor
+  const int64_t* limits;  // [tiers], growing; nullptr where there is one tier
+};
+
+// CPU: cosines and sines, times the attention factor, that turn the tokens of one row of the batch
+// as they are read.
+struct AttentionTable {
+  const void* cos;  // [tokens from `first` on, pairs] of float32 (float64 for float64); nullptr: no
+  const void* sin;  // rotation
+  int64_t first, pairs;
   bool interleaved;
+};
+
+// CPU: the queries of every row of the batch by tiers. cpu/tables.h makes them.
+struct AttentionTiers {
+  int64_t count;
+  const int64_t* query_begin;     // [batch, count + 1]: tier t has queries [begin[t], begin[t + 1])
+  const AttentionTable* queries;  // [batch], each query under its own tier
+  const AttentionTable* keys;     // [batch, count]
 };
 
 struct AttentionParams {
@@ -56,20 +73,23 @@ struct AttentionParams {
                          // float64 where dtype is float64
   DType dtype;           // of q, k, v and out; accumulation in float32 (float64 for float64)
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
-  AttentionBound query_start;            // position of the first query, any value
-  AttentionBound key_start, key_length;  // 0 ... keys
+  AttentionBound query_start;             // position of the first query, any value
+  AttentionBound key_start, key_length;   // 0 ... keys
+  AttentionBound query_begin, query_end;  // of the queries that attend, any values
   bool causal;
   int64_t window;  // 0: none
   double scale;
   double softcap;  // 0: none
-  AttentionRotation rotate_q, rotate_k;
-  Product bfloat16_product;  // CPU; nullptr: products are in float32
+  const AttentionRotation*
+      rotation;                 // nullptr: queries and keys come as they are; else, on the CPU,
+  const AttentionTiers* tiers;  // tables that make them turn
+  Product bfloat16_product;     // CPU; nullptr: products are in float32
 };
 
 // Gradients of q, k and v from those of out and lse. With P = exp(score - lse):
 //   dV = P^T dOut,  dP = dOut V^T,  dScore = P (dP - delta),  delta_i = dOut_i . out_i - dLse_i
 //   dQ = scale dScore' K,  dK = scale dScore'^T Q,  dScore' = dScore (1 - (score / softcap)^2)
-// Rotations must be none: the caller rotates (and differentiates the rotation) outside.
+// The rotation must be none: the caller rotates (and differentiates the rotation) outside.
 struct AttentionGradParams {
   AttentionParams forward;                 // with out and lse as computed
   AttentionTensor grad_out;                // as out

@@ -1,5 +1,5 @@
-// longrope::attention, attention_grad, merge_attention: allocation, threads of the CPU, streams of
-// CUDA. See csrc/attention/attention.h; checks are in attention_arguments.h.
+// longrope::attention, attention_rotated, attention_grad, merge_attention: allocation, threads of
+// the CPU, streams of CUDA. See csrc/attention/attention.h; checks are in attention_arguments.h.
 #include "attention/attention.h"
 
 #include <ATen/ATen.h>
@@ -12,7 +12,9 @@
 #include <tuple>
 #include <vector>
 
+#include "attention/cpu/tables.h"
 #include "bindings/attention_arguments.h"
+#include "bindings/attention_rotation.h"
 #include "bindings/bfloat16_product.h"
 #include "bindings/cuda.h"
 
@@ -52,41 +54,28 @@ double products(const AttentionParams& p) {
   return 2.0 * p.batch * p.heads * p.queries * p.keys * p.head_dim;
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
-                                     int64_t query_start, const OptionalTensor& query_start_rows,
-                                     int64_t key_start, const OptionalTensor& key_start_rows,
-                                     int64_t key_length, const OptionalTensor& key_length_rows,
-                                     int64_t window, double scale, double softcap,
-                                     const OptionalTensor& query_cos,
-                                     const OptionalTensor& query_sin, const OptionalTensor& key_cos,
-                                     const OptionalTensor& key_sin, bool interleaved) {
+// What the schemas call causal to softcap.
+Arguments arguments_of(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                       int64_t query_start, const OptionalTensor& query_start_rows,
+                       int64_t key_start, const OptionalTensor& key_start_rows, int64_t key_length,
+                       const OptionalTensor& key_length_rows, int64_t query_begin,
+                       const OptionalTensor& query_begin_rows, int64_t query_end,
+                       const OptionalTensor& query_end_rows, int64_t window, double scale,
+                       double softcap) {
   Arguments arguments;
   AttentionParams& p = arguments.params;
   arguments.heads(q, k, v);
   p.query_start = arguments.bound("query_start", query_start, query_start_rows, false);
   p.key_start = arguments.bound("key_start", key_start, key_start_rows, true);
   p.key_length = arguments.bound("key_length", key_length, key_length_rows, true);
+  p.query_begin = arguments.bound("query_range", query_begin, query_begin_rows, false);
+  p.query_end = arguments.bound("query_range", query_end, query_end_rows, false);
   arguments.options(causal, window, scale, softcap);
-  TORCH_CHECK_VALUE(query_cos.has_value() == key_cos.has_value(),
-                    "rotation: expected tables for queries and keys, got only one of them");
-  p.rotate_q = arguments.rotation("query rotation", query_cos, query_sin, p.queries, interleaved);
-  p.rotate_k = arguments.rotation("key rotation", key_cos, key_sin, p.keys, interleaved);
-  Tensor out = fresh(q);
-  Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(real_type(q)));
-  p.out = view_of(out);
-  p.lse = lse.data_ptr();
-  if (out.numel() == 0) return {out, lse};
-#ifdef LONGROPE_CUDA
-  if (out.is_cuda()) {
-    on_device_of(out, [&](void* stream) {
-      const Tensor workspace = bytes_like(out, attention_cuda_workspace(p));
-      attention_cuda(p, workspace.mutable_data_ptr(), stream);
-    });
-    return {out, lse};
-  }
-#endif
-  if (p.dtype == DType::kBFloat16) p.bfloat16_product = bfloat16_product();
+  if (p.dtype == DType::kBFloat16 && q.is_cpu()) p.bfloat16_product = bfloat16_product();
+  return arguments;
+}
 
+void attend_on_cpu(const AttentionParams& p, const Tensor& q) {
   const AttentionPlan plan = attention_plan(p);
   const Tensor workspace = bytes_like(q, plan.workspace);
   void* const parts = workspace.mutable_data_ptr();
@@ -97,26 +86,91 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
       attention_merge_splits_cpu(p, plan, parts, begin, end);
     });
   }
+}
+
+std::tuple<Tensor, Tensor> attend(AttentionParams p, const Tensor& q, const HeldRotation* turned) {
+  Tensor out = fresh(q);
+  Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(real_type(q)));
+  p.out = view_of(out);
+  p.lse = lse.data_ptr();
+  if (turned) p.rotation = &turned->rotation();
+#ifdef LONGROPE_CUDA
+  if (out.is_cuda()) {
+    if (out.numel() == 0) return {out, lse};
+    on_device_of(out, [&](void* stream) {
+      const Tensor workspace = bytes_like(out, attention_cuda_workspace(p));
+      attention_cuda(p, workspace.mutable_data_ptr(), stream);
+    });
+    return {out, lse};
+  }
+#endif
+  if (!turned) {
+    if (out.numel() > 0) attend_on_cpu(p, q);
+    return {out, lse};
+  }
+  const std::vector<int64_t> query_begin = turned->query_begin(p);  // checks, also nothing
+  if (out.numel() == 0) return {out, lse};
+  const AttentionTables tables(p, query_begin.data());
+  const int64_t grain = 1 + 8192 / tables.piece_values();  // some twenty microseconds
+  at::parallel_for(0, tables.pieces(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) tables.fill(piece);
+  });
+  const AttentionTiers tiers = tables.tiers();
+  p.tiers = &tiers;
+  attend_on_cpu(p, q);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                     int64_t query_start, const OptionalTensor& query_start_rows,
+                                     int64_t key_start, const OptionalTensor& key_start_rows,
+                                     int64_t key_length, const OptionalTensor& key_length_rows,
+                                     int64_t query_begin, const OptionalTensor& query_begin_rows,
+                                     int64_t query_end, const OptionalTensor& query_end_rows,
+                                     int64_t window, double scale, double softcap) {
+  const Arguments arguments =
+      arguments_of(q, k, v, causal, query_start, query_start_rows, key_start, key_start_rows,
+                   key_length, key_length_rows, query_begin, query_begin_rows, query_end,
+                   query_end_rows, window, scale, softcap);
+  return attend(arguments.params, q, nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_rotated(
+    const Tensor& q, const Tensor& k, const Tensor& v, bool causal, int64_t query_start,
+    const OptionalTensor& query_start_rows, int64_t key_start, const OptionalTensor& key_start_rows,
+    int64_t key_length, const OptionalTensor& key_length_rows, int64_t query_begin,
+    const OptionalTensor& query_begin_rows, int64_t query_end, const OptionalTensor& query_end_rows,
+    int64_t window, double scale, double softcap, const Tensor& query_positions,
+    const Tensor& key_positions, const OptionalTensor& limits, const Tensor& inv_freq,
+    const OptionalTensor& base_inv_freq, int64_t start_tokens,
+    const OptionalTensor& start_tokens_tiers, double attention_factor,
+    const OptionalTensor& attention_factor_tiers, bool interleaved) {
+  const Arguments arguments =
+      arguments_of(q, k, v, causal, query_start, query_start_rows, key_start, key_start_rows,
+                   key_length, key_length_rows, query_begin, query_begin_rows, query_end,
+                   query_end_rows, window, scale, softcap);
+  const HeldRotation turned(
+      q, k,
+      {query_positions, key_positions, limits, inv_freq, base_inv_freq, start_tokens,
+       start_tokens_tiers, attention_factor, attention_factor_tiers, interleaved});
+  return attend(arguments.params, q, &turned);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_grad(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, bool causal, int64_t query_start,
     const OptionalTensor& query_start_rows, int64_t key_start, const OptionalTensor& key_start_rows,
-    int64_t key_length, const OptionalTensor& key_length_rows, int64_t window, double scale,
-    double softcap) {
-  Arguments arguments;
+    int64_t key_length, const OptionalTensor& key_length_rows, int64_t query_begin,
+    const OptionalTensor& query_begin_rows, int64_t query_end, const OptionalTensor& query_end_rows,
+    int64_t window, double scale, double softcap) {
+  Arguments arguments =
+      arguments_of(q, k, v, causal, query_start, query_start_rows, key_start, key_start_rows,
+                   key_length, key_length_rows, query_begin, query_begin_rows, query_end,
+                   query_end_rows, window, scale, softcap);
   AttentionParams& p = arguments.params;
-  arguments.heads(q, k, v);
-  p.query_start = arguments.bound("query_start", query_start, query_start_rows, false);
-  p.key_start = arguments.bound("key_start", key_start, key_start_rows, true);
-  p.key_length = arguments.bound("key_length", key_length, key_length_rows, true);
-  arguments.options(causal, window, scale, softcap);
   check_heads("out", out, q, p.batch, p.heads, p.queries, p.head_dim);
   check_heads("grad_out", grad_out, q, p.batch, p.heads, p.queries, p.head_dim);
   check_lse("lse", lse, q);
-  if (p.dtype == DType::kBFloat16) p.bfloat16_product = bfloat16_product();
   const Tensor lse_held = lse.contiguous();
   p.out = view_of(out);
   p.lse = lse_held.data_ptr();
@@ -191,6 +245,7 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& ls
 
 void implement(torch::Library& m) {
   m.impl("attention", &attention);
+  m.impl("attention_rotated", &attention_rotated);
   m.impl("attention_grad", &attention_grad);
   m.impl("merge_attention", &merge_attention);
 }

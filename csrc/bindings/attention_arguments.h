@@ -99,32 +99,6 @@ struct Arguments : HeldTensors {
     params.softcap = softcap;
   }
 
-  AttentionRotation rotation(const char* name, const OptionalTensor& cos, const OptionalTensor& sin,
-                             int64_t tokens, bool interleaved) {
-    AttentionRotation r{};
-    TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), name,
-                      ": expected cosines and sines, got only one of them");
-    if (!cos) return r;
-    for (const Tensor& t : {*cos, *sin}) {
-      const int64_t pairs = t.dim() == 3 ? t.size(2) : -1;
-      std::ostringstream expected;
-      expected << "float32 [1 or " << params.batch << ", " << tokens << ", 1 to "
-               << params.head_dim / 2 << "]";
-      LONGROPE_EXPECT(t.scalar_type() == at::kFloat && pairs >= 1 && 2 * pairs <= params.head_dim &&
-                          t.size(1) == tokens && (t.size(0) == 1 || t.size(0) == params.batch) &&
-                          t.sizes() == cos->sizes(),
-                      name, expected.str(), describe(t));
-      check_device(name, t, device_);
-    }
-    r.cos = hold<float>(*cos);
-    r.sin = hold<float>(*sin);
-    r.pairs = cos->size(2);
-    r.token_stride = r.pairs;
-    r.batch_stride = cos->size(0) == 1 ? 0 : tokens * r.pairs;
-    r.interleaved = interleaved;
-    return r;
-  }
-
  private:
   at::Device device_ = at::kCPU;
 };

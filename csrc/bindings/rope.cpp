@@ -1,12 +1,14 @@
-// longrope::rope, rope_, rope_backward, rerotate: allocation, threads of the CPU, streams of CUDA.
-// See csrc/rope/rope.h; checks are in rope_arguments.h.
+// longrope::rope, rope_, rope_backward, rerotate, rerotate_rows_: allocation, threads of the CPU,
+// streams of CUDA. See csrc/rope/rope.h; checks are in rope_arguments.h.
 #include "rope/rope.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
+#include <sstream>
 #include <tuple>
 
 #include "bindings/cuda.h"
@@ -183,6 +185,44 @@ void rerotate_in_place(const Tensor& k, const Tensor& positions, const Tensor& f
               to_base_inv_freq, to_start_tokens, attention_factor, interleaved, k);
 }
 
+// The tiers of the rows: a tensor [batch] of indices, -1 for keys that are not rotated.
+const int64_t* row_tiers(Arguments& arguments, const char* name, const Tensor& t, const Tensor& k,
+                         int64_t tiers) {
+  std::ostringstream expected;
+  expected << "int64 [" << k.size(0) << "]";
+  LONGROPE_EXPECT(t.scalar_type() == at::kLong && t.dim() == 1 && t.size(0) == k.size(0), name,
+                  expected.str(), describe(t));
+  check_device(name, t, k.device());
+  const int64_t* const data = arguments.hold<int64_t>(t);
+  for (int64_t b = 0; t.is_cpu() && b < t.size(0); ++b) {
+    TORCH_CHECK_VALUE(-1 <= data[b] && data[b] < tiers, name, ": expected -1 (not rotated) to ",
+                      tiers - 1, ", got ", data[b]);
+  }
+  return data;
+}
+
+void rerotate_rows_in_place(const Tensor& k, const Tensor& positions, const Tensor& from_tier,
+                            const Tensor& to_tier, const Tensor& inv_freq,
+                            const OptionalTensor& base_inv_freq, int64_t start_tokens,
+                            const OptionalTensor& start_tokens_tiers, double attention_factor,
+                            const OptionalTensor& attention_factor_tiers, bool interleaved) {
+  Arguments arguments;
+  RopeParams& p = arguments.params;
+  arguments.heads("k", k, "k", k);
+  arguments.positions(positions);
+  p.turn = p.undo = arguments.tiers(inv_freq, base_inv_freq, start_tokens, start_tokens_tiers,
+                                    attention_factor, attention_factor_tiers);
+  p.undo.tier_rows = row_tiers(arguments, "from_tier", from_tier, k, p.undo.tiers);
+  p.turn.tier_rows = row_tiers(arguments, "to_tier", to_tier, k, p.turn.tiers);
+  p.interleaved = interleaved;
+  check_writable("k", k);
+  p.q_out = p.k;
+  p.k.heads = p.k_out.heads = 0;
+  const auto end = p.turn.tier_rows + p.batch;
+  if (k.is_cpu() && std::equal(p.turn.tier_rows, end, p.undo.tier_rows)) return;
+  run(p, k);
+}
+
 void implement(torch::Library& m) {
   m.impl("rope", &rope);
   m.impl("rope_", &rope_in_place);
@@ -190,6 +230,7 @@ void implement(torch::Library& m) {
   m.impl("rerotate", &rerotate);
   m.impl("rerotate_out", &rerotate_to);
   m.impl("rerotate_", &rerotate_in_place);
+  m.impl("rerotate_rows_", &rerotate_rows_in_place);
 }
 
 }  // namespace

@@ -36,37 +36,46 @@ struct Arguments : HeldTensors {
   RopeFrequencies frequencies(const char* name, const Tensor& inv_freq, const char* base_name,
                               const OptionalTensor& base_inv_freq, int64_t start_tokens,
                               const OptionalTensor& start_tokens_rows, bool first) {
-    const auto rows = [&](const char* what, const Tensor& t) {
-      const int64_t pairs = first && what == name ? t.dim() > 0 ? t.size(-1) : 0 : params.pairs;
-      std::ostringstream expected;
-      expected << "float64 [" << pairs << "] or [" << params.batch << ", " << pairs << "]";
-      LONGROPE_EXPECT(t.scalar_type() == at::kDouble && (t.dim() == 1 || t.dim() == 2) &&
-                          t.size(-1) == pairs && (t.dim() == 1 || t.size(0) == params.batch),
-                      what, expected.str(), describe(t));
-      check_device(what, t, device_);
-      params.pairs = pairs;
-      TORCH_CHECK_VALUE(pairs >= 1 && 2 * pairs <= params.head_dim, what, ": expected 1 to ",
-                        params.head_dim / 2, " frequencies for head_dim ", params.head_dim,
-                        ", got ", pairs);
-      const double* data = hold<double>(t);
-      if (t.is_cpu()) {
-        for (int64_t i = 0; i < t.numel(); ++i) {
-          LONGROPE_EXPECT(std::isfinite(data[i]), what, "finite frequencies",
-                          (std::isnan(data[i]) ? "NaN" : "infinity"));
-        }
-      }
-      return std::make_tuple(data, t.dim() == 2 ? pairs : int64_t{0});
-    };
+    if (first) params.pairs = inv_freq.dim() > 0 ? inv_freq.size(-1) : 0;
     RopeFrequencies f{};
-    std::tie(f.inv_freq, f.inv_freq_stride) = rows(name, inv_freq);
+    f.tiers = f.start_tokens_stride = 1;
+    std::tie(f.inv_freq, f.inv_freq_stride) =
+        finite_rows(name, inv_freq, {params.pairs}, kFiniteFrequencies);
+    check_pairs(name);
     LONGROPE_EXPECT(start_tokens >= 0, "start_tokens", "0 or more", start_tokens);
     f.start_tokens = start_tokens;
     if (start_tokens_rows) f.start_tokens_rows = start_rows(*start_tokens_rows);
-    if (start_tokens > 0 || start_tokens_rows) {
-      TORCH_CHECK_VALUE(base_inv_freq, base_name, ": required with start_tokens");
+    base_frequencies(f, base_name, base_inv_freq, start_tokens > 0 || start_tokens_rows);
+    return f;
+  }
+
+  // The same in tiers, and the factors with them: each for all rows of the batch or by row.
+  RopeFrequencies tiers(const Tensor& inv_freq, const OptionalTensor& base_inv_freq,
+                        int64_t start_tokens, const OptionalTensor& start_tokens_tiers,
+                        double attention_factor, const OptionalTensor& attention_factor_tiers) {
+    params.pairs = inv_freq.dim() > 0 ? inv_freq.size(-1) : 0;
+    RopeFrequencies f{};
+    f.tiers = inv_freq.dim() > 1 ? inv_freq.size(-2) : 0;
+    std::tie(f.inv_freq, f.inv_freq_stride) =
+        finite_rows("inv_freq", inv_freq, {f.tiers, params.pairs}, kFiniteFrequencies);
+    check_pairs("inv_freq");
+    LONGROPE_EXPECT(f.tiers > 0, "inv_freq", "at least one tier", describe(inv_freq));
+    LONGROPE_EXPECT(start_tokens >= 0, "start_tokens", "0 or more", start_tokens);
+    f.start_tokens = start_tokens;
+    if (start_tokens_tiers) {
+      const Tensor& t = *start_tokens_tiers;
+      std::tie(f.start_tokens_rows, f.start_tokens_stride) =
+          rows<int64_t>("start_tokens", t, at::kLong, {f.tiers});
+      for (int64_t i = 0; t.is_cpu() && i < t.numel(); ++i) {
+        LONGROPE_EXPECT(f.start_tokens_rows[i] >= 0, "start_tokens", "0 or more",
+                        f.start_tokens_rows[i]);
+      }
     }
-    if (base_inv_freq) {
-      std::tie(f.base_inv_freq, f.base_inv_freq_stride) = rows(base_name, *base_inv_freq);
+    base_frequencies(f, "base_inv_freq", base_inv_freq, start_tokens > 0 || start_tokens_tiers);
+    factor(attention_factor, std::nullopt);
+    if (attention_factor_tiers) {
+      std::tie(params.attention_factor_rows, params.attention_factor_stride) =
+          finite_rows("attention_factor", *attention_factor_tiers, {f.tiers}, "finite numbers");
     }
     return f;
   }
@@ -81,6 +90,7 @@ struct Arguments : HeldTensors {
 
   void factor(double value, const OptionalTensor& rows) {
     params.attention_factor = value;
+    params.attention_factor_stride = 1;
     TORCH_CHECK_VALUE(std::isfinite(value), "attention_factor: expected a finite number, got ",
                       value);
     if (!rows) return;
@@ -98,14 +108,8 @@ struct Arguments : HeldTensors {
     }
   }
 
-  void positions(const Tensor& t) {
-    std::ostringstream expected;
-    expected << "int64 [" << params.tokens << "] or [" << params.batch << ", " << params.tokens
-             << "]";
-    LONGROPE_EXPECT(t.scalar_type() == at::kLong && (t.dim() == 1 || t.dim() == 2) &&
-                        t.size(-1) == params.tokens && (t.dim() == 1 || t.size(0) == params.batch),
-                    "positions", expected.str(), describe(t));
-    check_device("positions", t, device_);
+  void positions(const Tensor& t, const char* name = "positions") {
+    check_rows(name, t, at::kLong, {params.tokens});
     params.positions = t.const_data_ptr<int64_t>();
     params.positions_batch_stride = t.dim() == 2 ? t.stride(0) : 0;
     params.positions_token_stride = t.stride(-1);
@@ -125,6 +129,54 @@ struct Arguments : HeldTensors {
   }
 
  private:
+  // `sizes` of a type, for all rows of the batch or by row.
+  void check_rows(const char* name, const Tensor& t, at::ScalarType type, at::IntArrayRef sizes) {
+    std::vector<int64_t> by_row{params.batch};
+    by_row.insert(by_row.end(), sizes.begin(), sizes.end());
+    std::ostringstream expected;
+    expected << dtype_name(type) << " " << sizes << " or " << at::IntArrayRef(by_row);
+    LONGROPE_EXPECT(t.scalar_type() == type && (t.sizes() == sizes || t.sizes() == by_row), name,
+                    expected.str(), describe(t));
+    check_device(name, t, device_);
+  }
+
+  // The elements, and how many there are to the next row of the batch: 0 where rows share them.
+  template <typename E>
+  std::tuple<const E*, int64_t> rows(const char* name, const Tensor& t, at::ScalarType type,
+                                     at::IntArrayRef sizes) {
+    check_rows(name, t, type, sizes);
+    const bool shared = t.dim() == static_cast<int64_t>(sizes.size());
+    return {hold<E>(t), shared ? 0 : c10::multiply_integers(sizes)};
+  }
+
+  std::tuple<const double*, int64_t> finite_rows(const char* name, const Tensor& t,
+                                                 at::IntArrayRef sizes, const char* expected) {
+    const auto held = rows<double>(name, t, at::kDouble, sizes);
+    const double* const data = std::get<0>(held);
+    for (int64_t i = 0; t.is_cpu() && i < t.numel(); ++i) {
+      LONGROPE_EXPECT(std::isfinite(data[i]), name, expected,
+                      (std::isnan(data[i]) ? "NaN" : "infinity"));
+    }
+    return held;
+  }
+
+  void check_pairs(const char* name) const {
+    TORCH_CHECK_VALUE(params.pairs >= 1 && 2 * params.pairs <= params.head_dim, name,
+                      ": expected 1 to ", params.head_dim / 2, " frequencies for head_dim ",
+                      params.head_dim, ", got ", params.pairs);
+  }
+
+  void base_frequencies(RopeFrequencies& f, const char* name, const OptionalTensor& base_inv_freq,
+                        bool required) {
+    TORCH_CHECK_VALUE(base_inv_freq || !required, name, ": required with start_tokens");
+    if (base_inv_freq) {
+      std::tie(f.base_inv_freq, f.base_inv_freq_stride) =
+          finite_rows(name, *base_inv_freq, {params.pairs}, kFiniteFrequencies);
+    }
+  }
+
+  static constexpr const char* kFiniteFrequencies = "finite frequencies";
+
   at::Device device_ = at::kCPU;
 };
 

@@ -30,19 +30,35 @@ TORCH_LIBRARY(longrope, m) {
       "rerotate_(Tensor(a!) k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
       "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
       "SymInt to_start_tokens, float attention_factor, bool interleaved) -> ()");
+  // Every row from a tier to a tier, in place; -1: not rotated.
+  m.def(
+      "rerotate_rows_(Tensor(a!) k, Tensor positions, Tensor from_tier, Tensor to_tier, "
+      "Tensor inv_freq, Tensor? base_inv_freq, SymInt start_tokens, Tensor? start_tokens_tiers, "
+      "float attention_factor, Tensor? attention_factor_tiers, bool interleaved) -> ()");
 
   // attention. Each bound comes for all rows of the batch, or as a tensor [B]. window 0 and softcap
-  // 0 mean none. Rotation tables are float32 [B or 1, tokens, pairs], all four or none.
+  // 0 mean none.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal, SymInt query_start, "
       "Tensor? query_start_rows, SymInt key_start, Tensor? key_start_rows, SymInt key_length, "
-      "Tensor? key_length_rows, SymInt window, float scale, float softcap, Tensor? query_cos, "
-      "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, bool interleaved) "
+      "Tensor? key_length_rows, SymInt query_begin, Tensor? query_begin_rows, SymInt query_end, "
+      "Tensor? query_end_rows, SymInt window, float scale, float softcap) "
       "-> (Tensor out, Tensor lse)");
+  // Queries and keys come un-rotated, the queries of each row in tiers: inv_freq [tiers, pairs],
+  // start_tokens and attention_factor [tiers], or each by row [B, ...]; limits [tiers].
+  m.def(
+      "attention_rotated(Tensor q, Tensor k, Tensor v, bool causal, SymInt query_start, "
+      "Tensor? query_start_rows, SymInt key_start, Tensor? key_start_rows, SymInt key_length, "
+      "Tensor? key_length_rows, SymInt query_begin, Tensor? query_begin_rows, SymInt query_end, "
+      "Tensor? query_end_rows, SymInt window, float scale, float softcap, Tensor query_positions, "
+      "Tensor key_positions, Tensor? limits, Tensor inv_freq, Tensor? base_inv_freq, "
+      "SymInt start_tokens, Tensor? start_tokens_tiers, float attention_factor, "
+      "Tensor? attention_factor_tiers, bool interleaved) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_grad(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
       "Tensor lse, bool causal, SymInt query_start, Tensor? query_start_rows, SymInt key_start, "
-      "Tensor? key_start_rows, SymInt key_length, Tensor? key_length_rows, SymInt window, "
+      "Tensor? key_start_rows, SymInt key_length, Tensor? key_length_rows, SymInt query_begin, "
+      "Tensor? query_begin_rows, SymInt query_end, Tensor? query_end_rows, SymInt window, "
       "float scale, float softcap) -> (Tensor, Tensor, Tensor)");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "

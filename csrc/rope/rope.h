@@ -22,14 +22,19 @@ struct RopeTensor {
   int64_t batch_stride, head_stride, token_stride;
 };
 
-// Frequencies of one factor set. Rows with start_tokens > 0 turn the positions below it by
-// base_inv_freq.
+// Frequencies of one factor set, or of several tiers of which every row of the batch has one. Rows
+// with start_tokens > 0 turn the positions below it by base_inv_freq.
 struct RopeFrequencies {
-  const double* inv_freq;            // [batch or 1, pairs], radians per token; nullptr: no rotation
-  const double* base_inv_freq;       // [batch or 1, pairs]; nullptr where no row has start tokens
-  int64_t inv_freq_stride;           // elements to the next row of the batch; 0: shared
-  int64_t base_inv_freq_stride;      // the same
-  const int64_t* start_tokens_rows;  // [batch] or nullptr: then
+  const double* inv_freq;  // [batch or 1, tiers, pairs], radians per token; nullptr: no rotation
+  const double* base_inv_freq;   // [batch or 1, pairs]; nullptr where no row has start tokens
+  int64_t inv_freq_stride;       // elements to the next row of the batch; 0: shared
+  int64_t base_inv_freq_stride;  // the same
+  int64_t tiers;                 // at least 1
+  // [batch], or nullptr: the first. A row without (negative) does not turn; on CUDA one beyond the
+  // last becomes NaN.
+  const int64_t* tier_rows;
+  const int64_t* start_tokens_rows;  // [batch or 1, tiers] or nullptr: then
+  int64_t start_tokens_stride;       // elements to the next row of the batch; 0: shared
   int64_t start_tokens;              // for every row
 };
 
@@ -42,8 +47,13 @@ struct RopeParams {
   bool interleaved;
   const int64_t* positions;  // [batch or 1, tokens], may be negative
   int64_t positions_batch_stride, positions_token_stride;
+  // CUDA: tokens [begin, end) of each row turn, [batch]; others are neither read nor written.
+  // nullptr: all tokens of all rows.
+  const int64_t *token_begin_rows, *token_end_rows;
   RopeFrequencies turn, undo;
-  const double* attention_factor_rows;  // [batch] or nullptr: then
+  // By tier; where `turn` and `undo` both have tier_rows, the one's divided by the other's.
+  const double* attention_factor_rows;  // [batch or 1, tiers] or nullptr: then
+  int64_t attention_factor_stride;      // elements to the next row of the batch; 0: shared
   double attention_factor;              // for every row
 };
 
@@ -68,6 +78,10 @@ int64_t rope_blocks(const RopeParams& params);
 void rope_cuda(const RopeParams& params, void* stream);
 void rope_backward_cuda(const RopeBackwardParams& params, void* stream);
 int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params);
+
+// Cosines and sines of the tokens [begin, end) of the first row, times its attention factor:
+// [end - begin, pairs] of float32 (float64 for float64).
+void rope_table_cpu(const RopeParams& params, int64_t begin, int64_t end, void* cos, void* sin);
 
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
 void rope_backward_cpu(const RopeBackwardParams& params, int64_t begin, int64_t end);

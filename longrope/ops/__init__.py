@@ -10,7 +10,7 @@ from longrope.ops._rotation import Rotation
 try:
     from longrope.ops.attention import attention, merge_attention
     from longrope.ops.perplexity import candidate_sums, linear_nll
-    from longrope.ops.rope import rerotate, rope, rope_
+    from longrope.ops.rope import rerotate, rerotate_rows_, rope, rope_
 except ImportError as error:
     _no_kernels = str(error)
 
@@ -28,6 +28,7 @@ __all__ = [
     "merge_attention",
     "reference",
     "rerotate",
+    "rerotate_rows_",
     "rope",
     "rope_",
 ]

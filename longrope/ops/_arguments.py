@@ -52,43 +52,56 @@ def check_frequencies(
     base_inv_freq: Tensor | None,
     attention_factor: float | Tensor,
     batch: int | None = None,
+    tiers: int | None = None,
 ) -> None:
-    """Check what turns: dtypes, shapes among each other and, where given, the batch size."""
-    rows = "B" if batch is None else str(batch)
+    """Check what turns: dtypes, shapes among each other and, where given, the batch size.
 
-    def fits_batch(t: Tensor, dim: int) -> bool:
-        return t.dim() < dim or batch is None or t.shape[0] == batch
+    With `tiers`, each of the tiers has frequencies, start tokens and an attention factor.
+    """
+    rows = "B" if batch is None else str(batch)
+    sizes = [] if tiers is None else [tiers]
+
+    def fits(t: Tensor, *shape: int) -> bool:
+        by_row = t.dim() == len(shape) + 1 and batch in (None, t.shape[0])
+        return (t.dim() == len(shape) or by_row) and tuple(t.shape)[int(by_row) :] == shape
+
+    def text(*shape: int | str) -> str:
+        return f"[{', '.join(map(str, shape))}] or [{', '.join(map(str, (rows, *shape)))}]"
+
+    starts = "an int or int64 " + (text(*sizes) if sizes else f"[{rows}]")
 
     def is_float64(t: object) -> bool:
-        return isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() in (1, 2)
+        return isinstance(t, Tensor) and t.dtype == torch.float64 and t.dim() > 0
 
     expect(
-        is_float64(inv_freq) and inv_freq.shape[-1] > 0 and fits_batch(inv_freq, 2),
-        "inv_freq", f"float64 [R/2] or [{rows}, R/2]", inv_freq,
+        is_float64(inv_freq) and inv_freq.shape[-1] > 0
+        and fits(inv_freq, *sizes, inv_freq.shape[-1]),
+        "inv_freq", f"float64 {text(*sizes, 'R/2')}", inv_freq,
     )  # fmt: skip
+    pairs = inv_freq.shape[-1]
     if isinstance(start_tokens, Tensor):
         expect(
-            start_tokens.dtype == torch.int64 and start_tokens.dim() == 1
-            and fits_batch(start_tokens, 1),
-            "start_tokens", f"an int or int64 [{rows}]", start_tokens,
+            start_tokens.dtype == torch.int64 and start_tokens.dim() > 0
+            and fits(start_tokens, *sizes),
+            "start_tokens", starts, start_tokens,
         )  # fmt: skip
     else:
-        expect(is_int64(start_tokens), "start_tokens", "an int or int64 [B]", start_tokens)
+        expect(is_int64(start_tokens), "start_tokens", starts, start_tokens)
         expect(start_tokens >= 0, "start_tokens", "0 or more", start_tokens)
     if base_inv_freq is not None:
-        pairs = inv_freq.shape[-1]
         expect(
-            is_float64(base_inv_freq) and base_inv_freq.shape[-1] == pairs
-            and fits_batch(base_inv_freq, 2),
-            "base_inv_freq", f"float64 [{pairs}] or [{rows}, {pairs}]", base_inv_freq,
+            is_float64(base_inv_freq) and fits(base_inv_freq, pairs),
+            "base_inv_freq", f"float64 {text(pairs)}", base_inv_freq,
         )  # fmt: skip
     elif isinstance(start_tokens, Tensor) or start_tokens > 0:
         raise ValueError("base_inv_freq: required with start_tokens")
     if isinstance(attention_factor, Tensor):
         expect(
-            attention_factor.is_floating_point() and attention_factor.dim() <= 1
-            and fits_batch(attention_factor, 1),
-            "attention_factor", f"a number, or a float tensor [] or [{rows}]", attention_factor,
+            attention_factor.is_floating_point()
+            and (attention_factor.dim() == 0 or fits(attention_factor, *sizes)),
+            "attention_factor",
+            "a number, or a float tensor " + ("[], " if sizes else "") + text(*sizes),
+            attention_factor,
         )  # fmt: skip
     else:
         finite = isinstance(attention_factor, (int, float)) and math.isfinite(attention_factor)

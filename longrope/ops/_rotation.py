@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from longrope.ops._arguments import check_frequencies, check_positions
+from longrope.ops._arguments import check_frequencies, check_positions, expect
 
 __all__ = ["Rotation"]
 
@@ -15,20 +16,36 @@ __all__ = ["Rotation"]
 class Rotation:
     """How `ops.attention` turns queries and keys that come un-rotated.
 
+    With `limits` there are `T` tiers, and the query decides: at position `p` it takes the first
+    tier `t` with `p < limits[t]`, the last tier beyond, and that tier turns the query *and all the
+    keys that it sees*. What a query attends so depends on nothing behind it: neither on how long
+    its row grows, nor on other rows, nor on where a prefill was cut.
+
     Parameters
     ----------
-    inv_freq : float64 `[R/2]` or `[B, R/2]`
+    inv_freq : float64 `[R/2]` or `[B, R/2]`; with limits `[T, R/2]` or `[B, T, R/2]`
         Radians per token; a row of the batch may have its own.
     query_positions, key_positions : int64 `[N]` or `[B, N]`, `[M]` or `[B, M]`
-        Positions of the queries and of the keys; may be negative.
-    start_tokens : int or int64 `[B]`
+        Positions of the queries and of the keys; may be negative. With limits the tiers of the
+        queries (those in `query_range`) must not fall along a row; positions as such may (left
+        padding).
+    start_tokens : int or int64 `[B]`; with limits int, int64 `[T]` or `[B, T]`
         Positions below it turn by `base_inv_freq` (n_hat of the paper); 0 for none.
     base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
         The original frequencies; required with `start_tokens`.
-    attention_factor : float or tensor `[]` or `[B]`
+    attention_factor : float or tensor `[]` or `[B]`; with limits also `[T]` or `[B, T]`
         Multiplies the rotated dimensions of queries and of keys.
     interleaved : bool
         Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
+    limits : int64 `[T]`, optional
+        The position at which each tier ends, strictly growing; the last tier has no end.
+
+    Raises
+    ------
+    ValueError
+        Where a dtype or shape is not as above. Values are checked by `ops.attention`, on CPU: on
+        CUDA, where looking would wait for the device, the result of a row whose tiers fall is NaN
+        (but for queries that see no key).
     """
 
     inv_freq: Tensor
@@ -38,11 +55,41 @@ class Rotation:
     base_inv_freq: Tensor | None = None
     attention_factor: float | Tensor = 1.0
     interleaved: bool = False
+    limits: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check dtypes and shapes; batch and token counts are checked against the tensors later."""
+        tiers = None
+        if self.limits is not None:
+            expect(
+                isinstance(self.limits, Tensor) and self.limits.dtype == torch.int64
+                and self.limits.dim() == 1 and self.limits.shape[0] > 0,
+                "limits", "int64 [T]", self.limits,
+            )  # fmt: skip
+            tiers = self.limits.shape[0]
         check_frequencies(
-            self.inv_freq, self.start_tokens, self.base_inv_freq, self.attention_factor
-        )
+            self.inv_freq, self.start_tokens, self.base_inv_freq, self.attention_factor,
+            tiers=tiers,
+        )  # fmt: skip
         check_positions("query_positions", self.query_positions)
         check_positions("key_positions", self.key_positions)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors among the fields, by name."""
+        return {n: a for n, a in vars(self).items() if isinstance(a, Tensor)}
+
+    def by_tier(self) -> tuple[Tensor, int | Tensor, float | Tensor]:
+        """Return inv_freq, start_tokens and attention_factor in tiers: one without limits.
+
+        Tensors are `[T, R/2]` or `[B, T, R/2]`, `[T]` or `[B, T]`, and of float64.
+        """
+        inv_freq, starts, factors = self.inv_freq, self.start_tokens, self.attention_factor
+        if self.limits is None:
+            inv_freq = inv_freq.unsqueeze(-2)
+            starts = starts.unsqueeze(-1) if isinstance(starts, Tensor) else starts
+            factors = factors.unsqueeze(-1) if isinstance(factors, Tensor) else factors
+        elif isinstance(factors, Tensor) and factors.dim() == 0:
+            factors = factors.expand(inv_freq.shape[-2])
+        if isinstance(factors, Tensor):
+            factors = factors.to(torch.float64)
+        return inv_freq, starts, factors

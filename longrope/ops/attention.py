@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
-from longrope.ops._arguments import check_positions, check_tensors, expect, is_int64
+from longrope.ops import _rotated_attention
+from longrope.ops._arguments import (
+    argument_names,
+    check_positions,
+    check_tensors,
+    expect,
+    is_int64,
+)
+from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
 from longrope.ops._rotation import Rotation
-from longrope.ops.rope import _fresh, rope
+from longrope.ops.rope import _fresh, _start_and_factor
 
 __all__ = ["attention", "merge_attention"]
 
@@ -32,12 +40,14 @@ def attention(
     softcap: float | None = None,
     rotation: Rotation | None = None,
     return_lse: bool = False,
+    query_range: tuple[int | Tensor, int | Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend queries to the keys that each of them sees; memory `O(N + M)`.
 
     Query `i` stands at position `query_start + i`, counted from the first key, and sees key `j`
     when `key_start <= j < key_length`, with `causal` only `j <= query_start + i`, and with a
-    `window` only `j > query_start + i - window`. In plain torch, with the mask of those pairs:
+    `window` only `j > query_start + i - window`. With a `query_range` (begin, end) queries outside
+    `begin <= i < end` see no key. In plain torch, with the mask of those pairs:
     `scores = (scale * q @ k.mT).masked_fill(~mask, -inf)`, `out = scores.softmax(-1) @ v`,
     `lse = scores.logsumexp(-1)`. Keys and values that no query sees may hold anything, NaN too.
 
@@ -62,24 +72,28 @@ def attention(
     softcap : float, optional
         Scores become `softcap * tanh(score / softcap)` (Gemma 2).
     rotation : Rotation, optional
-        q and k come un-rotated and are turned inside, as by `ops.rope`. Where a gradient is asked
-        for, by `ops.rope` itself: gradients also reach the rotation's tensors.
+        q and k come un-rotated and are turned inside, as by `ops.rope`: with `limits` each query,
+        and its keys, by the tier that its position is in.
     return_lse : bool
         Return also the log-sum-exp of the scores.
+    query_range : (int or int64 `[B]`, int or int64 `[B]`), optional
+        The first query that attends, and the first behind the last that does; any values. Blocks of
+        other queries do no work.
 
     Returns
     -------
     out : the dtype of q, `[B, H, N, D]`
         Fresh, in the memory order of q. A query that sees no key gives 0. Accumulated in float32
         (float64 for float64); the same on every run and for any number of threads. Differentiable
-        in q, k and v.
+        in q, k and v, and in the rotation's inv_freq, base_inv_freq and attention_factor.
     lse : float32 (float64 for float64) `[B, H, N]`
         With `return_lse`: natural logarithm, -inf for a query that sees no key; differentiable.
 
     Raises
     ------
     ValueError
-        Where a shape, dtype, device, stride or range is not as above.
+        Where a shape, dtype, device, stride or range is not as above; on CPU also where the limits
+        do not grow or the tiers of a row's queries fall.
     """
     check_tensors(q=q, k=k, v=v)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
@@ -96,30 +110,33 @@ def attention(
         expect(isinstance(scale, (int, float)), "scale", "a finite number, or None", scale)
     else:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() == 4 and q.shape[-1] else 1.0
-    tables = (None, None, None, None)
-    interleaved = False
-    if rotation is not None:
-        expect(isinstance(rotation, Rotation), "rotation", "an ops.Rotation, or None", rotation)
-        check_positions("query_positions", rotation.query_positions, q.shape[0], queries)
-        check_positions("key_positions", rotation.key_positions, k.shape[0], keys)
-        needs_gradient = torch.is_grad_enabled() and _needs_gradient(q, k, v, rotation)
-        # The tables of the kernel are float32.
-        if needs_gradient or q.dtype == torch.float64:
-            q, k = _turned(q, k, rotation)
-        else:
-            interleaved = rotation.interleaved
-            tables = (
-                *_rotation_tables(q, rotation, rotation.query_positions),
-                *_rotation_tables(k, rotation, rotation.key_positions),
-            )
-    out, lse = torch.ops.longrope.attention(
-        q, k, v, causal,
+    expect(
+        query_range is None or (isinstance(query_range, tuple) and len(query_range) == 2),
+        "query_range", "a tuple of two, each an int or int64 [B], or None", query_range,
+    )  # fmt: skip
+    query_begin, query_end = query_range or (None, None)
+    options = (
+        causal,
         *_bound("query_start", query_start, keys - queries),
         *_bound("key_start", key_start, 0),
         *_bound("key_length", key_length, keys),
+        *_bound("query_range", query_begin, 0),
+        *_bound("query_range", query_end, queries),
         0 if window is None else window, scale, 0.0 if softcap is None else softcap,
-        *tables, interleaved,
     )  # fmt: skip
+    if rotation is None:
+        out, lse = torch.ops.longrope.attention(q, k, v, *options)
+    else:
+        expect(isinstance(rotation, Rotation), "rotation", "an ops.Rotation, or None", rotation)
+        check_positions("query_positions", rotation.query_positions, q.shape[0], queries)
+        check_positions("key_positions", rotation.key_positions, k.shape[0], keys)
+        check_tensors(q=q, **rotation.tensors())
+        inv_freq, start_tokens, attention_factor = rotation.by_tier()
+        out, lse = torch.ops.longrope.attention_rotated(
+            q, k, v, *options, rotation.query_positions, rotation.key_positions, rotation.limits,
+            inv_freq, rotation.base_inv_freq,
+            *_start_and_factor(start_tokens, attention_factor), rotation.interleaved,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -162,46 +179,8 @@ def _bound(name: str, value: int | Tensor | None, default: int) -> tuple[int, Te
     return value, None
 
 
-def _needs_gradient(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> bool:
-    tensors = (q, k, v, rotation.inv_freq, rotation.base_inv_freq, rotation.attention_factor)
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _turn(x: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
-    turned, _ = rope(
-        x, x[:, :0], positions, rotation.inv_freq, rotation.start_tokens, rotation.base_inv_freq,
-        rotation.attention_factor, rotation.interleaved,
-    )  # fmt: skip
-    return turned
-
-
-def _turned(q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-    return (
-        _turn(q, rotation, rotation.query_positions),
-        _turn(k, rotation, rotation.key_positions),
-    )
-
-
-def _rotation_tables(x: Tensor, rotation: Rotation, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines times the attention factor, float32 `[B or 1, tokens, R/2]`.
-
-    They are what turning (1, 0) gives.
-    """
-    rotary_dim = 2 * rotation.inv_freq.shape[-1]
-    arguments = (
-        rotation.inv_freq, rotation.start_tokens, rotation.base_inv_freq, rotation.attention_factor
-    )  # fmt: skip
-    dims = [positions.dim() - 1, rotation.inv_freq.dim() - 1]
-    dims += [a.dim() - (a is arguments[2]) for a in arguments[1:] if isinstance(a, Tensor)]
-    batch = x.shape[0] if any(dims) else 1  # rows that differ
-    unit = torch.zeros(batch, 1, positions.shape[-1], rotary_dim, device=x.device)
-    unit[..., : rotary_dim // 2] = 1
-    turned, _ = rope(unit, unit[:, :0], positions, *arguments)
-    cos, sin = turned[:, 0].chunk(2, -1)
-    return cos, sin
-
-
 @torch.library.register_fake("longrope::attention")
+@torch.library.register_fake("longrope::attention_rotated")
 def _(q, *_arguments):
     lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     return _fresh(q), lse
@@ -221,38 +200,28 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _stride_1(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-# Arguments of longrope::attention: three bounds with their rows follow q, k, v and causal.
-_ROWS = (5, 7, 9)
-_TABLES = 13
+_ARGUMENTS = argument_names("attention")
 
 
 def _attention_setup(ctx, inputs, output):
-    if any(t is not None for t in inputs[_TABLES : _TABLES + 4]):
-        raise NotImplementedError(
-            "attention: rotation inside has no gradient; ops.attention turns by ops.rope then"
-        )
-    out, lse = output
-    ctx.options = [None if i in _ROWS else a for i, a in enumerate(inputs[:_TABLES])][3:]
-    ctx.save_for_backward(*inputs[:3], *(inputs[i] for i in _ROWS), out, lse)
+    keep_arguments(ctx, _ARGUMENTS, inputs, *output)
 
 
 def _attention_backward(ctx, grad_out, grad_lse):
-    q, k, v, *rows, out, lse = ctx.saved_tensors
-    options = list(ctx.options)
-    for i, row in zip(_ROWS, rows, strict=True):
-        options[i - 3] = row
+    arguments, (out, lse) = kept_arguments(ctx)
     grads = torch.ops.longrope.attention_grad(
-        _stride_1(grad_out), grad_lse, q, k, v, out, lse, *options
+        stride_1(grad_out), grad_lse, out=out, lse=lse, **arguments
     )
-    return *grads, *[None] * 15
+    return *grads, *[None] * (len(_ARGUMENTS) - 3)
 
 
 torch.library.register_autograd(
     "longrope::attention", _attention_backward, setup_context=_attention_setup
+)
+torch.library.register_autograd(
+    "longrope::attention_rotated",
+    _rotated_attention.backward,
+    setup_context=_rotated_attention.setup,
 )
 
 

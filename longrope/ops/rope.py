@@ -20,8 +20,9 @@ from longrope.ops._arguments import (
     factor_sets,
     is_int64,
 )
+from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
 
-__all__ = ["rerotate", "rope", "rope_"]
+__all__ = ["rerotate", "rerotate_rows_", "rope", "rope_"]
 
 
 def rope(
@@ -157,6 +158,70 @@ def rerotate(
     return out
 
 
+def rerotate_rows_(
+    k: Tensor,
+    positions: Tensor,
+    from_tier: Tensor,
+    to_tier: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Turn the keys of every row from one tier of frequencies to another, in place.
+
+    For caches whose rows enter their next tier one by one: where `from_tier` and `to_tier` agree a
+    row stays as it is, bit for bit and at no cost. The others turn once, by the difference of their
+    two phases (exact in fixed point), and are scaled by the ratio of the attention factors. Nothing
+    waits for a CUDA device.
+
+    Parameters
+    ----------
+    k : float32, bfloat16, float16 (CPU also float64) `[B, Hk, N, D]`
+        Keys, any strides with stride 1 in `D`; written.
+    positions : int64 `[N]` or `[B, N]`
+        The positions that they are rotated at; may be negative.
+    from_tier, to_tier : int64 `[B]`
+        The tier that turned a row's keys, and the tier wanted; -1: not rotated.
+    inv_freq : float64 `[T, R/2]` or `[B, T, R/2]`
+        Radians per token of each tier, `R <= D`; dimensions from `R` on stay.
+    start_tokens : int or int64 `[T]` or `[B, T]`
+        Positions below it turn by `base_inv_freq`; 0: none do.
+    base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
+        The original frequencies; required with `start_tokens`.
+    attention_factor : float or tensor `[]`, `[T]` or `[B, T]`
+        What each tier multiplies the rotated dimensions by; not 0.
+    interleaved : bool
+        Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
+
+    Returns
+    -------
+    Tensor
+        k.
+
+    Raises
+    ------
+    ValueError
+        Where a shape, dtype, device or stride is not as above, `base_inv_freq` is missing, k
+        overlaps itself (an expanded tensor) or a gradient is asked for; on CPU also where a number
+        is not finite or a tier is out of range (on CUDA such a row becomes NaN).
+    """
+    _check(k, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved)
+    check_tensors(k=k, from_tier=from_tier, to_tier=to_tier)
+    _refuse_gradients("rerotate_rows_", "rerotate", k, inv_freq, base_inv_freq, attention_factor)
+    start_tokens, starts, attention_factor, factors = _start_and_factor(
+        start_tokens, attention_factor
+    )
+    if factors is not None and factors.dim() == 0:
+        factors = factors.expand(inv_freq.shape[-2])
+    torch.ops.longrope.rerotate_rows_(
+        k, positions, from_tier, to_tier, inv_freq, base_inv_freq, start_tokens, starts,
+        attention_factor, factors, interleaved,
+    )  # fmt: skip
+    return k
+
+
 def _check(q, k, positions, inv_freq, start_tokens, base, factor, interleaved) -> None:
     """Check types and devices, which the dispatcher refuses in longer words or not at all.
 
@@ -234,6 +299,7 @@ def _(k, *_arguments):
 
 
 @torch.library.register_fake("longrope::rerotate_")
+@torch.library.register_fake("longrope::rerotate_rows_")
 def _(k, *_arguments):
     return None
 
@@ -257,7 +323,7 @@ def _rope_setup(ctx, inputs, output):
 def _rope_backward(ctx, grad_q, grad_k):
     q, k, positions, inv_freq, base, rows, factor_rows = ctx.saved_tensors
     start_tokens, factor, interleaved, inverse = ctx.scalars
-    grad_q, grad_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+    grad_q, grad_k = stride_1(grad_q), stride_1(grad_k)
     turned_by = (
         positions, inv_freq, base, start_tokens, rows, factor, factor_rows, interleaved
     )  # fmt: skip
@@ -299,19 +365,13 @@ def _other_set(name: str) -> str:
 
 
 def _rerotate_setup(ctx, inputs, output):
-    arguments = dict(zip(_REROTATE_ARGUMENTS, inputs, strict=True))
-    del arguments["k"]
-    tensors = {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
-    ctx.save_for_backward(*tensors.values())
-    ctx.arguments = arguments | dict.fromkeys(tensors)
-    ctx.tensors = list(tensors)
+    keep_arguments(ctx, _REROTATE_ARGUMENTS[1:], inputs[1:])  # not k
 
 
 def _rerotate_backward(ctx, grad):
-    arguments = ctx.arguments | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
+    arguments, _ = kept_arguments(ctx)
     turned_back = {_other_set(name): a for name, a in arguments.items()}
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    return torch.ops.longrope.rerotate(grad, **turned_back), *[None] * len(arguments)
+    return torch.ops.longrope.rerotate(stride_1(grad), **turned_back), *[None] * len(arguments)
 
 
 torch.library.register_autograd(

@@ -19,6 +19,7 @@ struct Case {
   int64_t query_start, key_start, key_length, window;
   bool causal;
   double softcap;
+  int64_t query_begin = -1, query_end = 1 << 20;
 };
 
 struct Free {
@@ -53,6 +54,8 @@ longrope::AttentionParams parameters(const Case& c, T* q, T* k, T* v, T* out, fl
   params.query_start = {nullptr, c.query_start};
   params.key_start = {nullptr, c.key_start};
   params.key_length = {nullptr, c.key_length};
+  params.query_begin = {nullptr, c.query_begin};
+  params.query_end = {nullptr, c.query_end};
   params.causal = c.causal;
   params.window = c.window;
   params.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
@@ -174,6 +177,7 @@ void run(const Case& c) {
     std::vector<double> weights(c.keys), expected(c.head_dim);
     double total = 0;
     for (int64_t j = c.key_start; j < c.key_length; ++j) {
+      if (i < c.query_begin || i >= c.query_end) continue;
       if (c.causal && j > c.query_start + i) continue;
       if (c.window > 0 && j <= c.query_start + i - c.window) continue;
       double score = 0;
@@ -211,10 +215,12 @@ int main() {
     run({2, 1, 70, 129, 96, 59, 0, 129, 16, true, 30});  // sliding window, soft cap
     run({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});        // rows that see no key
     run({2, 2, 19, 65, 256, 0, 0, 65, 0, false, 0});
+    run({4, 2, 50, 60, 24, 10, 0, 60, 0, true, 0, 7, 31});  // some of the queries
   });
   compare_products({2, 1, 130, 300, 40, 150, 7, 290, 0, true, 0});
   compare_products({4, 2, 1, 2100, 33, 2099, 0, 2100, 0, true, 0});
   compare_products({1, 1, 40, 600, 64, 560, 0, 600, 100, true, 20});
   compare_products({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});
+  compare_products({2, 1, 130, 300, 40, 150, 7, 290, 0, true, 0, 33, 129});
   return check::result();
 }

@@ -89,7 +89,9 @@ class Problem {
     p.turn.start_tokens_rows = c.rows && c.start_tokens ? start_rows_.data() : nullptr;
     p.turn.start_tokens = c.start_tokens;
     p.attention_factor_rows = c.rows ? factors_.data() : nullptr;
+    p.attention_factor_stride = 1;
     p.attention_factor = 1.25;
+    p.turn.tiers = p.turn.start_tokens_stride = 1;
   }
 
   double factor(int64_t batch) const { return c.rows ? factors_[batch] : 1.25; }

@@ -7,7 +7,9 @@ from ctypes import c_bool, c_double, c_int, c_int64, c_void_p
 
 import torch
 
-from emulation.library import DTYPES, call, fresh, poisoned, runtime
+from emulation import rope
+from emulation.library import DTYPES, call, check_layout, fresh, poisoned, runtime
+from emulation.rope import RopeParams
 
 
 class AttentionTensor(ctypes.Structure):
@@ -33,12 +35,13 @@ class AttentionBound(ctypes.Structure):
 class AttentionRotation(ctypes.Structure):
     """As csrc/attention/attention.h says."""
 
-    _fields_ = [
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        *((name, c_int64) for name in ("batch_stride", "token_stride", "pairs")),
-        ("interleaved", c_bool),
-    ]
+    _fields_ = [("q", RopeParams), ("k", RopeParams), ("limits", c_void_p)]
+
+
+#: As they follow one another in the struct and, each as an int and a tensor, among the arguments.
+BOUNDS = ("query_start", "key_start", "key_length", "query_begin", "query_end")
+
+OPTIONS = 1 + 2 * len(BOUNDS) + 3  # causal, the bounds, and window, scale and softcap
 
 
 class AttentionParams(ctypes.Structure):
@@ -49,13 +52,13 @@ class AttentionParams(ctypes.Structure):
         ("lse", c_void_p),
         ("dtype", c_int),
         *((n, c_int64) for n in ("batch", "heads", "kv_heads", "queries", "keys", "head_dim")),
-        *((name, AttentionBound) for name in ("query_start", "key_start", "key_length")),
+        *((name, AttentionBound) for name in BOUNDS),
         ("causal", c_bool),
         ("window", c_int64),
         ("scale", c_double),
         ("softcap", c_double),
-        ("rotate_q", AttentionRotation),
-        ("rotate_k", AttentionRotation),
+        ("rotation", ctypes.POINTER(AttentionRotation)),
+        ("tiers", c_void_p),
         ("bfloat16_product", c_void_p),
     ]
 
@@ -83,33 +86,39 @@ class AttentionMergeParams(ctypes.Structure):
 
 
 def params_of(held, q, k, v, causal, *options):
-    """Fill in everything but the outputs and the rotations; `held` keeps what they point to."""
-    bounds = []
-    for all_rows, rows in zip(options[:6:2], options[1:6:2], strict=True):
+    """Fill in everything but the outputs and the rotation; `held` keeps what they point to."""
+    *options, window, scale, softcap = options
+    bounds = {}
+    for name, all_rows, rows in zip(BOUNDS, options[::2], options[1::2], strict=True):
         held.append(None if rows is None else rows.contiguous())
-        bounds.append(AttentionBound(None if rows is None else held[-1].data_ptr(), all_rows))
+        bounds[name] = AttentionBound(None if rows is None else held[-1].data_ptr(), all_rows)
     held += [q, k, v]
-    window, scale, softcap = options[6:]
     return AttentionParams(
         q=AttentionTensor.of(q), k=AttentionTensor.of(k), v=AttentionTensor.of(v),
         dtype=DTYPES[q.dtype], batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1],
         queries=q.shape[2], keys=k.shape[2], head_dim=q.shape[3],
-        query_start=bounds[0], key_start=bounds[1], key_length=bounds[2],
-        causal=causal, window=window, scale=scale, softcap=softcap,
+        causal=causal, window=window, scale=scale, softcap=softcap, **bounds,
     )  # fmt: skip
 
 
-def rotation_of(held, cos, sin, interleaved):
-    """Describe tables of cosines and sines."""
-    if cos is None:
-        return AttentionRotation()
-    cos, sin = cos.contiguous(), sin.contiguous()
-    held += [cos, sin]
-    batch, tokens, pairs = cos.shape
-    return AttentionRotation(
-        cos.data_ptr(), sin.data_ptr(), 0 if batch == 1 else tokens * pairs, pairs, pairs,
-        interleaved,
-    )  # fmt: skip
+def rotation_of(
+    held, q, k, query_positions, key_positions, limits, inv_freq, base, start, start_tiers, factor,
+    factor_tiers, interleaved,
+):  # fmt: skip
+    """Describe how queries and keys turn."""
+
+    def turn(x, positions):
+        p = rope.params_of(
+            held, x, x[:, :0], positions, interleaved, factor, None, inv_freq.shape[-1]
+        )
+        p.turn = rope.tiered(held, p, inv_freq, base, start, start_tiers, factor_tiers)
+        return p
+
+    rotation = AttentionRotation(turn(q, query_positions), turn(k, key_positions))
+    if limits is not None:
+        held.append(limits.contiguous())
+        rotation.limits = held[-1].data_ptr()
+    return rotation
 
 
 def workspace_of(name, params):
@@ -119,18 +128,30 @@ def workspace_of(name, params):
     return function(ctypes.byref(params))
 
 
-def attention(q, k, v, *arguments):
-    """longrope::attention."""
-    held = []
-    *options, query_cos, query_sin, key_cos, key_sin, interleaved = arguments
-    p = params_of(held, q, k, v, *options)
-    p.rotate_q = rotation_of(held, query_cos, query_sin, interleaved)
-    p.rotate_k = rotation_of(held, key_cos, key_sin, interleaved)
+def attend(held, p, q):
+    """Run the forward pass."""
     out, lse = fresh(q), poisoned(tuple(q.shape[:3]), torch.float32)
     p.out, p.lse = AttentionTensor.of(out), lse.data_ptr()
     workspace = workspace_of("emulated_attention_workspace", p)
     call("emulated_attention", p, (out, lse), max(workspace, 1))
     return out, lse
+
+
+def attention(q, k, v, *options):
+    """longrope::attention."""
+    held = []
+    return attend(held, params_of(held, q, k, v, *options), q)
+
+
+def attention_rotated(q, k, v, *arguments):
+    """longrope::attention_rotated."""
+    held = []
+    options, turned_by = arguments[:OPTIONS], arguments[OPTIONS:]
+    p = params_of(held, q, k, v, *options)
+    rotation = rotation_of(held, q, k, *turned_by)
+    check_layout(AttentionRotation)
+    p.rotation = ctypes.pointer(rotation)
+    return attend(held, p, q)
 
 
 def attention_grad(grad_out, grad_lse, q, k, v, out, lse, *options):
@@ -164,4 +185,6 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return out, lse
 
 
-IMPLEMENTATIONS = {f.__name__: f for f in (attention, attention_grad, merge_attention)}
+IMPLEMENTATIONS = {
+    f.__name__: f for f in (attention, attention_rotated, attention_grad, merge_attention)
+}

@@ -72,6 +72,7 @@ const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params)
 
 int64_t sizeof_AttentionParams() { return sizeof(longrope::AttentionParams); }
 int64_t sizeof_AttentionGradParams() { return sizeof(longrope::AttentionGradParams); }
+int64_t sizeof_AttentionRotation() { return sizeof(longrope::AttentionRotation); }
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
 int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }
 int64_t sizeof_NllBackwardChunkParams() { return sizeof(longrope::NllBackwardChunkParams); }

@@ -18,7 +18,10 @@ class RopeFrequencies(ctypes.Structure):
         ("base_inv_freq", c_void_p),
         ("inv_freq_stride", c_int64),
         ("base_inv_freq_stride", c_int64),
+        ("tiers", c_int64),
+        ("tier_rows", c_void_p),
         ("start_tokens_rows", c_void_p),
+        ("start_tokens_stride", c_int64),
         ("start_tokens", c_int64),
     ]
 
@@ -34,9 +37,12 @@ class RopeParams(ctypes.Structure):
         ("positions", c_void_p),
         ("positions_batch_stride", c_int64),
         ("positions_token_stride", c_int64),
+        ("token_begin_rows", c_void_p),
+        ("token_end_rows", c_void_p),
         ("turn", RopeFrequencies),
         ("undo", RopeFrequencies),
         ("attention_factor_rows", c_void_p),
+        ("attention_factor_stride", c_int64),
         ("attention_factor", c_double),
     ]
 
@@ -59,7 +65,7 @@ def frequencies(held, inv_freq, base_inv_freq, start_tokens, start_tokens_rows=N
         held.append(t.contiguous())
         return held[-1].data_ptr(), t.shape[-1] if t.dim() == 2 else 0
 
-    f = RopeFrequencies(start_tokens=start_tokens)
+    f = RopeFrequencies(start_tokens=start_tokens, tiers=1, start_tokens_stride=1)
     f.inv_freq, f.inv_freq_stride = rows(inv_freq)
     if base_inv_freq is not None:
         f.base_inv_freq, f.base_inv_freq_stride = rows(base_inv_freq)
@@ -74,6 +80,7 @@ def params_of(held, q, k, positions, interleaved, factor, factor_rows, pairs):
         q=Heads.of(q), k=Heads.of(k), dtype=DTYPES[q.dtype], batch=q.shape[0], tokens=q.shape[2],
         head_dim=q.shape[3], pairs=pairs, interleaved=interleaved, positions=positions.data_ptr(),
         positions_token_stride=positions.stride(-1), attention_factor=factor,
+        attention_factor_stride=1,
         positions_batch_stride=positions.stride(0) if positions.dim() == 2 else 0,
     )  # fmt: skip
     if factor_rows is not None:
@@ -154,6 +161,39 @@ def rerotate_(k, *arguments):
     rerotate_out(k, *arguments, k)
 
 
+def tiered(held, p, inv_freq, base, start, start_tiers, factor_tiers):
+    """Return frequencies in tiers, and set the factors of p."""
+
+    def rows(t, dims):
+        held.append(t.contiguous())
+        return held[-1].data_ptr(), 0 if t.dim() == dims else held[-1].stride(0)
+
+    f = RopeFrequencies(start_tokens=start, tiers=inv_freq.shape[-2])
+    f.inv_freq, f.inv_freq_stride = rows(inv_freq, 2)
+    if base is not None:
+        f.base_inv_freq, f.base_inv_freq_stride = rows(base, 1)
+    if start_tiers is not None:
+        f.start_tokens_rows, f.start_tokens_stride = rows(start_tiers, 1)
+    if factor_tiers is not None:
+        p.attention_factor_rows, p.attention_factor_stride = rows(factor_tiers, 1)
+    return f
+
+
+def rerotate_rows_(
+    k, positions, from_tier, to_tier, inv_freq, base, start, start_tiers, factor, factor_tiers,
+    interleaved,
+):  # fmt: skip
+    """longrope::rerotate_rows_."""
+    held = [from_tier.contiguous(), to_tier.contiguous()]
+    p = params_of(held, k, k, positions, interleaved, factor, None, inv_freq.shape[-1])
+    p.turn = p.undo = tiered(held, p, inv_freq, base, start, start_tiers, factor_tiers)
+    p.undo.tier_rows, p.turn.tier_rows = (t.data_ptr() for t in held[:2])
+    p.q_out = p.k
+    p.k.heads = p.k_out.heads = 0
+    call("emulated_rope", p, (k,))
+
+
 IMPLEMENTATIONS = {
-    f.__name__: f for f in (rope, rope_, rope_backward, rerotate, rerotate_out, rerotate_)
+    f.__name__: f
+    for f in (rope, rope_, rope_backward, rerotate, rerotate_out, rerotate_, rerotate_rows_)
 }

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.criterion import assert_as_accurate, assert_nonzero_gradient
+from torch.utils._pytree import tree_map
 
 from longrope import ops
 
@@ -28,6 +29,10 @@ CASES = {
     "softcap and scale": ((2, 1, 33, 33), {"softcap": 1.5, "scale": 0.4}),
     "one query": ((4, 2, 1, 130), {}),
     "more queries than keys": ((2, 2, 30, 11), {}),
+    "some of the queries": (
+        (4, 2, 33, 40),
+        {"query_range": (torch.tensor([5, -(2**40)]), torch.tensor([21, 2**40])), "window": 20},
+    ),
 }
 
 
@@ -38,7 +43,7 @@ def inputs(shape, head_dim, dtype, batch=2):
 
 
 def to(device, arguments):
-    return {n: a.to(device) if torch.is_tensor(a) else a for n, a in arguments.items()}
+    return tree_map(lambda a: a.to(device) if torch.is_tensor(a) else a, arguments)
 
 
 def assert_accurate(backend, tensors, arguments):
@@ -92,6 +97,34 @@ def test_rows_that_see_nothing_give_zero(backend, dtype):
     assert (nothing[0] == 0).all() and (nothing[1] == -math.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_out_of_range_see_nothing_and_change_nothing(backend, dtype):
+    """The others are bit for bit as without a range, whatever those out of range hold."""
+    tensors = [t.to(backend.device) for t in inputs((4, 2, 150, 150), 24, dtype)]
+    begin, end = torch.tensor([0, 37]), torch.tensor([64, 131])
+    within = torch.arange(150) >= begin[:, None]
+    within = (within & (torch.arange(150) < end[:, None]))[:, None].to(backend.device)
+
+    def results(q, **arguments):
+        leaves = [t.detach().requires_grad_() for t in (q, *tensors[1:])]
+        out, lse = ops.attention(*leaves, **arguments, return_lse=True)
+        # Only those within have an influence; a NaN beside them would show in the gradients.
+        grad_out = torch.where(within[..., None], torch.ones_like(out), math.nan)
+        if not arguments:
+            grad_out = grad_out.nan_to_num()
+        return out, lse, torch.autograd.grad(out, leaves, grad_out)
+
+    arguments = {"query_range": (begin.to(backend.device), end.to(backend.device))}
+    out, lse, grads = results(torch.where(within[..., None], tensors[0], math.nan), **arguments)
+    whole_out, whole_lse, whole_grads = results(tensors[0])
+    assert torch.equal(out, whole_out.masked_fill(~within[..., None], 0))
+    assert torch.equal(lse, whole_lse.masked_fill(~within, -math.inf))
+    assert (grads[0][~within[..., None].expand_as(grads[0])] == 0).all()
+    for got, expected in zip(grads, whole_grads, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert (ops.attention(*tensors, query_range=(20, 20)) == 0).all()
+
+
 @pytest.mark.parametrize("token_major", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_views_of_poisoned_memory(backend, dtype, token_major):
@@ -127,7 +160,9 @@ def test_a_query_that_is_not_finite_spoils_its_own_row_alone(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["causal", "starts outside", "window", "softcap and scale"])
+@pytest.mark.parametrize(
+    "case", ["causal", "starts outside", "window", "softcap and scale", "some of the queries"]
+)
 def test_gradients(backend, case, dtype):
     """Of q, k and v, through out and lse, within twice the error of plain torch in the dtype."""
     shape, arguments = CASES[case]

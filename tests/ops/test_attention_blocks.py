@@ -24,6 +24,11 @@ CASES = {
         (2, 1, 101, 600),
         {"key_start": torch.tensor([3, 290]), "key_length": torch.tensor([511, 600])},
     ),
+    "some of the queries": (
+        (2, 1, 300, 600),
+        {"query_range": (torch.tensor([0, 101]), torch.tensor([97, 290]))},
+    ),
+    "some of the queries on a long cache": ((1, 1, 40, 2100), {"query_range": (7, 30)}),
     "softcap and negative scale": ((2, 2, 100, 300), {"softcap": 2.0, "scale": -0.3}),
 }
 

@@ -23,6 +23,7 @@ MASKS = {
         "key_length": torch.tensor([6, 4]),
     },
     "scale": {"scale": -0.7},
+    "some of the queries": {"query_range": (torch.tensor([0, 2]), torch.tensor([2, 4]))},
 }  # fmt: skip
 
 
@@ -76,19 +77,18 @@ def test_opcheck(dtype, rows):
     """Schemas, fake kernels and autograd registrations are what torch.compile expects."""
     q, k, v = problem(dtype)
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
-    bounds = (1, None, 0, None, 6, None)
+    bounds = (1, None, 0, None, 6, None, 0, None, 5, None)
     if rows:
         bounds = (
-            0, torch.tensor([1, -9]), 0, torch.tensor([0, 2]), 0, torch.tensor([6, 4])
+            0, torch.tensor([1, -9]), 0, torch.tensor([0, 2]), 0, torch.tensor([6, 4]),
+            0, torch.tensor([0, 1]), 0, torch.tensor([4, 5]),
         )  # fmt: skip
     options = (True, *bounds, 3, 0.5, 2.0)
-    out, lse = ATTENTION(q, k, v, *options, None, None, None, None, False)
+    out, lse = ATTENTION(q, k, v, *options)
     grads = (torch.randn(out.shape).to(dtype), torch.randn(lse.shape))
     torch.library.opcheck(GRAD, (*grads, q, k, v, out, lse, *options))
-    tables = [torch.rand(1, n, 2) for n in (5, 5, 6, 6)]
-    torch.library.opcheck(ATTENTION, (q, k, v, *options, *tables, True))
     q.requires_grad_(), v.requires_grad_()
-    torch.library.opcheck(ATTENTION, (q, k, v, *options, None, None, None, None, False))
+    torch.library.opcheck(ATTENTION, (q, k, v, *options))
 
 
 def test_compile():
@@ -162,6 +162,12 @@ def wrong_inputs():
     yield (q, k, v), {"key_start": -1}, r"key_start: expected 0 to 6 \(the keys\), got -1"
     yield (q, k, v), {"key_length": 7}, r"key_length: expected 0 to 6 \(the keys\), got 7"
     yield (q, k, v), {"key_length": torch.tensor([6, 7])}, r"key_length: expected 0 to 6"
+    yield (q, k, v), {"query_range": 3}, r"query_range: expected a tuple of two, .*, got 3"
+    yield (q, k, v), {"query_range": (1, 2, 3)}, r"query_range: expected a tuple of two"
+    yield (q, k, v), {"query_range": (1.5, 2)}, r"query_range: expected an int or int64 \[B\], got"
+    half = (torch.ones(2).long(), torch.ones(2))
+    yield (q, k, v), {"query_range": half}, r"query_range: expected .* \[2\], got float32 \[2\]"
+    yield (q, k, v), {"query_range": (0, torch.ones(3).long())}, r"query_range: expected .* \[2\]"
     yield (q, k, v), {"window": 0}, r"window: expected an int of 1 or more, or None, got 0"
     yield (q, k, v), {"window": 2.0}, r"window: expected an int"
     yield (q, k, v), {"window": 2**70}, r"window: expected an int"

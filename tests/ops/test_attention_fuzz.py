@@ -77,6 +77,8 @@ class Arguments:
             *self.bound(-5, self.keys + 5, self.keys - self.queries),
             *self.bound(0, self.keys // 2, 0),
             *self.bound(self.keys // 2, self.keys, self.keys),
+            *self.bound(-3, self.queries, 0),
+            *self.bound(0, self.queries + 3, self.queries),
         ]
         window = self.random.choice(ODD_NUMBERS if self.slips() else [0, 0, 1, 4, 2**62])
         scale = self.random.choice(ODD_FLOATS if self.slips() else [0.3, 1.0, -1.0, 0.0])
@@ -96,15 +98,29 @@ class Arguments:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return self.tensor(self.batch, self.heads, self.queries, dtype=dtype)
 
-    def tables(self):
-        if self.head_dim < 2 or self.random.random() < 0.6:
-            return [None] * 4
-        pairs = self.random.randint(1, self.head_dim // 2)
-        tables = [
-            self.tensor(1, tokens, pairs, dtype=torch.float32)
-            for tokens in (self.queries, self.queries, self.keys, self.keys)
-        ]
-        return [None if self.slips() else t for t in tables]
+    def rotation(self):
+        """What follows the options of attention_rotated."""
+        rows = self.random.choice([(), (self.batch,)])
+        tiers, pairs = self.random.choice([1, 1, 2, 4]), self.random.choice([1, 1, 2, 4])
+        double = {"dtype": torch.float64}
+        limits = self.random.sample(ODD_NUMBERS if self.slips() else range(1, 30), tiers)
+        fall = self.slips()
+        return (
+            *(self.positions(n, fall) for n in (self.queries, self.keys)),
+            None if tiers == 1 else torch.tensor(limits if fall else sorted(limits)),
+            self.tensor(*rows, tiers, pairs, **double),
+            None if self.slips() else self.tensor(*rows, pairs, **double),
+            self.random.choice([0, 0, 3, -1 if self.slips() else 7]),
+            self.random.choice([None, torch.randint(0, 5, (*rows, tiers))]),
+            self.random.choice(ODD_FLOATS if self.slips() else [1.0, 1.3]),
+            self.random.choice([None, self.tensor(*rows, tiers, **double)]),
+            self.random.random() < 0.5,
+        )
+
+    def positions(self, tokens, fall):
+        rows = self.random.choice([(), (self.batch,)])
+        positions = torch.randint(0, 40, (*rows, tokens))
+        return positions if fall else positions.sort(-1).values
 
 
 def call(function, *arguments):
@@ -125,9 +141,11 @@ def test_attention(isa, seed):
     for i in range(150):
         draw = Arguments(1000 * seed + i)
         q, k, v = draw.qkv()
-        got = call(
-            torch.ops.longrope.attention, q, k, v, *draw.options(), *draw.tables(), bool(i % 2)
-        )
+        op = torch.ops.longrope.attention
+        turned_by = ()
+        if i % 2:
+            op, turned_by = torch.ops.longrope.attention_rotated, draw.rotation()
+        got = call(op, q, k, v, *draw.options(), *turned_by)
         refused += got is None
         if got is None or q.is_meta or k.is_meta or v.is_meta:
             continue

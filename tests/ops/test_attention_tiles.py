@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.criterion import assert_as_accurate
+from torch.utils._pytree import tree_map
 
 from longrope import ops
 
@@ -16,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def results(function, tensors, device="cpu", **arguments):
     """Out, lse and the gradients of q, k and v of sums that weigh every element differently."""
     leaves = [t.detach().to(device).requires_grad_() for t in tensors]
-    arguments = {n: a.to(device) if torch.is_tensor(a) else a for n, a in arguments.items()}
+    arguments = tree_map(lambda a: a.to(device) if torch.is_tensor(a) else a, arguments)
     out, lse = function(*leaves, **arguments, return_lse=True)
     seen = lse.isfinite()
     weights = torch.linspace(-1, 1, out.numel(), dtype=lse.dtype, device=device).view(out.shape)
@@ -60,6 +61,8 @@ def test_several_tiles_of_rows_and_keys(backend, head_dim, dtype):
         {"query_start": torch.tensor([-40, 90]), "key_length": torch.tensor([64, 129])},
         {"key_start": torch.tensor([65, 3]), "softcap": 2.0},
         {"scale": -0.2},
+        {"query_range": (torch.tensor([0, 33]), torch.tensor([31, 80]))},
+        {"query_range": (5, 70), "window": 20, "query_start": torch.tensor([-10, 80])},
     ],
     ids=str,
 )
@@ -82,6 +85,13 @@ def test_rows_of_a_block_that_begin_behind_its_first_keys(backend):
     assert_accurate(backend, inputs(1, 1, 128, 190, 16, torch.bfloat16, batch=5), **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_offset_of_a_range_of_queries_in_a_tile(backend, dtype):
+    begin = torch.arange(70)
+    arguments = {"query_range": (begin, begin + 33), "window": 40}
+    assert_accurate(backend, inputs(1, 1, 75, 75, 16, dtype, batch=70), **arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_of_zero(backend, dtype):
     """The mean of the values seen."""
@@ -92,6 +102,8 @@ def test_scale_of_zero(backend, dtype):
 def test_few_queries_on_a_long_cache(backend, dtype):
     """The keys are cut into parts; those beyond a row's length are empty."""
     arguments = {"query_start": 690, "key_length": torch.tensor([700, 30, 0])}
+    assert_accurate(backend, inputs(4, 2, 2, 700, 64, dtype, batch=3), **arguments)
+    arguments["query_range"] = (torch.tensor([1, 0, 0]), torch.tensor([2, 2, 1]))
     assert_accurate(backend, inputs(4, 2, 2, 700, 64, dtype, batch=3), **arguments)
 
 

@@ -1,5 +1,6 @@
 #include "attention/attention.h"
 #include "attention/cpu/products.h"
+#include "attention/cpu/visible.h"
 #include "common/cpu/vocabulary.h"
 
 #define LONGROPE_BODY "attention/cpu/backward_entry_body.h"

@@ -117,8 +117,8 @@ inline void backward_task(const AttentionGradParams& g, const AttentionPlan& pla
   prepare_rows<T>(g, t, w, x.padded, x.row);
 
   const SoftmaxGrad<Real> softmax(p);
-  const Tokens<T> k(p.k, AttentionRotation{}, p.head_dim, t.batch, t.kv_head);
-  const Tokens<T> v(p.v, AttentionRotation{}, p.head_dim, t.batch, t.kv_head);
+  const Tokens<T> k(p.k, AttentionTable{}, p.head_dim, t.batch, t.kv_head);
+  const Tokens<T> v(p.v, AttentionTable{}, p.head_dim, t.batch, t.kv_head);
   const Range all_rows = t.rows, all_keys = t.keys;
   for (int64_t first = all_keys.begin; first < all_keys.end; first += kBlockKeys) {
     const int64_t end = first + kBlockKeys < all_keys.end ? first + kBlockKeys : all_keys.end;
@@ -127,11 +127,11 @@ inline void backward_task(const AttentionGradParams& g, const AttentionPlan& pla
     for (int64_t r = 0; r < all_rows.end; r += kGradRows) {
       t.rows = Range{r, r + kGradRows < all_rows.end ? r + kGradRows : all_rows.end};
       const int64_t rows = round_up(t.rows.end - t.rows.begin, Products<T>::kStep);
-      const Range seen = row_ranges(p, t, rows, x.range);
+      const Range seen = row_ranges(p, t, Range{0, p.queries}, rows, x.range);
       if (seen.begin >= seen.end) continue;
       if (packed.end == 0) {
         // The first rows that see the block: pack what any row of the call sees of it.
-        packed = seen_by_all(p, t);
+        packed = common_part(visible_to_any(p, t.batch, attending(p, t.batch)), t.keys);
         x.pack_keys(k, v, packed.begin, packed.end - packed.begin);
       }
       x.pack_rows(g, t, rows);

@@ -2,6 +2,7 @@
 
 #include "attention/attention.h"
 #include "attention/cpu/products.h"
+#include "attention/cpu/visible.h"
 #include "common/cpu/vocabulary.h"
 
 #define LONGROPE_BODY "attention/cpu/forward_entry_body.h"

@@ -6,8 +6,10 @@
 //
 // Keys and values are packed once for all rows of the task, which then go by in groups, so that the
 // scores of a group are used while they are in the cache. What lies outside the visible range is
-// skipped: causal attention does half the work and a window only what it spans. The operands'
-// types and the products are those of Products: tile_forward_body.h, library_forward_body.h.
+// skipped: causal attention does half the work and a window only what it spans. Where the queries
+// of a block are of several tiers, it goes through the keys once for each, which turns them. The
+// operands' types and the products are those of Products: tile_forward_body.h,
+// library_forward_body.h.
 
 // Rows whose scores are in work at a time: a multiple of every tile's rows. 96 * kBlockKeys scores
 // are 96 KiB of a second-level cache.
@@ -99,18 +101,27 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
   const Products<T> x(p, plan, memory, nullptr);
   const Task t = locate(p, plan, task);
   const int64_t rows = round_up(t.rows.end - t.rows.begin, Products<T>::kStep);
-  const Range seen = row_ranges(p, t, rows, x.state.range);
+  Range* const ranges = x.state.range;
+  const Range all_seen = row_ranges(p, t, Range{0, p.queries}, rows, ranges);
   const Softmax<Real> softmax(p);
   x.pack_queries(p, t, rows, softmax.sign);
   x.state.clear(rows, x.padded);
-  const Tokens<T> k(p.k, p.rotate_k, p.head_dim, t.batch, t.kv_head);
-  const Tokens<T> v(p.v, AttentionRotation{}, p.head_dim, t.batch, t.kv_head);
-  for (int64_t first = seen.begin; first < seen.end; first += kBlockKeys) {
-    const int64_t count = seen.end - first < kBlockKeys ? seen.end - first : kBlockKeys;
-    x.pack_keys(k, v, first, count);
-    for (int64_t r = 0; r < rows; r += kGroupRows) {
-      const int64_t here = rows - r < kGroupRows ? rows - r : kGroupRows;
-      x.add_block(r, here, Range{first, first + count}, softmax);
+  const Tokens<T> v(p.v, AttentionTable{}, p.head_dim, t.batch, t.kv_head);
+  for (int64_t tier = 0; tier < (p.tiers ? p.tiers->count : 1); ++tier) {
+    const Range queries = queries_of(p, t.batch, tier);
+    const Range own =
+        common_part(Range{queries.begin * t.group, queries.end * t.group}, t.rows);  // rows
+    if (own.begin >= own.end) continue;
+    const bool whole = own.begin == t.rows.begin && own.end == t.rows.end;
+    const Range seen = whole ? all_seen : row_ranges(p, t, queries, rows, ranges);
+    const Tokens<T> k(p.k, key_table(p, t.batch, tier), p.head_dim, t.batch, t.kv_head);
+    for (int64_t first = seen.begin; first < seen.end; first += kBlockKeys) {
+      const int64_t count = seen.end - first < kBlockKeys ? seen.end - first : kBlockKeys;
+      x.pack_keys(k, v, first, count);
+      for (int64_t r = 0; r < rows; r += kGroupRows) {
+        const int64_t here = rows - r < kGroupRows ? rows - r : kGroupRows;
+        x.add_block(r, here, Range{first, first + count}, softmax);
+      }
     }
   }
 

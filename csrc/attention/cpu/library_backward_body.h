@@ -91,7 +91,7 @@ struct LibraryGradProducts {
       BFloat16* const to = packed + i * padded;
       if (range[i].begin < range[i].end) {
         const RowIndex index(p, t, i);
-        read_bfloat16(Tokens<T>(x, AttentionRotation{}, head_dim, index.batch, index.head),
+        read_bfloat16(Tokens<T>(x, AttentionTable{}, head_dim, index.batch, index.head),
                       index.query, padded, to);
       } else {
         __builtin_memset(to, 0, padded * sizeof(BFloat16));

@@ -33,8 +33,8 @@ struct LibraryProducts {
       BFloat16* const row = q + i * padded;
       if (state.range[i].begin < state.range[i].end) {
         const RowIndex index(p, t, i);
-        read_bfloat16(Tokens<T>(p.q, p.rotate_q, head_dim, index.batch, index.head), index.query,
-                      padded, row);
+        read_bfloat16(Tokens<T>(p.q, query_table(p, t.batch), head_dim, index.batch, index.head),
+                      index.query, padded, row);
         if (sign != 1) {
           for (int64_t d = 0; d < head_dim; ++d) store(row + d, load(row[d]) * sign);
         }

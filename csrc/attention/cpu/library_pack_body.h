@@ -9,7 +9,7 @@ inline int64_t library_padded(int64_t columns) { return round_up(columns, 32); }
 
 template <typename T>
 inline void read_bfloat16(const Tokens<T>& x, int64_t token, int64_t padded, BFloat16* row) {
-  if (x.cos) {
+  if (x.turns()) {
     float values[kMaxHeadDim];
     x.read(token, values);
     store_row(values, row, x.head_dim);

@@ -2,15 +2,16 @@
 // guard: part of a body). Whatever is out of bounds is packed as zero, never read.
 
 template <typename Real>
-inline void rotate_row(Real* x, const float* cos, const float* sin, int64_t pairs,
-                       bool interleaved) {
+inline void rotate_row(Real* x, const Real* cos, const Real* sin, int64_t pairs, bool interleaved) {
   if (interleaved) {
+#pragma omp simd
     for (int64_t i = 0; i < pairs; ++i) {
       const Real x1 = x[2 * i], x2 = x[2 * i + 1];
       x[2 * i] = x1 * cos[i] - x2 * sin[i];
       x[2 * i + 1] = x2 * cos[i] + x1 * sin[i];
     }
   } else {
+#pragma omp simd
     for (int64_t i = 0; i < pairs; ++i) {
       const Real x1 = x[i], x2 = x[i + pairs];
       x[i] = x1 * cos[i] - x2 * sin[i];
@@ -24,27 +25,29 @@ template <typename T>
 struct Tokens {
   const T* data;
   int64_t token_stride, head_dim;
-  const float* cos;  // [tokens, pairs] or nullptr
-  const float* sin;
-  int64_t rotation_stride, pairs;
-  bool interleaved;
+  AttentionTable table;
 
-  Tokens(const AttentionTensor& x, const AttentionRotation& rotation, int64_t head_dim, int64_t b,
+  Tokens(const AttentionTensor& x, const AttentionTable& table, int64_t head_dim, int64_t b,
          int64_t head)
       : data(static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride),
         token_stride(x.token_stride),
         head_dim(head_dim),
-        cos(rotation.cos ? rotation.cos + b * rotation.batch_stride : nullptr),
-        sin(rotation.cos ? rotation.sin + b * rotation.batch_stride : nullptr),
-        rotation_stride(rotation.token_stride),
-        pairs(rotation.pairs),
-        interleaved(rotation.interleaved) {}
+        table(table) {}
 
+  bool turns() const { return table.cos; }
+
+  // Turned tokens are rounded to T, as they would be in memory.
   void read(int64_t token, RealOf<T>* row) const {
+    using Real = RealOf<T>;
     load_row(data + token * token_stride, row, head_dim);
-    if (cos) {
-      rotate_row(row, cos + token * rotation_stride, sin + token * rotation_stride, pairs,
-                 interleaved);
+    if (!turns()) return;
+    const int64_t at = (token - table.first) * table.pairs;
+    rotate_row(row, static_cast<const Real*>(table.cos) + at,
+               static_cast<const Real*>(table.sin) + at, table.pairs, table.interleaved);
+    if constexpr (!std::is_same_v<T, Real>) {
+      T rounded[kMaxHeadDim];
+      store_row(row, rounded, 2 * table.pairs);
+      load_row(rounded, row, 2 * table.pairs);
     }
   }
 };

@@ -5,11 +5,6 @@
 constexpr int64_t kBlockRows = 384;  // at most
 constexpr int64_t kBlockKeys = 256;
 
-// Indices [begin, end); empty when end <= begin.
-struct Range {
-  int64_t begin, end;
-};
-
 template <typename Real>
 inline int64_t padded_columns(int64_t columns) {
   return round_up(columns, Tile<Real>::kColumns);
@@ -79,32 +74,31 @@ struct RowIndex {
   }
 };
 
-// The keys that query `query` of row b of the batch sees.
-inline Range visible(const AttentionParams& p, int64_t b, int64_t query) {
-  // Far enough out to see all or nothing, and no sum below overflows.
-  constexpr int64_t kFar = int64_t{1} << 60;
-  int64_t position = p.query_start[b];
-  position = position > kFar ? kFar : position < -kFar ? -kFar : position;
-  position += query;
-  Range keys{p.key_start[b], p.key_length[b]};
-  if (p.causal && position + 1 < keys.end) keys.end = position + 1;
-  if (p.window > 0) {
-    const int64_t oldest = position + 1 - (p.window < kFar ? p.window : kFar);
-    if (oldest > keys.begin) keys.begin = oldest;
-  }
-  return keys;
+// The queries of tier `tier` of the row of the batch, of all of them where there are no tiers.
+inline Range queries_of(const AttentionParams& p, int64_t b, int64_t tier) {
+  if (!p.tiers) return Range{0, p.queries};
+  const int64_t* const begin = p.tiers->query_begin + b * (p.tiers->count + 1) + tier;
+  return Range{begin[0], begin[1]};
 }
 
-// The visible keys of every row of the task within its split, and the union of them; rows beyond
-// the last see none.
-inline Range row_ranges(const AttentionParams& p, const Task& t, int64_t rows, Range* ranges) {
+// How the queries of the row of the batch turn, and the keys under a tier.
+inline AttentionTable query_table(const AttentionParams& p, int64_t b) {
+  return p.tiers ? p.tiers->queries[b] : AttentionTable{};
+}
+inline AttentionTable key_table(const AttentionParams& p, int64_t b, int64_t tier) {
+  return p.tiers ? p.tiers->keys[b * p.tiers->count + tier] : AttentionTable{};
+}
+
+// The visible keys of every row of the task within its split, and the union of them; rows of other
+// queries and beyond the last see none.
+inline Range row_ranges(const AttentionParams& p, const Task& t, Range queries, int64_t rows,
+                        Range* ranges) {
   Range all{p.keys, 0};
   for (int64_t i = 0; i < rows; ++i) {
     Range row{0, 0};
-    if (t.rows.begin + i < t.rows.end) {
-      row = visible(p, t.batch, (t.rows.begin + i) / t.group);
-      if (row.begin < t.keys.begin) row.begin = t.keys.begin;
-      if (row.end > t.keys.end) row.end = t.keys.end;
+    const int64_t query = (t.rows.begin + i) / t.group;
+    if (t.rows.begin + i < t.rows.end && query >= queries.begin && query < queries.end) {
+      row = common_part(visible(p, t.batch, query), t.keys);
     }
     if (row.end > row.begin) {
       if (row.begin < all.begin) all.begin = row.begin;
@@ -114,15 +108,6 @@ inline Range row_ranges(const AttentionParams& p, const Task& t, int64_t rows, R
     }
     ranges[i] = row;
   }
-  return all;
-}
-
-// The keys of the task that any query of the row of the batch sees. Consecutive queries see ranges
-// that touch, so the union has no gap.
-inline Range seen_by_all(const AttentionParams& p, const Task& t) {
-  const Range first = visible(p, t.batch, 0), last = visible(p, t.batch, p.queries - 1);
-  Range all{first.begin > t.keys.begin ? first.begin : t.keys.begin,
-            last.end < t.keys.end ? last.end : t.keys.end};
   return all;
 }
 
@@ -150,7 +135,7 @@ inline Range group_range(const Range* rows, int64_t count, Range block) {
 // [tile's rows, head_dim].
 template <typename T>
 inline void pack_queries(const AttentionParams& p, const Task& t, const AttentionTensor& x,
-                         const AttentionRotation& rotation, int64_t rows, RealOf<T> factor,
+                         const AttentionTable& table, int64_t rows, RealOf<T> factor,
                          const Range* ranges, RealOf<T>* groups, RealOf<T>* tile,
                          RealOf<T>* panels = nullptr, int64_t panel_rows = 0) {
   constexpr int64_t kRows = Tile<RealOf<T>>::kRows;
@@ -160,7 +145,7 @@ inline void pack_queries(const AttentionParams& p, const Task& t, const Attentio
       RealOf<T>* const row = tile + i * p.head_dim;
       if (ranges[r + i].begin < ranges[r + i].end) {
         const RowIndex index(p, t, r + i);
-        Tokens<T>(x, rotation, p.head_dim, index.batch, index.head).read(index.query, row);
+        Tokens<T>(x, table, p.head_dim, index.batch, index.head).read(index.query, row);
         for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= factor;
       } else {
         for (int64_t d = 0; d < p.head_dim; ++d) row[d] = 0;

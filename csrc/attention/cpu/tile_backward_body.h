@@ -56,7 +56,7 @@ struct TileGradProducts {
 
   void pack_rows(const AttentionGradParams& g, const Task& t, int64_t rows) const {
     const AttentionParams& p = g.forward;
-    const AttentionRotation none{};
+    const AttentionTable none{};
     pack_queries<T>(p, t, p.q, none, rows, 1, range, q_groups, row, q_panels, kGradRows);
     pack_queries<T>(p, t, g.grad_out, none, rows, 1, range, do_groups, row, do_panels, kGradRows);
   }

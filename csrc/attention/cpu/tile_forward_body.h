@@ -27,7 +27,8 @@ struct TileProducts {
   }
 
   void pack_queries(const AttentionParams& p, const Task& t, int64_t rows, Real sign) const {
-    attention::pack_queries<T>(p, t, p.q, p.rotate_q, rows, sign, state.range, q, tile);
+    attention::pack_queries<T>(p, t, p.q, query_table(p, t.batch), rows, sign, state.range, q,
+                               tile);
   }
 
   void pack_keys(const Tokens<T>& keys, const Tokens<T>& values, int64_t first,

@@ -1,6 +1,12 @@
-// The forward and the backward pass on a CUDA device: turn q and k (and copy what is not aligned),
-// attend, join the parts. Which kernels run and how much workspace they need depends on the
-// parameters alone.
+// The forward and the backward pass on a CUDA device: copy what is not aligned, turn q and k,
+// attend, join the parts. Which kernels run and how much workspace they need depends on the shapes
+// alone.
+//
+// Why q and k turn apart from the attention kernel: there every block of rows would turn every key
+// again, and keys are read by many blocks. The price is one pass over q and k: a decode step (one
+// query) over a cache of un-rotated keys moves 2 times what one over rotated keys does (k in, k
+// out, k and v in, instead of k and v in). Rotations in tiers take a step for each tier (tiers.cu);
+// blocks of rows that have no part in a step leave at once.
 #include "attention/cuda/kernels.cuh"
 #include "attention/cuda/workspace.cuh"
 
@@ -14,20 +20,12 @@ class Preparation {
   Preparation(const AttentionParams& p, void* memory, cudaStream_t stream, bool run)
       : workspace(memory), p_(p), stream_(stream), run_(run) {}
 
-  // `x` as the kernels read it: turned, and aligned.
-  AttentionTensor read(const AttentionTensor& x, const AttentionRotation& rotation, int64_t heads,
-                       int64_t tokens) {
-    if (!rotation.cos && reads_as_is(x, p_.dtype)) return x;
+  // `x` aligned as the kernels read it.
+  AttentionTensor aligned(const AttentionTensor& x, int64_t heads, int64_t tokens) {
+    if (reads_as_is(x, p_.dtype)) return x;
     const AttentionTensor out = workspace.heads(p_, heads, tokens);
-    if (run_) turn({x, out, rotation, p_.batch, heads, tokens, p_.head_dim}, p_.dtype, stream_);
+    if (run_) copy({x, out, p_.batch, heads, tokens, p_.head_dim}, p_.dtype, stream_);
     return out;
-  }
-
-  void inputs(AttentionParams& p) {
-    p.q = read(p_.q, p_.rotate_q, p_.heads, p_.queries);
-    p.k = read(p_.k, p_.rotate_k, p_.kv_heads, p_.keys);
-    p.v = read(p_.v, {}, p_.kv_heads, p_.keys);
-    p.rotate_q = p.rotate_k = {};
   }
 
   Workspace workspace;
@@ -38,29 +36,66 @@ class Preparation {
   bool run_;
 };
 
+// Turns the tokens of a step into `out`.
+void turn(RopeParams rope, const AttentionTensor& out, const int64_t* begin, const int64_t* end,
+          const int64_t* tier, cudaStream_t stream) {
+  rope.q_out = {out.data, rope.q.heads, out.batch_stride, out.head_stride, out.token_stride};
+  rope.token_begin_rows = begin;
+  rope.token_end_rows = end;
+  rope.turn.tier_rows = tier;
+  rope_cuda(rope, stream);
+}
+
+void attend(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
+  p.dtype == DType::kFloat32 ? forward_float(p, splits, stream) : forward_16_bit(p, splits, stream);
+  if (splits.count > 1) merge_splits(p, splits, stream);
+}
+
 // Both return the bytes of the workspace.
 size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   const AttentionParams given = p;
-  const bool is_float = p.dtype == DType::kFloat32;
   Preparation prepare(given, memory, stream, run);
-  prepare.inputs(p);
-  Splits splits{is_float ? forward_float_splits(p) : forward_16_bit_splits(p), nullptr, nullptr};
+  Workspace& workspace = prepare.workspace;
+  p.v = prepare.aligned(given.v, p.kv_heads, p.keys);
+  p.q = p.rotation ? workspace.heads(p, p.heads, p.queries)
+                   : prepare.aligned(given.q, p.heads, p.queries);
+  p.k = p.rotation ? workspace.heads(p, p.kv_heads, p.keys)
+                   : prepare.aligned(given.k, p.kv_heads, p.keys);
+  Splits splits{p.dtype == DType::kFloat32 ? forward_float_splits(p) : forward_16_bit_splits(p),
+                nullptr, nullptr};
   const int64_t rows = splits.count > 1 ? splits.count * p.batch * p.heads * p.queries : 0;
-  splits.out = prepare.workspace.take<float>(rows * p.head_dim);
-  splits.lse = prepare.workspace.take<float>(rows);
-  if (run) {
-    is_float ? forward_float(p, splits, stream) : forward_16_bit(p, splits, stream);
-    if (splits.count > 1) merge_splits(p, splits, stream);
+  splits.out = workspace.take<float>(rows * p.head_dim);
+  splits.lse = workspace.take<float>(rows);
+  // Of a row's tiers no more have queries than it has queries.
+  const int64_t count = p.rotation ? std::min(p.rotation->q.turn.tiers, p.queries) : 0;
+  Steps steps{};
+  for (int64_t** x :
+       {&steps.query_begin, &steps.query_end, &steps.key_begin, &steps.key_end, &steps.tier}) {
+    *x = workspace.take<int64_t>(count * p.batch);
   }
-  return prepare.workspace.bytes();
+  if (!run) return workspace.bytes();
+
+  write_idle(p, stream);
+  if (!p.rotation) attend(p, splits, stream);
+  if (p.rotation) plan_steps(p, steps, static_cast<int>(count), stream);
+  for (int64_t at = 0; at < count * p.batch; at += p.batch) {
+    turn(p.rotation->q, p.q, steps.query_begin + at, steps.query_end + at, steps.tier + at, stream);
+    turn(p.rotation->k, p.k, steps.key_begin + at, steps.key_end + at, steps.tier + at, stream);
+    p.query_begin.rows = steps.query_begin + at;
+    p.query_end.rows = steps.query_end + at;
+    attend(p, splits, stream);
+  }
+  return workspace.bytes();
 }
 
 size_t backward(AttentionGradParams g, void* memory, cudaStream_t stream, bool run) {
   const AttentionGradParams given = g;
   const AttentionParams& p = given.forward;
   Preparation prepare(p, memory, stream, run);
-  prepare.inputs(g.forward);
-  g.grad_out = prepare.read(given.grad_out, {}, p.heads, p.queries);
+  g.forward.q = prepare.aligned(p.q, p.heads, p.queries);
+  g.forward.k = prepare.aligned(p.k, p.kv_heads, p.keys);
+  g.forward.v = prepare.aligned(p.v, p.kv_heads, p.keys);
+  g.grad_out = prepare.aligned(given.grad_out, p.heads, p.queries);
   const int64_t rows = p.batch * p.heads * p.queries;
   RowTerms terms{};
   terms.log2_sum = prepare.workspace.take<float>(rows);

@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   T* const k = q + kRows<kHeadDim> * kStride;
   T* const v = k + kKeys * kStride;
   const Assignment work(p, kRows<kHeadDim>, kKeys, splits.count);
+  if (work.is_idle) return;
   const Head& head = work.head;
   const int head_dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32;
   const int warp_row = threadIdx.x / 32 * 16 * kM, first = work.first_row + warp_row;
@@ -110,6 +111,7 @@ __global__ void __launch_bounds__(kThreads)
 
   float inverse[kM][2], lse[kM][2];
   softmax.finish(score.unit, inverse, lse);
+  const Keys rows = head.attending(p);
   float* const all_lse = splits.count > 1 ? splits.lse : static_cast<float*>(p.lse);
   const int64_t part = work.split * p.batch * p.heads * p.queries;
 #pragma unroll
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + 16 * i + 8 * half + lane / 4;
-      if (row >= head.rows) continue;
+      if (row < rows.begin || row >= rows.end) continue;
       const int64_t at = part + head.flat(p, row);
       if (lane % 4 == 0) all_lse[at] = lse[i][half];
       if (splits.count == 1) continue;
@@ -131,7 +133,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (splits.count == 1) {
     write_rows<kHeadDim>(q + warp_row * kStride, o, inverse, head_dim, packed, [&](int r) {
-      return first + r < head.rows ? head.row<T>(p.out, first + r) : nullptr;
+      const int row = first + r;
+      return row >= rows.begin && row < rows.end ? head.row<T>(p.out, row) : nullptr;
     });
   }
 }

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kFloatThreads)
     attention_float_kernel(AttentionParams p, Splits splits) {
   const int head_dim = static_cast<int>(p.head_dim), stride = float_stride(head_dim);
   const Assignment work(p, kFloatRows, kFloatKeys, splits.count);
+  if (work.is_idle) return;
   const Head& head = work.head;
   auto* const q = reinterpret_cast<float*>(dynamic_shared());  // [kFloatRows, stride]
   float* const k = q + kFloatRows * stride;                    // [kFloatKeys, stride]
@@ -63,12 +64,13 @@ __global__ void __launch_bounds__(kFloatThreads)
   }
 
   const bool whole = splits.count == 1;
+  const Keys rows = head.attending(p);
   const int64_t part = work.split * p.batch * p.heads * p.queries;
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
     const int row = first + r;
     const float total = warp_sum(sum[r]);
-    if (row >= head.rows) break;
+    if (row < rows.begin || row >= rows.end) continue;
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const int64_t at = part + head.flat(p, row);
     write_row(whole ? head.row<float>(p.out, row) : splits.out + at * p.head_dim, o[r], inverse,

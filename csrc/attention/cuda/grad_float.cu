@@ -68,9 +68,14 @@ __global__ void __launch_bounds__(kFloatThreads)
     sync_warp();
     add_weighted(dq, weights + warp_row * kFloatKeys, k, head_dim);
   }
+  const Keys rows = head.attending(p);
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
     if (first + r >= head.rows) break;
+    if (first + r < rows.begin || first + r >= rows.end) {
+#pragma unroll
+      for (int c = 0; c < kFloatColumns; ++c) dq[r][c] = 0.0f;
+    }
     write_row(head.row<float>(g.grad_q, first + r), dq[r], static_cast<float>(p.scale), head_dim);
   }
 }
@@ -94,8 +99,9 @@ __global__ void __launch_bounds__(kFloatThreads)
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this block:
   // what nobody sees, and rows that see nothing, may hold anything.
-  const Keys used = head.visible.keys(0, head.last_query);
-  const Keys queries = head.visible.queries(block_key, block_key + kFloatRows, head.last_query + 1);
+  const Keys all = attending(p, head.batch);
+  const Keys used = all.begin < all.end ? head.visible.keys(all.begin, all.end - 1) : Keys{0, 0};
+  const Keys queries = head.visible.queries(block_key, block_key + kFloatRows, all);
   const int end = queries.end * head.group;
   const auto key_at = [&](const AttentionTensor& x, int key) {
     key += block_key;

@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(kThreads)
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this tile:
   // what nobody sees, and rows that see nothing, may hold anything.
-  const Keys used = head.visible.keys(0, head.last_query);
-  const Keys queries = head.visible.queries(first_key, first_key + kKeys, head.last_query + 1);
+  const Keys all = attending(p, head.batch);
+  const Keys used = all.begin < all.end ? head.visible.keys(all.begin, all.end - 1) : Keys{0, 0};
+  const Keys queries = head.visible.queries(first_key, first_key + kKeys, all);
   const int begin = queries.begin * head.group, end = queries.end * head.group;
 
   const auto copy_keys = [&](T* tile, const AttentionTensor& x) {

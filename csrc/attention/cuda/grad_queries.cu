@@ -62,13 +62,14 @@ __global__ void __launch_bounds__(kThreads)
     copy_keys(0, work.keys.begin);
   }
 
-  Keys seen[2];  // by this lane's rows
+  const Keys rows = head.attending(p);
+  Keys seen[2] = {};  // by this lane's rows
   float log2_sum[2] = {INFINITY, INFINITY}, delta[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first + 8 * half + lane / 4;
+    if (row < rows.begin || row >= rows.end) continue;
     seen[half] = head.visible.keys(head.query(row));
-    if (row >= head.rows) continue;
     log2_sum[half] = terms.log2_sum[head.flat(p, row)];
     delta[half] = terms.delta[head.flat(p, row)];
   }

@@ -20,7 +20,8 @@ inline bool writes_packed(const AttentionTensor& x, const AttentionParams& p) {
   return packs<bf16>(x) && p.head_dim % 8 == 0;
 }
 
-// Forward. bf16 and f16: rows of q, k and v begin at multiples of 16 bytes. Without rotation.
+// Forward, of the queries that attend: what others have in out and lse stays. bf16 and f16: rows of
+// q, k and v begin at multiples of 16 bytes. q and k as they are.
 void forward_16_bit(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
 int forward_16_bit_splits(const AttentionParams& p);
 void forward_float(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
@@ -29,14 +30,22 @@ int forward_float_splits(const AttentionParams& p);
 // out and lse from those of the parts.
 void merge_splits(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
 
-// out = x turned, or a copy where rotation.cos is nullptr. x and out: [batch, heads, tokens,
-// head_dim] of `dtype`, apart.
-struct Turn {
+// The queries that do not attend.
+void write_idle(const AttentionParams& p, cudaStream_t stream);
+
+// out = x: [batch, heads, tokens, head_dim] of `dtype`, apart.
+struct Copy {
   AttentionTensor x, out;
-  AttentionRotation rotation;
   int64_t batch, heads, tokens, head_dim;
 };
-void turn(const Turn& turn, DType dtype, cudaStream_t stream);
+void copy(const Copy& copy, DType dtype, cudaStream_t stream);
+
+// A rotation in tiers takes `count` steps, in each of which a row of the batch has one tier or
+// none: its queries and the keys that they see. [count, batch]
+struct Steps {
+  int64_t *query_begin, *query_end, *key_begin, *key_end, *tier;
+};
+void plan_steps(const AttentionParams& p, const Steps& steps, int count, cudaStream_t stream);
 
 // What the gradient of a row needs of the forward pass, [batch, heads, queries].
 struct RowTerms {

@@ -20,6 +20,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t rows = p.batch * p.heads * p.queries;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (at >= rows) return;
+  const Keys queries = attending(p, at / p.queries / p.heads);
+  if (at % p.queries < queries.begin || at % p.queries >= queries.end) return;
   const int lane = threadIdx.x % 32;
   float largest = -INFINITY;
   for (int s = 0; s < splits.count; ++s) {

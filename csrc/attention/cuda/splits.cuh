@@ -19,6 +19,7 @@ struct Splits {
 struct Assignment {
   Head head;
   int first_row, split;
+  bool is_idle;  // no query of these rows attends
   Keys keys;
 
   __device__ __forceinline__ Assignment(const AttentionParams& p, int rows, int keys_at_once,
@@ -32,8 +33,12 @@ struct Assignment {
                                         unsigned splits, unsigned tiles)
       : head(p, blockIdx.x / tiles / splits),
         first_row(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * rows),
-        split(static_cast<int>(blockIdx.x / tiles % splits)),
-        keys(head.keys(first_row, rows)) {
+        split(static_cast<int>(blockIdx.x / tiles % splits)) {
+    const Keys all = head.attending(p);
+    const int row = first_row > all.begin ? first_row : all.begin;
+    const int last = (first_row + rows < all.end ? first_row + rows : all.end) - 1;
+    is_idle = row > last;
+    keys = is_idle ? Keys{0, 0} : head.visible.keys(head.query(row), head.query(last));
     if (keys.begin >= keys.end || splits == 1) return;
     const int64_t steps = ceil_div(keys.end - keys.begin, keys_at_once);
     const auto from = static_cast<int>(steps * split / splits);

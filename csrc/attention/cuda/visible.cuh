@@ -16,8 +16,24 @@ struct Keys {
   int begin, end;  // empty where begin >= end
 };
 
-// Of one row of the batch. What a query sees begins and ends no earlier than what the one before it
-// sees, and without gaps between them.
+__device__ __forceinline__ int64_t at(const AttentionBound& bound, int64_t batch) {
+  return bound.rows ? bound.rows[batch] : bound.all;
+}
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t most) {
+  return x > most ? most : x < -most ? -most : x;
+}
+__device__ __forceinline__ int64_t within(int64_t x, int64_t most) {
+  return x < 0 ? 0 : x > most ? most : x;
+}
+
+// The queries of a row of the batch that attend.
+__device__ __forceinline__ Keys attending(const AttentionParams& p, int64_t batch) {
+  return {static_cast<int>(within(at(p.query_begin, batch), p.queries)),
+          static_cast<int>(within(at(p.query_end, batch), p.queries))};
+}
+
+// Of one row of the batch, for queries that attend. What a query sees begins and ends no earlier
+// than what the one before it sees, and without gaps between them.
 struct Visible {
   int first, limit;  // keys that exist
   int low, high;     // query i sees [i + low, i + high) of them
@@ -37,24 +53,13 @@ struct Visible {
   }
   __device__ __forceinline__ Keys keys(int query) const { return keys(query, query); }
 
-  // The queries of [0, count) that see one of the keys [begin, end).
-  __device__ __forceinline__ Keys queries(int begin, int end, int count) const {
+  // Those among the queries `all` that see one of the keys [begin, end).
+  __device__ __forceinline__ Keys queries(int begin, int end, Keys all) const {
     begin = begin > first ? begin : first;
     end = end < limit ? end : limit;
     if (begin >= end) return {0, 0};
     const int from = begin - high + 1, to = end - low;
-    return {from > 0 ? from : 0, to < count ? to : count};
-  }
-
- private:
-  static __device__ __forceinline__ int64_t at(const AttentionBound& bound, int64_t batch) {
-    return bound.rows ? bound.rows[batch] : bound.all;
-  }
-  static __device__ __forceinline__ int64_t clamp(int64_t x, int64_t most) {
-    return x > most ? most : x < -most ? -most : x;
-  }
-  static __device__ __forceinline__ int64_t within(int64_t x, int64_t most) {
-    return x < 0 ? 0 : x > most ? most : x;
+    return {from > all.begin ? from : all.begin, to < all.end ? to : all.end};
   }
 };
 
@@ -77,7 +82,12 @@ struct Head {
     const int query = r / group;
     return query < last_query ? query : last_query;
   }
-  // Keys that rows [begin, begin + count) see among them.
+  // The rows whose queries attend.
+  __device__ __forceinline__ Keys attending(const AttentionParams& p) const {
+    const Keys queries = cuda::attending(p, batch);
+    return {queries.begin * group, queries.end * group};
+  }
+  // Keys that rows [begin, begin + count), which attend, see among them.
   __device__ __forceinline__ Keys keys(int begin, int count) const {
     return visible.keys(query(begin), query(begin + count - 1));
   }

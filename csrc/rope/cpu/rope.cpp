@@ -14,6 +14,10 @@ int64_t rope_blocks(const RopeParams& params) {
   return ceil_div(params.tokens, rope_block_tokens(params));
 }
 
+void rope_table_cpu(const RopeParams& params, int64_t begin, int64_t end, void* cos, void* sin) {
+  LONGROPE_DISPATCH(rope_table)(params, begin, end, cos, sin);
+}
+
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end) {
   LONGROPE_DISPATCH(rope)(params, begin, end);
 #if defined(__x86_64__)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cpu/memory.h"
-#include "rope/rope.h"
+#include "rope/rows.h"
 
 namespace longrope {
 

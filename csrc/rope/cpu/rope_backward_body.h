@@ -34,11 +34,13 @@ void add_tokens(const RopeParams& p, int64_t row, int64_t first, int64_t count,
                 const RopeScratch<T>& scratch, double* sums) {
   const bool forward = p.turn.inv_freq;
   const RopeFrequencies& used = forward ? p.turn : p.undo;
-  const double factor = forward ? factor_of(p, row) : -factor_of(p, row);
+  const RowTiers tiers = tiers_of(p, row);
+  const int64_t start = start_tokens_of(used, row, forward ? tiers.turn : tiers.undo);
+  const double factor = forward ? factor_of(p, row, tiers) : -factor_of(p, row, tiers);
   double factor_sum = 0;
   for (int64_t token = 0; token < count; ++token) {
     const int64_t position = position_of(p, row, first + token), at = token * p.pairs;
-    double* to = sums + (below_start(used, row, position) ? p.pairs : 0);
+    double* to = sums + (is_below(start, position) ? p.pairs : 0);
     const double scale = factor * static_cast<double>(position);
     for (int64_t i = 0; i < p.pairs; ++i) {
       const double a = scratch.cross[at + i], b = scratch.dot[at + i];

@@ -85,14 +85,11 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
   });
 }
 
-inline double factor_of(const RopeParams& p, int64_t row) {
-  return p.attention_factor_rows ? p.attention_factor_rows[row] : p.attention_factor;
-}
-
 // Whether all rows of the batch turn alike.
 inline bool rows_share_table(const RopeParams& p) {
   const auto shared = [](const RopeFrequencies& f) {
-    return f.inv_freq_stride == 0 && f.base_inv_freq_stride == 0 && !f.start_tokens_rows;
+    return f.inv_freq_stride == 0 && f.base_inv_freq_stride == 0 && !f.start_tokens_rows &&
+           !f.tier_rows;
   };
   return shared(p.turn) && shared(p.undo) && p.positions_batch_stride == 0;
 }
@@ -109,6 +106,8 @@ void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin
   int64_t frequencies_row = -1, table_block = -1;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t block = item / p.batch, row = item % p.batch;
+    const RowTiers tiers = tiers_of(p, row);
+    if (stays(p, tiers)) continue;
     const int64_t first = block * block_tokens;
     const int64_t count = p.tokens - first < block_tokens ? p.tokens - first : block_tokens;
     if (!(share && block == table_block)) {
@@ -116,7 +115,7 @@ void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin
         row_frequencies(p, row, slot, scratch.frequencies);
         frequencies_row = row;
       }
-      const RealOf<T> factor = with_factor ? factor_of(p, row) : 1.0;
+      const RealOf<T> factor = with_factor ? factor_of(p, row, tiers) : 1.0;
       fill_table(p, row, first, first + count, factor, scratch.frequencies, scratch.cos,
                  scratch.sin);
       table_block = block;
@@ -143,5 +142,16 @@ inline void rope(const RopeParams& p, int64_t begin, int64_t end) {
                 rotate_block<kInterleaved>(p, p.q, p.q_out, row, first, count, scratch);
                 rotate_block<kInterleaved>(p, p.k, p.k_out, row, first, count, scratch);
               });
+  });
+}
+
+inline void rope_table(const RopeParams& p, int64_t begin, int64_t end, void* cos, void* sin) {
+  const Buffer<uint64_t> frequencies(4 * p.pairs);
+  row_frequencies(p, 0, table_slot<float, false>, frequencies);
+  const double factor = factor_of(p, 0, tiers_of(p, 0));
+  for_dtype(p.dtype, [&](auto zero) {
+    using Real = RealOf<decltype(zero)>;
+    fill_table(p, 0, begin, end, static_cast<Real>(factor), frequencies, static_cast<Real*>(cos),
+               static_cast<Real*>(sin));
   });
 }

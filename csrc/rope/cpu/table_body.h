@@ -34,16 +34,12 @@ inline void cos_sin(uint64_t phase, double& cos, double& sin) {
   sin = std::sin(angle);
 }
 
-inline int64_t start_tokens_of(const RopeFrequencies& f, int64_t row) {
-  return f.start_tokens_rows ? f.start_tokens_rows[row] : f.start_tokens;
-}
-
 // Adds or subtracts the fixed point frequencies of one row, [pairs], pair i at slot(pairs, i).
 template <typename Slot>
-void add_frequencies(const RopeFrequencies& f, int64_t row, bool base, bool subtract, int64_t pairs,
-                     const Slot& slot, uint64_t* total) {
-  const double* inv_freq =
-      base ? f.base_inv_freq + row * f.base_inv_freq_stride : f.inv_freq + row * f.inv_freq_stride;
+void add_frequencies(const RopeFrequencies& f, int64_t row, int64_t tier, bool base, bool subtract,
+                     int64_t pairs, const Slot& slot, uint64_t* total) {
+  if (!f.inv_freq || tier < 0) return;
+  const double* inv_freq = frequencies_of(f, row, tier, base, pairs);
   for (int64_t i = 0; i < pairs; ++i) {
     const uint64_t turns = turns_per_token(inv_freq[i]);
     total[slot(pairs, i)] += subtract ? -turns : turns;
@@ -54,35 +50,30 @@ void add_frequencies(const RopeFrequencies& f, int64_t row, bool base, bool subt
 // of `turn`, 2 below those of `undo`. Sets that no position can use are left alone.
 template <typename Slot>
 void row_frequencies(const RopeParams& p, int64_t row, const Slot& slot, uint64_t* frequencies) {
+  const RowTiers tiers = tiers_of(p, row);
   for (int set = 0; set < 4; ++set) {
     const bool below_turn = set & 1, below_undo = set & 2;
-    if ((below_turn && start_tokens_of(p.turn, row) <= 0) ||
-        (below_undo && start_tokens_of(p.undo, row) <= 0)) {
+    if ((below_turn && start_tokens_of(p.turn, row, tiers.turn) <= 0) ||
+        (below_undo && start_tokens_of(p.undo, row, tiers.undo) <= 0)) {
       continue;
     }
     uint64_t* total = frequencies + set * p.pairs;
     std::memset(total, 0, p.pairs * sizeof(uint64_t));
-    if (p.turn.inv_freq) add_frequencies(p.turn, row, below_turn, false, p.pairs, slot, total);
-    if (p.undo.inv_freq) add_frequencies(p.undo, row, below_undo, true, p.pairs, slot, total);
+    add_frequencies(p.turn, row, tiers.turn, below_turn, false, p.pairs, slot, total);
+    add_frequencies(p.undo, row, tiers.undo, below_undo, true, p.pairs, slot, total);
   }
-}
-
-inline int64_t position_of(const RopeParams& p, int64_t row, int64_t token) {
-  return p.positions[row * p.positions_batch_stride + token * p.positions_token_stride];
-}
-
-inline bool below_start(const RopeFrequencies& f, int64_t row, int64_t position) {
-  const int64_t start = start_tokens_of(f, row);
-  return start > 0 && position < start;
 }
 
 // cos and sin [end - begin, pairs] of the tokens [begin, end) of a row, times its factor if asked.
 template <typename Value>
 void fill_table(const RopeParams& p, int64_t row, int64_t begin, int64_t end, Value factor,
                 const uint64_t* frequencies, Value* cos, Value* sin) {
+  const RowTiers tiers = tiers_of(p, row);
+  const int64_t turn_start = start_tokens_of(p.turn, row, tiers.turn);
+  const int64_t undo_start = start_tokens_of(p.undo, row, tiers.undo);
   for (int64_t token = begin; token < end; ++token, cos += p.pairs, sin += p.pairs) {
     const int64_t position = position_of(p, row, token);
-    const int set = below_start(p.turn, row, position) + 2 * below_start(p.undo, row, position);
+    const int set = is_below(turn_start, position) + 2 * is_below(undo_start, position);
     const uint64_t* net = frequencies + set * p.pairs;
 #pragma omp simd
     for (int64_t i = 0; i < p.pairs; ++i) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cuda/rotation.cuh"
-#include "rope/rope.h"
+#include "rope/rows.h"
 
 namespace longrope::cuda {
 
@@ -16,34 +16,30 @@ inline size_t frequency_bytes(const RopeParams& p) {
   return static_cast<size_t>(frequency_sets(p)) * p.pairs * (sizeof(uint64_t) + sizeof(float));
 }
 
-__device__ __forceinline__ bool below_start(const RopeFrequencies& f, int64_t row,
-                                            int64_t position) {
-  if (!f.base_inv_freq) return false;
-  const int64_t start = f.start_tokens_rows ? f.start_tokens_rows[row] : f.start_tokens;
-  return start > 0 && position < start;
-}
-
 struct RowFrequencies {
-  uint64_t* turns;  // [sets, pairs]
-  float* valid;     // [sets, pairs], see Frequency
+  uint64_t* turns;                 // [sets, pairs]
+  float* valid;                    // [sets, pairs], see Frequency
+  int64_t turn_start, undo_start;  // tokens
 
   // Takes frequency_bytes() at `memory` and fills them with all threads of the block.
-  __device__ __forceinline__ RowFrequencies(const RopeParams& p, int64_t row, int sets,
-                                            unsigned char* memory)
+  __device__ __forceinline__ RowFrequencies(const RopeParams& p, int64_t row, RowTiers tiers,
+                                            int sets, unsigned char* memory)
       : turns(reinterpret_cast<uint64_t*>(memory)),
-        valid(reinterpret_cast<float*>(turns + sets * p.pairs)) {
+        valid(reinterpret_cast<float*>(turns + sets * p.pairs)),
+        turn_start(start_tokens_of(p.turn, row, tiers.turn)),
+        undo_start(start_tokens_of(p.undo, row, tiers.undo)) {
     const int pairs = static_cast<int>(p.pairs);
     for (int i = threadIdx.x; i < sets * pairs; i += blockDim.x) {
       const int set = i / pairs, pair = i % pairs;
       uint64_t total = 0;
       float both = 1.0f;
       if (p.turn.inv_freq) {
-        const Frequency f = frequency(p.turn, row, set & 1, pair);
+        const Frequency f = frequency(p.turn, row, tiers.turn, set & 1, pairs, pair);
         total += f.turns;
         both *= f.valid;
       }
       if (p.undo.inv_freq) {
-        const Frequency f = frequency(p.undo, row, set & 2, pair);
+        const Frequency f = frequency(p.undo, row, tiers.undo, set & 2, pairs, pair);
         total -= f.turns;
         both *= f.valid;
       }
@@ -55,11 +51,11 @@ struct RowFrequencies {
 
   // cos and sin of kCount neighbouring pairs from `pair` on, times `factor`.
   template <int kCount>
-  __device__ __forceinline__ void turn(const RopeParams& p, int64_t row, int64_t position, int pair,
+  __device__ __forceinline__ void turn(const RopeParams& p, int64_t position, int pair,
                                        float factor, float (&cos)[kCount],
                                        float (&sin)[kCount]) const {
     const int set =
-        (below_start(p.turn, row, position) ? 1 : 0) + (below_start(p.undo, row, position) ? 2 : 0);
+        (is_below(turn_start, position) ? 1 : 0) + (is_below(undo_start, position) ? 2 : 0);
     const int at = set * static_cast<int>(p.pairs) + pair;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -71,20 +67,13 @@ struct RowFrequencies {
 
  private:
   static __device__ __forceinline__ Frequency frequency(const RopeFrequencies& f, int64_t row,
-                                                        bool below, int pair) {
-    return frequency_of(below && f.base_inv_freq
-                            ? f.base_inv_freq[row * f.base_inv_freq_stride + pair]
-                            : f.inv_freq[row * f.inv_freq_stride + pair]);
+                                                        int64_t tier, bool below, int pairs,
+                                                        int pair) {
+    if (tier < 0) return {0, 1.0f};
+    if (!has_tier(f, tier)) return frequency_of(NAN);
+    return frequency_of(frequencies_of(f, row, tier, below && f.base_inv_freq, pairs)[pair]);
   }
 };
-
-__device__ __forceinline__ double factor_of(const RopeParams& p, int64_t row) {
-  return p.attention_factor_rows ? p.attention_factor_rows[row] : p.attention_factor;
-}
-
-__device__ __forceinline__ int64_t position_of(const RopeParams& p, int64_t row, int64_t token) {
-  return p.positions[row * p.positions_batch_stride + token * p.positions_token_stride];
-}
 
 // A unit is kCount pairs: two packs of kCount elements, at these offsets from the row's start.
 template <int kCount>

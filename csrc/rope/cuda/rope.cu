@@ -53,7 +53,17 @@ __device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& 
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling tiling) {
   const int64_t row = blockIdx.x / tiling.tiles, tile = blockIdx.x % tiling.tiles;
-  const RowFrequencies frequencies(p, row, tiling.sets, dynamic_shared());
+  const RowTiers tiers = tiers_of(p, row);
+  if (stays(p, tiers)) return;
+  int64_t token_begin = tile * tiling.tokens, token_end = token_begin + tiling.tokens;
+  token_end = token_end < p.tokens ? token_end : p.tokens;
+  if (p.token_begin_rows) {
+    const int64_t first = p.token_begin_rows[row], end = p.token_end_rows[row];
+    if (first >= token_end || end <= token_begin) return;
+    token_end = end < token_end ? end : token_end;
+    token_begin = first > token_begin ? first : token_begin;
+  }
+  const RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
   // The chunks of q come first, then those of k.
   const bool is_q = static_cast<int>(blockIdx.y) < tiling.q_chunks;
   const int begin =
@@ -66,18 +76,18 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
                     row * (is_q ? p.q.batch_stride : p.k.batch_stride);
   T* out_row = static_cast<T*>(is_q ? p.q_out.data : p.k_out.data) + begin * out_stride +
                row * (is_q ? p.q_out.batch_stride : p.k_out.batch_stride);
-  const float factor = static_cast<float>(factor_of(p, row));
+  const float factor = static_cast<float>(factor_of(p, row, tiers));
 
   for (int item = threadIdx.x; item < tiling.tokens * tiling.units; item += blockDim.x) {
-    const int64_t token = tile * tiling.tokens + item / tiling.units;
-    if (token >= p.tokens) break;
+    const int64_t token = token_begin + item / tiling.units;
+    if (token >= token_end) break;
     const int unit = item % tiling.units;
     const bool turns = unit < tiling.rotated_units;
     float cos[kCount], sin[kCount];
     int first = 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
     int second = first + kCount;
     if (turns) {
-      frequencies.turn(p, row, position_of(p, row, token), unit * kCount, factor, cos, sin);
+      frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
       first = first_of<kCount>(p, unit);
       second = second_of<kCount>(p, unit);
     }

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
   const int width = tiling.units * kCount, slots = tiling.lanes * width;
   auto* sums = reinterpret_cast<double*>(dynamic_shared());
   double* factors = sums + (tiling.has_base ? 2 : 1) * slots;
-  const RowFrequencies frequencies(p, row, tiling.sets,
+  constexpr RowTiers kTiers{0, 0};  // one set for each row
+  const RowFrequencies frequencies(p, row, kTiers, tiling.sets,
                                    reinterpret_cast<unsigned char*>(factors + kThreads));
   if (works) {
     for (int j = 0; j < kCount; ++j) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const bool turns = p.turn.inv_freq != nullptr;
-  const double factor = factor_of(p, row);
+  const double factor = factor_of(p, row, kTiers);
   const int unit_index = pair / kCount;
   const int first = first_of<kCount>(p, unit_index), second = second_of<kCount>(p, unit_index);
   const int64_t end =
@@ -118,9 +119,9 @@ __global__ void __launch_bounds__(kThreads)
     add_token<T>(p.q, params.grad_q, row, token, first, second, p.interleaved, cross, dot);
     add_token<T>(p.k, params.grad_k, row, token, first, second, p.interleaved, cross, dot);
     const int64_t position = position_of(p, row, token);
-    frequencies.turn(p, row, position, pair, 1.0f, cos, sin);
+    frequencies.turn(p, position, pair, 1.0f, cos, sin);
     const double scale = (turns ? factor : -factor) * static_cast<double>(position);
-    const bool below = below_start(turns ? p.turn : p.undo, row, position);
+    const bool below = is_below(turns ? frequencies.turn_start : frequencies.undo_start, position);
     double* slot = sums + (below ? slots : 0) + lane * width + unit * kCount;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {

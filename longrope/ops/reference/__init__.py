@@ -2,7 +2,7 @@
 
 from longrope.ops.reference.attention import attention, merge_attention
 from longrope.ops.reference.perplexity import candidate_sums, linear_nll
-from longrope.ops.reference.rope import rerotate, rope, rope_
+from longrope.ops.reference.rope import rerotate, rerotate_rows_, rope, rope_
 
 __all__ = [
     "attention",
@@ -10,6 +10,7 @@ __all__ = [
     "linear_nll",
     "merge_attention",
     "rerotate",
+    "rerotate_rows_",
     "rope",
     "rope_",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longrope.ops._arguments import check_frequencies, check_positions, expect, factor_sets
 
-__all__ = ["phase_turns", "rerotate", "rope", "rope_", "turns_per_token"]
+__all__ = ["phase_turns", "rerotate", "rerotate_rows_", "rope", "rope_", "turns_per_token"]
 
 _FRACTION_BITS = (
     1280  # of 1 / (2 pi): a double has up to 1024 bits before its point, 64 stay behind
@@ -74,6 +74,48 @@ def rerotate(
     angle = _angle(positions, turn, turn_start, turn_base, undo, undo_start, undo_base)
     turned = _turn(k, angle, torch.tensor(ratio, dtype=torch.float64), interleaved)
     return turned if out is None else out.copy_(turned)
+
+
+def rerotate_rows_(
+    k: Tensor,
+    positions: Tensor,
+    from_tier: Tensor,
+    to_tier: Tensor,
+    inv_freq: Tensor,
+    start_tokens: int | Tensor = 0,
+    base_inv_freq: Tensor | None = None,
+    attention_factor: float | Tensor = 1.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """See `longrope.ops.rerotate_rows_`."""
+    batch, _, tokens, _ = k.shape
+    tiers = inv_freq.shape[-2]
+    check_positions("positions", positions, batch, tokens)
+    check_frequencies(inv_freq, start_tokens, base_inv_freq, attention_factor, batch, tiers)
+    factors = torch.as_tensor(attention_factor, dtype=torch.float64, device=k.device)
+    starts = torch.as_tensor(start_tokens, device=k.device)
+    factors, starts = (t.expand(batch, tiers) for t in (factors, starts))
+    inv_freq = inv_freq.expand(batch, tiers, inv_freq.shape[-1])
+    still = torch.zeros_like(inv_freq[0, 0])  # what is not rotated turns by nothing
+    for name, tier in (("from_tier", from_tier), ("to_tier", to_tier)):
+        expect(tier.dtype == torch.int64 and tier.shape == (batch,), name, f"int64 [{batch}]", tier)
+
+    def tier_of(row: int, tier: int) -> tuple:
+        expect(-1 <= tier < tiers, "tier", f"-1 (not rotated) to {tiers - 1}", tier)
+        if tier == -1:
+            return still, 0, still, 1.0
+        base = None if base_inv_freq is None else base_inv_freq.expand(batch, -1)[row]
+        return inv_freq[row, tier], starts[row, tier], base, factors[row, tier]
+
+    positions = positions.expand(batch, tokens)
+    for row, (one, other) in enumerate(zip(from_tier.tolist(), to_tier.tolist(), strict=True)):
+        if one == other:
+            continue
+        undo, turn = tier_of(row, one), tier_of(row, other)
+        angle = _angle(positions[row : row + 1], *turn[:3], *undo[:3])
+        factor = torch.as_tensor(turn[3] / undo[3])
+        k[row] = _turn(k[row : row + 1], angle, factor, interleaved)[0]
+    return k
 
 
 @lru_cache(maxsize=1)
