@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from support.tiny_models import (
     CONFIGS,
     ORIGINAL,
@@ -380,6 +381,9 @@ def test_tables_are_exact():
     assert table.sin[0, 2, 1].item() == pytest.approx(2 * math.sin(2**21 * 0.1), abs=1e-6)
 
 
+VERSION = int(transformers.__version__.split(".")[0])
+
+
 # --- caches ---------------------------------------------------------------------------------------
 
 
@@ -409,8 +413,9 @@ def test_a_cache_of_other_factors_is_refused(kind):
         longrope.apply(model, factors("ntk"))
         with pytest.raises(ValueError, match=r"^cache: expected an empty cache, or one that was"):
             model(ids[:, :1], **{name: ours})
-        ours.reset()
-        model(ids[:, :1], **{name: ours})
+        if kind == "static" or VERSION >= 5:  # transformers 4 keeps the length of a growing cache
+            ours.reset()
+            model(ids[:, :1], **{name: ours})
         longrope.remove(model)
         with pytest.raises(ValueError, match=r"^cache: expected one that was filled without"):
             model(ids[:, :1], **{name: theirs})
