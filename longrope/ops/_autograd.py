@@ -20,8 +20,9 @@ def keep_arguments(ctx: Any, names: Sequence[str], inputs: Sequence, *others: Te
 def kept_arguments(ctx: Any) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """Return what `keep_arguments` kept: the arguments by name, and the other tensors."""
     count = len(ctx.tensors)
-    tensors = dict(zip(ctx.tensors, ctx.saved_tensors[:count], strict=True))
-    return ctx.arguments | tensors, ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: activation checkpoints hand them out a single time
+    tensors = dict(zip(ctx.tensors, saved[:count], strict=True))
+    return ctx.arguments | tensors, saved[count:]
 
 
 def stride_1(t: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from longrope import ops
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
 from longrope.patching.tier_pass import Plan, Segment
+from longrope.patching.torch_attention import Options, attend_by_torch
 
 #: Tokens whose keys are un-turned at a time when a row leaves the first tier, in float32.
 _UNTURNED_AT_A_TIME = 4096
@@ -82,15 +82,6 @@ class Unturned(NamedTuple):
             "attention of the model's file was replaced after longrope.apply: apply such patches "
             "first and longrope.apply last"
         )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What attention is asked for beside queries, keys and values."""
-
-    scale: float | None
-    window: int | None
-    softcap: float | None
 
 
 def attend(
@@ -355,7 +346,9 @@ class _Rows:
             mask = plan.mask
             if mask is None and plan.key_start is not None:
                 mask = self._mask_of_bounds(end)
-            return _by_torch(query, keys, values, mask if mask is None else mask[rows, :end], o)
+            return attend_by_torch(
+                query, keys, values, mask if mask is None else mask[rows, :end], o
+            )
         bounds = {}
         if plan.key_start is not None:
             for name in ("key_start", "key_length"):
@@ -385,29 +378,3 @@ def _runs(values: list) -> Iterator[tuple[Any, slice]]:
 
 def _has_kernels(x: Tensor) -> bool:
     return x.device.type in DEVICES_WITH_KERNELS
-
-
-def _by_torch(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: Options
-) -> Tensor:
-    """Attend by `scaled_dot_product_attention`: where our kernels are not built, or keys are amiss.
-
-    `mask` is bool `[B, M]`, which keys exist.
-    """
-    if options.softcap is not None:
-        raise ValueError(
-            "softcap: expected none where attention_mask has holes or longrope's kernels are not "
-            f"built for {query.device.type}, got {options.softcap}"
-        )
-    count, total = query.shape[2], keys.shape[2]
-    key = torch.arange(total, device=query.device)
-    position = torch.arange(total - count, total, device=query.device)[:, None]
-    seen = key <= position
-    if options.window is not None:
-        seen &= key > position - options.window
-    if mask is not None:
-        seen = seen & mask[:, None, None]
-        seen = seen | ~seen.any(-1, keepdim=True)  # a query that is padding: anything finite
-    return nn.functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=seen, scale=options.scale, enable_gqa=True
-    )

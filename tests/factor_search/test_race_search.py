@@ -193,7 +193,7 @@ def test_without_racing_nothing_of_it_is_there(shared_model, documents, tmp_path
     content = journal_of(tmp_path).read_text()
     header, *lines = content.splitlines()
     keys = ["role", "iteration", "origin", "hundredths", "start_tokens", "attention_factor", "nll"]
-    assert all(list(json.loads(line)) == keys for line in lines)
+    assert all(list(json.loads(line)) == [*keys, "checksum"] for line in lines)
     known = json.loads(header)
     assert known["race"] is known["critical_dimension"] is None
     journal_of(tmp_path).write_text("\n".join([header, *lines[:9], ""]))
