@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from longrope import ops
 from longrope.patching import row_lengths
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
+from longrope.patching.tier_pass import cache_argument
 from longrope.patching.window_cache import differentiable_cache, rewind, window_cache
 
 
@@ -139,7 +139,7 @@ class NextTokenNLL:
             ids[:, start:end],
             position_ids=torch.arange(start, end, device=self.device)[None],
             use_cache=True,
-            **{self._cache_argument: cache},
+            **{cache_argument(decoder(self.model)): cache},
         )
 
     def forward(self, ids: torch.Tensor, **arguments) -> torch.Tensor:
@@ -147,12 +147,6 @@ class NextTokenNLL:
         if self.base is None:
             return self.model(input_ids=ids, **arguments).logits
         return self.base(input_ids=ids, **arguments).last_hidden_state
-
-    @property
-    def _cache_argument(self) -> str:
-        """The name of the cache among the model's arguments: `past_key_values` before 5.24."""
-        parameters = inspect.signature(decoder(self.model).forward).parameters
-        return "cache" if "cache" in parameters else "past_key_values"
 
     def _planned(self, length: int) -> contextlib.AbstractContextManager:
         """Choose tiers by the whole window, which its first chunks do not show."""

@@ -18,7 +18,7 @@ from longrope import ops
 from longrope.factors import RescaleFactors
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
-from longrope.patching.tier_pass import arguments_of
+from longrope.patching.tier_pass import arguments_of, tokens_and_cached
 
 #: Cache layers whose keys lie as `[B, Hk, M, D]`, oldest first: all tokens, or the last ones.
 _TURNABLE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
@@ -53,12 +53,9 @@ class Pass(NamedTuple):
 
 def _read(args: tuple, kwargs: dict) -> Pass:
     given = arguments_of(args, kwargs)
-    tokens = given.get("input_ids")
-    tokens = given["inputs_embeds"] if tokens is None else tokens
+    tokens, cached = tokens_and_cached(given)
     batch, count = tokens.shape[:2]
     cache = given.get("cache")
-    # A static cache counts in a tensor that it goes on writing to: read it now.
-    cached = 0 if cache is None else int(cache.get_seq_length())
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         mask = None

@@ -98,6 +98,14 @@ def arguments_of(args: tuple, kwargs: dict) -> dict[str, Any]:
     return given
 
 
+def tokens_and_cached(given: dict[str, Any]) -> tuple[Tensor, int]:
+    """Return the tokens of a pass, `[B, N]` ids or `[B, N, E]`, and how many are in the cache."""
+    tokens, cache = given.get("input_ids"), given.get("cache")
+    tokens = given["inputs_embeds"] if tokens is None else tokens
+    # A static cache counts in a tensor that it goes on writing to: read it now.
+    return tokens, 0 if cache is None else int(cache.get_seq_length())
+
+
 def cache_argument(base: nn.Module) -> str:
     """Return the name of the cache among a decoder's arguments: `past_key_values` before 5.24."""
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
@@ -106,12 +114,9 @@ def cache_argument(base: nn.Module) -> str:
 def read_call(args: tuple, kwargs: dict) -> Call:
     """Read what a decoder is called with."""
     given = arguments_of(args, kwargs)
-    tokens = given.get("input_ids")
-    tokens = given["inputs_embeds"] if tokens is None else tokens
+    tokens, cached = tokens_and_cached(given)
     batch, count = tokens.shape[:2]
     cache = given.get("cache")
-    # A static cache counts in a tensor that it goes on writing to: read it now.
-    cached = 0 if cache is None else int(cache.get_seq_length())
     mask, shift, real = given.get("attention_mask"), None, None
     may_pack = mask is None  # as transformers has it
     mask = existing_keys(mask, cached, count)
