@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import longrope_build as backend  # noqa: E402
+import longrope_cuda as cuda  # noqa: E402
 
 #: Run-time requirements beside torch, whose minor is the one that the extension was built with.
 DEPENDENCIES = [
@@ -30,6 +30,7 @@ DEPENDENCIES = [
     "typer",
     "rich",
     "matplotlib",
+    "tomli>=2; python_version < '3.11'",  # the standard library's tomllib, before it was there
 ]
 
 torch_version = backend.find_torch()
@@ -47,58 +48,6 @@ def sources(*patterns: str) -> list[str]:
 
 CPP_SOURCES = sources("csrc/**/cpu/*.cpp", "csrc/bindings/*.cpp")
 CUDA_SOURCES = sources("csrc/**/cuda/*.cu")
-
-
-def find_toolkit() -> str | None:
-    """Return the folder of the CUDA toolkit, and tell torch's build of it where it looked wrong.
-
-    torch takes the parent of the folder in which nvcc is found, which may hold no more than a
-    script that calls the nvcc of a toolkit: nvcc itself knows.
-    """
-    from torch.utils import cpp_extension
-
-    home = cpp_extension.CUDA_HOME
-    if not home or Path(home, "include", "cuda_runtime.h").exists():
-        return home
-    command = [str(Path(home, "bin", "nvcc")), "--dryrun", "-x", "cu", os.devnull]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True).stderr
-    except OSError:
-        return home
-    if top := re.search(r"^#\$ TOP=(.+)$", answer, re.MULTILINE):
-        home = os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(Path(top[1]).resolve())
-    return home
-
-
-def with_cuda() -> bool:
-    """Decide whether to compile the CUDA kernels; refuse where that is asked for and impossible."""
-    import torch
-
-    choice = os.environ.get("LONGROPE_CUDA", "auto").strip().lower() or "auto"
-    if choice not in ("0", "1", "auto"):
-        raise SystemExit(f"longrope: LONGROPE_CUDA: expected 0, 1 or auto, got {choice!r}")
-    home = find_toolkit()
-    nvcc = Path(home, "bin", "nvcc") if home else None
-    obstacle = None
-    if torch.version.cuda is None:
-        obstacle = f"torch {torch.__version__} was built without CUDA: install a CUDA build of it"
-    elif not (nvcc and nvcc.exists()):
-        obstacle = "nvcc was not found: set CUDA_HOME to the folder of the CUDA toolkit"
-    else:
-        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = answer.partition("release ")[2].partition(",")[0]
-        if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-            obstacle = (
-                f"{nvcc} is of CUDA {release or 'unknown'} and torch {torch.__version__} of CUDA "
-                f"{torch.version.cuda}: point CUDA_HOME to a toolkit of the same major version"
-            )
-    if obstacle is None and not CUDA_SOURCES:
-        obstacle = "this version of longrope has no CUDA kernels"
-    if choice == "1" and obstacle:
-        raise SystemExit(f"longrope: LONGROPE_CUDA=1 was asked for and {obstacle}")
-    if choice == "auto" and obstacle and torch.version.cuda and CUDA_SOURCES:
-        print(f"longrope: building for the CPU only, as {obstacle}", file=sys.stderr)
-    return choice != "0" and obstacle is None
 
 
 def openmp_flags() -> list[str]:
@@ -149,7 +98,7 @@ def extension() -> Extension:
     common = {"name": "longrope._C", "include_dirs": [str(ROOT / "csrc")]}
     # -g0: Python's own flags contain -g, which makes the library ten times larger here.
     cxx = ["-O3", "-g0", "-fvisibility=hidden"]
-    if not with_cuda():
+    if not cuda.compiles_kernels():
         return CppExtension(sources=CPP_SOURCES, extra_compile_args={"cxx": cxx}, **common)
     # Behind the toolkit's headers, which it must not replace in part, those that torch's own CUDA
     # packages bring (nvidia/cu13/include): torch includes some that a small toolkit lacks.
@@ -179,6 +128,8 @@ def torch_build_ext():
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildWithTorch(BuildExtension):
+        untried = backend.untried(torch_version)
+
         def finalize_options(self):
             super().finalize_options()
             # Objects compiled against another torch must not be taken for up to date.
@@ -186,10 +137,14 @@ def torch_build_ext():
 
         def run(self):
             backend.check_torch(torch_version)
+            if self.untried:
+                print(f"longrope: {self.untried}; building against it", file=sys.stderr)
             backend.check_compiler()
             # Compiling (torch) and linking (setuptools) look for a compiler in different ways,
             # and torch takes CXX for the name of a program.
             os.environ["CXX"], *self.compiler_flags = backend.compiler()
+            if any(set(CUDA_SOURCES) & set(ext.sources) for ext in self.extensions):
+                cuda.choose_architectures()
             super().run()
 
         def build_extensions(self):
@@ -202,9 +157,10 @@ def torch_build_ext():
                 super().build_extensions()
             except (RuntimeError, BaseError, subprocess.CalledProcessError) as error:
                 # torch wraps a failed compilation in a long traceback that hides the first error.
+                hint = f"; {self.untried}" if self.untried else ""
                 raise SystemExit(
                     "longrope: compiling failed; the compiler's first error above says where "
-                    f"({str(error).splitlines()[0]})"
+                    f"({str(error).splitlines()[0]}){hint}"
                 ) from None
 
     return BuildWithTorch

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from longrope._native import _C
 from longrope.demo import run as demo
-from longrope.factor_search.differentiation import LossGradient
+from longrope.evaluation.memory import BackwardPlan, cache_bytes, plan_backward, plan_batches
+from longrope.factor_search.descent import Point
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.factor_search.gradient import Point
-from longrope.layout import GradientLayout, cache_bytes, plan_batches, plan_gradient
+from longrope.factor_search.gradient import GradientEvaluator
 
 #: What the peak memory is measured of.
 EVALUATION, STEP, CHECKPOINTED = "evaluation", "step", "step, checkpointed layers"
@@ -91,10 +91,10 @@ def print_peak(work, length, chunk):
         if work == EVALUATION:
             PopulationEvaluator(model, problem.factors, 1, chunk=chunk)([candidate], window)
             return
-        layout = GradientLayout(work == CHECKPOINTED, chunk)
+        plan = BackwardPlan(work == CHECKPOINTED, chunk)
         point = Point(np.log(candidate.lambdas), problem.attention_factor)
         base = problem.factors(candidate).base_inv_freq()
-        LossGradient(model, base, layout)(point, candidate.start_tokens, window)
+        GradientEvaluator(model, base, plan)(point, candidate.start_tokens, window)
 
     measure(257)  # what libraries allocate once; two chunks of the smallest size
     before = peak()
@@ -110,7 +110,7 @@ def memory(lengths, args):
         cache = cache_bytes(model, length) / 2**20
         print(f"\npeak memory, one window of {length} tokens; its keys and values: {cache:.0f} MiB")
         chunk = plan_batches(model, length).chunk
-        backward = plan_gradient(model, length, True).chunk
+        backward = plan_backward(model, length, True).chunk
         cases = [(EVALUATION, 0), (EVALUATION, chunk or 0), (STEP, 0), (CHECKPOINTED, 0),
                  (STEP, backward)]  # fmt: skip
         whole = {}

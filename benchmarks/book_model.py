@@ -21,7 +21,7 @@ ROLES = {0: "test", 1: "search"}
 
 def documents(folder: Path, role: str) -> list[np.ndarray]:
     """Return the files of one role, `"train"`, `"search"` or `"test"`, as int64 bytes."""
-    books = load_data(folder)
+    books = [book.astype(np.int64) for book in load_data(folder)]
     if len(books) < 6:
         raise SystemExit(f"--books: expected at least 6 text files, got {len(books)} in {folder}")
     return [book for index, book in enumerate(books) if ROLES.get(index % 6, "train") == role]

@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from longrope.runs import style
+
 ROOT = Path(__file__).resolve().parents[1]
 #: What the names of this project's implementations hold.
 OURS = ("ops.", "linear_nll", "PopulationEvaluator", "windows in chunks")
@@ -36,13 +38,13 @@ def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
 
 
 def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
-    """Draw one op: a group of bars per case, ours in colour, its first bar the baseline."""
+    """Draw one op: a group of bars per case, ours in color, its first bar the baseline."""
     at, ticks = 0.0, []
     for group, ratios in groups.items():
         first = at
         for name, ratio in ratios.items():
-            colour = "tab:blue" if any(ours in name for ours in OURS) else "0.75"
-            axis.barh(at, ratio, color=colour, height=0.85)
+            color = style.OURS if any(ours in name for ours in OURS) else style.MUTED
+            axis.barh(at, ratio, color=color, height=0.85)
             axis.text(ratio, at, f" {ratio:.2f}  {name}", va="center", fontsize=7)
             at += 1
         ticks.append(((first + at - 1) / 2, group))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from longrope.factor_search.problem import PRESETS, Problem
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
 from longrope.factor_search.space import Candidate
 from longrope.patching import rope_settings
 
@@ -53,10 +54,8 @@ def losses_of_hugging_face(model, factors: Sequence, windows: torch.Tensor) -> l
 
 def population(model, target_length: int, size: int) -> tuple[Problem, list[Candidate]]:
     """Return a search's problem, and PI, NTK, YaRN and mutations of them as Algorithm 1 begins."""
-    problem = Problem.of(
-        rope_settings(model), target_length=target_length, original_length=None,
-        attention_factor="yarn", start_tokens="search", max_lambda=None, preset=PRESETS["paper"],
-    )  # fmt: skip
+    options = SearchOptions(target_length=target_length, attention_factor="yarn")
+    problem = Problem.of(rope_settings(model), options)
     random = np.random.default_rng(0)
     seeds = list(problem.seeds().values())
     mutated = [problem.space.mutate(seeds[i % len(seeds)], 0.3, random) for i in range(size)]

@@ -34,9 +34,9 @@ from harness import RESULTS, commit, device_name
 from populations import losses_of_hugging_face
 
 import longrope
-from longrope.cli import load_model
+from longrope.cli.inputs import load_model
 from longrope.demo import run as demo
-from longrope.factor_search.objective import draw_windows
+from longrope.factor_search.windows import draw_windows
 from longrope.patching import rope_settings
 
 ALGORITHM_1 = "Algorithm 1"

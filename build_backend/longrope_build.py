@@ -4,7 +4,7 @@ pip builds a package in an isolated environment that holds what the package asks
 asked for there is downloaded anew (gigabytes) and may be another one than the user's. This backend
 looks into the interpreter that pip was started with instead: where torch is installed, nothing is
 asked for and that torch is made importable during the build, behind everything of the isolated
-environment. Where there is none, the supported range is asked for as usual.
+environment. Where there is none, the newest is asked for, as for any other package.
 
 Named by `[build-system]` in pyproject.toml; `setup.py` uses the checks below as well. Every refusal
 is one sentence through `SystemExit`, which pip prints without a traceback.
@@ -48,9 +48,13 @@ if found:
         'run pip install "setuptools>=77" ninja, or leave out --no-build-isolation'
     )
 
-#: The minors of torch that longrope is tested with: at least the first, below the second.
-TORCH_FROM, TORCH_BELOW = (2, 11), (2, 14)
-TORCH = "torch>={}.{},<{}.{}".format(*TORCH_FROM, *TORCH_BELOW)
+#: The oldest minor of torch that longrope builds with, and the newest that it was tried with (the
+#: table in CONTRIBUTING.md, which `.ci/torch_check.sh` fills).
+TORCH_OLDEST, TORCH_NEWEST_TRIED = (2, 11), (2, 15)
+#: What is asked for where there is no torch. Without an upper bound: with one, a new torch would be
+#: hidden from everybody until the next release of longrope, and a new Python, whose first torch is
+#: a new one, would get none at all. What is built is bound to its minor of torch either way.
+TORCH = "torch>={}.{}".format(*TORCH_OLDEST)
 
 
 # --- the user's torch ----------------------------------------------------------------------------
@@ -136,12 +140,20 @@ def minor(version: str) -> tuple[int, int]:
 
 
 def check_torch(version: str) -> None:
-    """Refuse a torch outside the supported range."""
-    if not TORCH_FROM <= minor(version) < TORCH_BELOW:
+    """Refuse a torch that is too old."""
+    if minor(version) < TORCH_OLDEST:
         raise SystemExit(
             f"longrope: expected {TORCH}, and this interpreter has torch {version}: "
             f'run pip install "{TORCH}" first'
         )
+
+
+def untried(version: str) -> str:
+    """Return a sentence where this torch is newer than those that longrope was tried with."""
+    if minor(version) <= TORCH_NEWEST_TRIED:
+        return ""
+    newest = ".".join(map(str, TORCH_NEWEST_TRIED))
+    return f"torch {version} is newer than the newest that was tried, {newest}"
 
 
 # --- the compiler --------------------------------------------------------------------------------

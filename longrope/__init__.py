@@ -1,47 +1,108 @@
-"""Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753)."""
+"""Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753).
+
+Everything here is imported on first use: `import longrope` itself loads neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"  # the one place: pyproject.toml and the extension read it from here
 
-import importlib
+if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the tables below
+    from longrope import checkpoints as checkpoints
+    from longrope import demo as demo
+    from longrope import errors as errors
+    from longrope import evaluation as evaluation
+    from longrope import factor_search as factor_search
+    from longrope import factors as factors
+    from longrope import ops as ops
+    from longrope import patching as patching
+    from longrope._native import _C as _C
+    from longrope.checkpoints.export import export
+    from longrope.checkpoints.load import load
+    from longrope.documents import load_data
+    from longrope.evaluation.exported import measure_export
+    from longrope.evaluation.perplexity import perplexity
+    from longrope.factor_search.history import SearchResult
+    from longrope.factor_search.run import search
+    from longrope.factors import (
+        RescaleFactors,
+        Tiers,
+        published,
+        published_names,
+        su_attention_factor,
+        yarn_attention_factor,
+    )
+    from longrope.patching.apply import apply, remove, row_lengths
+    from longrope.patching.settings import rope_settings
 
-from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
-from longrope.published import published, published_names
-
-#: Public names whose modules are imported on first use, so that `import longrope.ops` starts
-#: without transformers.
-_LAZY = {
+#: Where a public name is defined.
+_HOMES = {
+    "RescaleFactors": "longrope.factors",
+    "SearchResult": "longrope.factor_search.history",
+    "Tiers": "longrope.factors",
     "_C": "longrope._native",
-    "SearchResult": "longrope.factor_search",
-    "apply": "longrope.patching",
+    "apply": "longrope.patching.apply",
+    "export": "longrope.checkpoints.export",
+    "load": "longrope.checkpoints.load",
     "load_data": "longrope.documents",
-    "perplexity": "longrope.evaluation",
-    "remove": "longrope.patching",
-    "search": "longrope.factor_search",
+    "measure_export": "longrope.evaluation.exported",
+    "perplexity": "longrope.evaluation.perplexity",
+    "published": "longrope.factors",
+    "published_names": "longrope.factors",
+    "remove": "longrope.patching.apply",
+    "rope_settings": "longrope.patching.settings",
+    "row_lengths": "longrope.patching.apply",
+    "search": "longrope.factor_search.run",
+    "su_attention_factor": "longrope.factors",
+    "yarn_attention_factor": "longrope.factors",
 }
+
+#: Packages and modules that `import longrope` gives without an import of their own.
+_MODULES = (
+    "checkpoints",
+    "demo",
+    "errors",
+    "evaluation",
+    "factor_search",
+    "factors",
+    "ops",
+    "patching",
+)
 
 __all__ = [
     "RescaleFactors",
     "SearchResult",
+    "Tiers",
     "__version__",
     "apply",
+    "export",
+    "load",
     "load_data",
+    "measure_export",
     "perplexity",
     "published",
     "published_names",
     "remove",
+    "rope_settings",
+    "row_lengths",
     "search",
     "su_attention_factor",
     "yarn_attention_factor",
 ]
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'longrope' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str):
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"longrope.{name}")
+        raise AttributeError(f"module 'longrope' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch  # first: the extension is linked against the libraries that torch loads
 
-import longrope
-
 __all__ = ["_C"]
 
 NAME = "longrope._C"
@@ -58,10 +56,11 @@ def _load(file: Path):
             f"torch {torch.__version__}: {rebuild}"
         )
     if file.parent != HERE:
+        version = sys.modules[__package__].__version__
         differs = (
             ""
-            if built["version"] == longrope.__version__
-            else f" The versions differ: sources {longrope.__version__}, extension "
+            if built["version"] == version
+            else f" The versions differ: sources {version}, extension "
             f"{built['version']}; run `pip install .` again."
         )
         warnings.warn(
@@ -71,7 +70,6 @@ def _load(file: Path):
             stacklevel=2,
         )
     sys.modules[NAME] = module
-    longrope._C = module
     return module
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import numbers
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +17,23 @@ def integer(name: str, value, least: int) -> int:
     if not whole or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     return int(value)
+
+
+#: Checks of whole numbers from 0 or 1 on.
+natural, count = functools.partial(integer, least=0), functools.partial(integer, least=1)
+
+
+def choice(name: str, value, choices: Collection[str]) -> str:
+    if value not in choices:
+        listed = ", ".join(repr(known) for known in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+    return value
+
+
+def probability(name: str, value) -> float:
+    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise ValueError(f"{name}: expected 0 < p <= 1, got {value!r}")
+    return float(value)
 
 
 def switch(name: str, value) -> bool:
@@ -29,23 +50,35 @@ def even(name: str, value) -> int:
 
 def positive(name: str, value, above: float = 0) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not above < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above {above}, got {value!r}")
-    return float(value)
+    try:
+        number = float(value) if real else math.nan
+    except OverflowError:  # a whole number may be larger than any float
+        number = math.inf
+    if not above < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above {above}, got {_brief(value)}")
+    return number
+
+
+def _brief(value) -> str:
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    return repr(value)
 
 
 def lambda_array(values, rotary_dim: int) -> np.ndarray:
-    expected = f"lambdas: expected {rotary_dim // 2} finite positive values (rotary_dim / 2)"
+    expected = f"lambdas: expected {rotary_dim // 2} positive values (rotary_dim / 2)"
     try:
         if hasattr(values, "detach"):  # a torch tensor of any dtype and device
             values = values.detach().double().cpu().numpy()
         array = np.array(values, dtype=np.float64)
+    except OverflowError:
+        raise ValueError(f"{expected}, got a number that overflows float64") from None
     except (TypeError, ValueError):
         raise ValueError(f"{expected}, got {type(values).__name__} that is no array") from None
     if array.shape != (rotary_dim // 2,):
         came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise ValueError(f"{expected}, got {came}")
-    wrong = ~(np.isfinite(array) & (array > 0))
+    wrong = ~(array > 0)  # NaN too; infinity is a pair that does not turn
     if wrong.any():
         index = int(np.argmax(wrong))
         raise ValueError(f"{expected}, got {array[index]} at index {index}")
@@ -59,3 +92,24 @@ def longer(original_length: int, target_length: int) -> None:
         raise ValueError(
             f"target_length: expected at least original_length ({original}), got {target_length}"
         )
+
+
+def first_difference(
+    old: Any, new: Any, name: str = "", places: tuple[str, str] = ("there", "here")
+) -> str | None:
+    """Name the first place where two JSON values differ, `"seed: 1 there, 2 here"`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            below = f"{name}.{key}" if name else str(key)
+            found = first_difference(old.get(key), new.get(key), below, places)
+            if found:
+                return found
+        return None
+    if old == new:
+        return None
+    return f"{name}: {_short(old)} {places[0]}, {_short(new)} {places[1]}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

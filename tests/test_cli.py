@@ -14,10 +14,12 @@ from support import tiny_models
 from typer.testing import CliRunner
 
 import longrope
-from longrope import cli, layout
-from longrope.cli import app
-from longrope.factor_search.differentiation import LossGradient
-from longrope.torchrun import TerminatedError
+from longrope.cli import inputs
+from longrope.cli import search as search_command
+from longrope.cli.main import app
+from longrope.errors import TerminatedError
+from longrope.evaluation import memory
+from longrope.factor_search.gradient import GradientEvaluator
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def sentence(*arguments):
 
 def test_help_lists_the_commands():
     shown = call("--help").stdout
-    assert all(name in shown for name in ("demo", "search", "perplexity", "info"))
+    assert all(name in shown for name in ("demo", "search", "perplexity", "export", "info"))
 
 
 def test_info_shows_the_build_a_model_and_factors(model_folder, tmp_path):
@@ -60,7 +62,7 @@ def test_info_shows_the_build_a_model_and_factors(model_folder, tmp_path):
 
 
 def test_perplexity_equals_the_library_with_and_without_factors(model_folder, text, tmp_path):
-    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    model, _ = inputs.load_model(str(model_folder), "cpu")
     documents = longrope.load_data(text)
     options = ("--length", 128, "--stride", 64, "--device", "cpu")
     expected = longrope.perplexity(model, documents, length=128, stride=64)
@@ -87,7 +89,7 @@ def test_perplexity_equals_the_library_with_and_without_factors(model_folder, te
 def test_search_writes_factors_that_the_library_finds_too(
     model_folder, text, tmp_path, options, monkeypatch
 ):
-    monkeypatch.setattr(layout, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(memory, "LEAST_CHUNK", 16)
     options = {"target_length": 64, "samples": 1, "seed": 3, **options}
     flags = []
     for name, value in options.items():
@@ -97,7 +99,7 @@ def test_search_writes_factors_that_the_library_finds_too(
     if options.get("activation_checkpointing"):
         assert header["notes"]["gradient"] == [False, 16]
     assert bool(header["race"]) is bool(header["critical_dimension"]) is ("race" in options)
-    model, _ = longrope.cli.load_model(str(model_folder), "cpu")
+    model, _ = inputs.load_model(str(model_folder), "cpu")
     expected = longrope.search(model, longrope.load_data(text), progress=False, **options)
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == expected.factors
 
@@ -151,14 +153,14 @@ def test_an_interrupted_command_says_whether_it_resumes(
         raise kind
 
     with monkeypatch.context() as patched:
-        patched.setattr(LossGradient, "__call__", interrupt)
+        patched.setattr(GradientEvaluator, "__call__", interrupt)
         done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130
     said = "interrupted" if kind is KeyboardInterrupt else "ended by torchrun"
     assert f"longrope: {said}" in done.stderr
     assert done.stderr.strip().endswith("; the same command resumes")
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "load_model", interrupt)
+        patched.setattr(search_command, "load_model", interrupt)
         arguments[4] = str(tmp_path / "b")
         done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130
@@ -167,8 +169,76 @@ def test_an_interrupted_command_says_whether_it_resumes(
 
 def test_search_has_the_options_of_the_library():
     there = set(inspect.signature(longrope.search).parameters) - {"documents", "progress"}
-    here = set(inspect.signature(cli.search).parameters) - {"data", "device"}
-    assert here == there
+    here = set(inspect.signature(search_command.search).parameters)
+    reading = {"text_field", "token_dtype"}  # of longrope.load_data
+    assert here - {"data", "device", "options", "context"} - reading == there
+
+
+def test_a_file_of_options_is_the_same_as_flags_which_win(model_folder, text, tmp_path):
+    def run(name, *flags):
+        call("search", model_folder, text, "--out", tmp_path / name, "--device", "cpu", *flags)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        return config["options"], longrope.RescaleFactors.load(tmp_path / name / "factors.json")
+
+    file = tmp_path / "options.toml"
+    file.write_text(
+        "target_length = 64\nsamples = 1\nsteps = 2\nseed = 9\nstart_tokens = 4\n"
+        'attention_factor = "su"\nactivation_checkpointing = true\n'
+    )
+    flags = ("--target-length", 64, "--samples", 1, "--steps", 2, "--start-tokens", 4,
+             "--attention-factor", "su", "--activation-checkpointing")  # fmt: skip
+    by_flags = run("flags", *flags, "--seed", 3)
+    assert run("file", "--options", file, "--seed", 3) == by_flags
+    assert by_flags[0]["seed"] == 3 and by_flags[0]["start_tokens"] == 4
+    # The config of a run repeats it.
+    assert run("again", "--options", tmp_path / "file" / "config.json") == by_flags
+
+
+def test_a_wrong_file_of_options_is_named_with_its_key(model_folder, text, tmp_path):
+    file = tmp_path / "options.toml"
+    search = ("search", model_folder, text, "--out", tmp_path / "run", "--device", "cpu")
+
+    def said(content, *flags):
+        file.write_text(content)
+        return sentence(*search, "--options", file, *flags).removeprefix(f"longrope: {file}: ")
+
+    assert said("target_length = 64\nsede = 1") == (
+        "sede: there is no such option (did you mean seed?)"
+    )
+    assert said('samples = "many"').startswith("samples: expected an integer of at least 1, got")
+    assert said("samples = 1") == (
+        "longrope: --target-length: expected a value, here or in --options, got none"
+    )
+    # Wrong together with something else: the model, another option.
+    assert said("target_length = 16").startswith("target_length: expected more than the original")
+    clash = "steps: expected None with method='evolution', got 3"
+    assert said("target_length = 64\nsteps = 3", "--method", "evolution") == clash
+    flags = ("--method", "evolution", "--steps", 3)
+    assert said("target_length = 64\nsteps = 5", *flags) == f"longrope: --{clash}"
+    assert said("target_length = 64", "--samples", 0).startswith("longrope: --samples: expected")
+    missing = sentence(*search, "--options", tmp_path / "none.toml")
+    assert missing.startswith(f"longrope: --options: cannot read {tmp_path / 'none.toml'} (")
+    file.write_bytes(b"\xff\xfe")
+    assert "expected TOML, got a file broken" in sentence(*search, "--options", file)
+
+
+def test_the_version_is_shown():
+    assert call("--version").stdout == f"longrope {longrope.__version__}\n"
+
+
+def test_errors_name_the_arguments_of_the_command(model_folder, text, tmp_path):
+    none = tmp_path / "none"
+    assert "DATA: there is no file" in sentence("perplexity", model_folder, none, "--length", 64)
+    assert "DATA: " in sentence("perplexity", model_folder, text, "--length", 601)
+    assert "longrope: --length: expected" in sentence(
+        "perplexity", model_folder, text, "--length", 0
+    )
+    assert "longrope: --stride: expected" in sentence(
+        "perplexity", model_folder, text, "--length", 64, "--stride", 65
+    )
+    search = ("search", model_folder, text, "--target-length", 64, "--device", "cpu")
+    assert "longrope: --out: cannot write" in sentence(*search, "--out", text / "below")
+    assert "longrope: --seed: expected" in sentence(*search, "--out", none, "--seed", -1)
 
 
 def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
@@ -184,7 +254,7 @@ def test_bad_input_gets_one_sentence(model_folder, text, tmp_path):
     assert "attention" in sentence("search", model_folder, text, *search, "--attention-factor", "x")
     assert "method" in sentence("search", model_folder, text, *search, "--method", "guess")
     short = ("--target-length", 16, "--out", tmp_path / "run", "--device", "cpu")
-    assert "target_length" in sentence("search", model_folder, text, *short)
+    assert "--target-length: " in sentence("search", model_folder, text, *short)
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert str(blocked) in sentence("demo", "--out", blocked / "out")
@@ -223,3 +293,77 @@ def test_malformed_factors_get_one_sentence(model_folder, text, tmp_path):
     assert "rotary_dim" in sentence(
         "perplexity", model_folder, text, "--length", 64, "--factors", broken
     )
+
+
+def test_export_writes_a_folder_and_shows_what_readers_lose(model_folder, text, tmp_path):
+    factors = tiny_models.factors("yarn", start_tokens=2)
+    factors.ladder().save(tmp_path / "tiers.json")
+    out, options = tmp_path / "out", ("--factors", tmp_path / "tiers.json", "--device", "cpu")
+    said = sentence("export", model_folder, *options, "--out", out)
+    assert said.startswith("longrope: --drop-start-tokens: expected True")
+    done = call("export", model_folder, *options, "--out", out, "--data", text,
+                "--drop-start-tokens", "--short", "none")  # fmt: skip
+    assert done.stderr.count("beyond 32 tokens") == 1
+    shown = done.stdout
+    card = (out / "README.md").read_text()
+    assert shown[shown.index("|") : shown.rindex("|") + 1] in card
+    assert "book.txt" in card and "2 start tokens" in shown
+    assert longrope.load(out)[0].config.vocab_size == 256
+    again = sentence("export", model_folder, *options, "--out", out)
+    assert again.startswith("longrope: --out: expected a new or an empty folder")
+    short = tmp_path / "short.json"
+    tiny_models.factors("yarn", target=64).save(short)
+    flags = ("--drop-start-tokens", "--short", short, "--out", tmp_path / "second")
+    call("export", model_folder, *options, *flags)
+    rope = json.loads((tmp_path / "second" / "config.json").read_text())["rope_parameters"]
+    assert rope["original_max_position_embeddings"] == 64
+    assert "How the factors were found" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_export_says_how_a_search_found_its_factors(model_folder, text, tmp_path):
+    run = ("--target-length", 64, "--samples", 1, "--steps", 1, "--out", tmp_path / "run")
+    call("search", model_folder, text, *run, "--device", "cpu", "--start-tokens", 0)
+    factors = ("--factors", tmp_path / "run" / "factors.json")
+    call("export", model_folder, *factors, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| options: method | gradient |" in card and "| options: seed | 0 |" in card
+
+
+def test_tiers_from_the_command_line(model_folder, text, tmp_path):
+    """A file of tiers goes where one of factors does, by position unless asked otherwise."""
+    rope = longrope.rope_settings(inputs.load_model(str(model_folder), "cpu")[0])
+    yarn = longrope.RescaleFactors.yarn(**rope.lengths(128))
+    yarn.ladder().save(tmp_path / "tiers.json")
+    yarn.save(tmp_path / "factors.json")
+    measure = (
+        "perplexity",
+        model_folder,
+        text,
+        "--length",
+        128,
+        "--stride",
+        128,
+        "--device",
+        "cpu",
+    )
+
+    def parts(name, *more):
+        out = call(*measure, "--factors", tmp_path / name, "--ranges", "1-32,64-128", *more).stdout
+        return [float(line.split()[-1]) for line in out.splitlines()[:3]]
+
+    plain = call(*measure, "--ranges", "1-32").stdout.splitlines()[1]
+    by_position, by_row = parts("tiers.json"), parts("tiers.json", "--tiers", "row")
+    assert by_position[1] == float(plain.split()[-1])  # the first window is the model's own
+    assert by_row == parts("factors.json")  # of the row's length
+    assert by_position[1] != by_row[1]
+    assert "--ranges: expected" in sentence(*measure, "--ranges", "a-b")
+    assert "tiers: expected" in sentence(
+        *measure, "--factors", tmp_path / "tiers.json", "--tiers", "column"
+    )
+    assert "64-" in call("info", tmp_path / "tiers.json").stdout
+
+
+def test_info_says_which_paths_a_model_takes(model_folder, text):
+    said = call("info", model_folder, "--runtime").stdout
+    assert "Llama" in said and "ops.attention on cpu" in said
+    assert "--runtime: expected" in sentence("info", text, "--runtime")

@@ -7,8 +7,9 @@ import csv
 import pytest
 import torch
 
-from longrope import RescaleFactors
-from longrope.demo import corpus, run, train
+from longrope import RescaleFactors, Tiers
+from longrope.demo import corpus, report, run, train
+from longrope.runs import style
 
 
 def write_library(root, names):
@@ -93,11 +94,15 @@ def test_the_demo_beats_every_baseline_and_saves_what_it_says(tmp_path, monkeypa
     monkeypatch.setattr(run, "SEARCH_SAMPLES", 1)
     monkeypatch.setattr(run, "TEST_SAMPLES", 2)
     table = run.run(tmp_path / "out", seed=0, iterations=2, steps=2)
-    assert list(table) == ["none", "PI", "NTK", "YaRN", evolution, gradient]
+    assert list(table) == ["none", "PI", "NTK", "YaRN", evolution, gradient, run.BY_POSITION]
     at_target = {name: row[-1] for name, row in table.items()}
     assert at_target["none"] > 2 * table["none"][0]  # past its window the model breaks down
     assert at_target[evolution] < min(at_target["none"], at_target["PI"], at_target["NTK"])
     assert at_target[gradient] < 0.95 * at_target["YaRN"]
+    # The original window is as it was: there the model's own float32 angles turn it.
+    assert table[run.BY_POSITION][0] == pytest.approx(table["none"][0], rel=1e-6)
+    assert at_target[run.BY_POSITION] < at_target[gradient]
+    assert Tiers.load(tmp_path / "out" / "tiers.json").limits == run.LENGTHS
     with (tmp_path / "out" / "perplexity.csv").open() as file:
         saved = {row[0]: [float(v) for v in row[1:]] for row in list(csv.reader(file))[1:]}
     assert saved == {name: pytest.approx(row, abs=1e-5) for name, row in table.items()}
@@ -105,3 +110,24 @@ def test_the_demo_beats_every_baseline_and_saves_what_it_says(tmp_path, monkeypa
     assert factors.target_length == run.TARGET_LENGTH
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert "Next: longrope search" in capsys.readouterr().out
+
+
+def test_a_method_may_be_a_list_of_sets_and_every_measurement_moves_the_bar(tmp_path, capsys):
+    model, lengths = run.load_packaged_model(), run.LENGTHS
+    assert model.dtype == torch.float32  # on every processor
+    baselines = run.baselines(rotary_dim=64, rope_theta=10000.0)
+    short = baselines["none"].replace(target_length=run.ORIGINAL_LENGTH)
+    methods = {"none": baselines["none"], "YaRN": [short, baselines["YaRN"]]}
+    table = run.measure(model, methods, run.excerpts("test", 1, seed=0))
+    # The first set serves the model's own window.
+    assert table["YaRN"][0] == pytest.approx(table["none"][0], rel=1e-6)
+    assert table["YaRN"][-1] < 0.5 * table["none"][-1]
+    assert "100%" in capsys.readouterr().err
+    report.save_plot(table, methods, lengths, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_method_of_the_demo_has_a_colour_of_its_own():
+    names = [*run.baselines(rotary_dim=64, rope_theta=10000.0), *run.SEARCHES, run.BY_POSITION]
+    drawn = {each.label: each.color for each in style.STYLES.values()}
+    assert len({drawn[name] for name in names}) == len(names)

@@ -19,7 +19,7 @@ def test_a_text_file_is_one_document_of_utf8_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("héllo", encoding="utf-8")
     (document,) = longrope.load_data(path)
-    assert document.dtype == np.int64
+    assert document.dtype == np.uint8
     assert document.tolist() == list("héllo".encode())
 
 
@@ -33,7 +33,11 @@ def test_a_folder_is_read_in_the_order_of_its_paths_without_hidden_and_binary_fi
     (tmp_path / ".hidden").write_text("never")
     (tmp_path / ".git" / "config").write_text("never")
     (tmp_path / "image.bin").write_bytes(b"\x89PNG\0\0never")
-    assert texts(longrope.load_data(tmp_path)) == ["first", "second", "third"]
+    with pytest.warns(UserWarning) as said:
+        assert texts(longrope.load_data(tmp_path)) == ["first", "second", "third"]
+    assert [str(one.message) for one in said] == [
+        "load_data: left out 1 file that is not text (image.bin), 1 empty document"
+    ]
 
 
 def test_jsonl_takes_objects_strings_and_token_ids(tmp_path):
@@ -100,7 +104,7 @@ def test_tokenizers_and_functions_make_the_tokens(tmp_path):
     assert longrope.load_data(path, HuggingFaceTokenizer())[0].tolist() == [1, 1, 1]
     words = longrope.load_data(path, lambda text: [ord(word) for word in text.split()])
     assert words[0].tolist() == [97, 98, 97]
-    assert words[0].dtype == np.int64
+    assert words[0].dtype == np.uint8
     with pytest.raises(ValueError, match="tokenizer: expected a tokenizer or a function, got str"):
         longrope.load_data(path, "gpt2")
 

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+from email import message_from_string
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
+import torch.utils.cpp_extension
 
 import longrope
 from longrope import _native
 
 ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = Path(longrope.__file__).resolve().parent
+#: The package that was installed: where the extension lies. (Under `python -m pytest` the Python
+#: files are those of the source folder, which comes first on the path.)
+INSTALLED = Path(longrope._C.__file__).resolve().parent
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def build_module(name):
+    file = ROOT / "build_backend" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def backend():
-    file = ROOT / "build_backend" / "longrope_build.py"
-    spec = importlib.util.spec_from_file_location("longrope_build", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return build_module("longrope_build")
+
+
+@pytest.fixture(scope="session")
+def cuda_build():
+    return build_module("longrope_cuda")
 
 
 @pytest.fixture
@@ -95,36 +111,79 @@ def test_isolated_build_asks_for_torch_where_there_is_none(only_setuptools, tmp_
     venv.create(tmp_path / "empty", with_pip=False)
     bare = tmp_path / "empty" / "bin" / "python"
     code = "print(backend.get_requires_for_build_wheel())"
-    assert isolated(code, only_setuptools, bare).stdout == "['torch>=2.11,<2.14']\n"
+    assert isolated(code, only_setuptools, bare).stdout == "['torch>=2.11']\n"
     # Front ends that build in an environment of their own (build, uv) leave the active one's name.
     if sys.prefix != sys.base_prefix:
         active = isolated(code, only_setuptools, bare, VIRTUAL_ENV=sys.prefix)
         assert active.stdout == "[]\n"
 
 
-def test_torch_out_of_range_is_refused(backend):
-    for version in ("2.11.0", "2.12.1+cu130", "2.13.0+cpu"):
+def test_only_a_torch_that_is_too_old_is_refused(backend):
+    for version in ("2.11.0", "2.12.1+cu130", "2.16.0.dev20261101", "3.0.0a0+git1234"):
         backend.check_torch(version)
-    for version in ("2.10.2", "2.14.0", "3.0.0"):
-        with pytest.raises(SystemExit, match=rf"expected torch>=2.11,<2.14, .* torch {version}"):
+    for version in ("2.10.2", "1.13.1+cpu"):
+        with pytest.raises(
+            SystemExit, match=rf"expected torch>=2.11, .* torch {re.escape(version)}"
+        ):
             backend.check_torch(version)
 
 
-def test_metadata_pins_the_minor_of_torch(tmp_path):
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("build_backend", "longrope"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+def test_a_torch_newer_than_those_tried_is_named_in_one_line(backend):
+    newest = ".".join(map(str, backend.TORCH_NEWEST_TRIED))
+    assert backend.untried("2.11.0") == backend.untried(f"{newest}.9+cu130") == ""
+    sentence = "torch 3.0.0 is newer than the newest that was tried, " + newest
+    assert backend.untried("3.0.0") == sentence
+    # The newest of the table that says what was tried.
+    rows = re.findall(r"^\| (\d+\.\d+)\.\d+", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert max(rows, key=backend.minor) == newest
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A copy of the sources without csrc, its METADATA and the names in its source distribution."""
+    folder = tmp_path_factory.mktemp("sources")
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, folder)
+    for name in ("build_backend", "docs", "longrope"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so"))
     code = (
-        "import sys; sys.path.insert(0, 'build_backend')\n"
-        "import longrope_build; print(longrope_build.prepare_metadata_for_build_wheel('.'))"
+        "import sys; sys.path.insert(0, 'build_backend'); import longrope_build as backend\n"
+        "metadata = backend.prepare_metadata_for_build_wheel('.')\n"
+        "sdist = backend.build_sdist('.'); print(); print(metadata); print(sdist)"
     )
-    answer = python("-c", code, cwd=tmp_path)
+    answer = python("-c", code, cwd=folder)
     assert answer.returncode == 0, answer.stderr
-    metadata = (tmp_path / answer.stdout.splitlines()[-1] / "METADATA").read_text()
-    assert f"\nVersion: {longrope.__version__}\n" in metadata
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch")]
-    assert required == [f"Requires-Dist: torch=={TORCH_MINOR}.*"]
+    metadata, sdist = answer.stdout.splitlines()[-2:]
+    with tarfile.open(folder / sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    return message_from_string((folder / metadata / "METADATA").read_text()), names
+
+
+def test_metadata_pins_the_minor_of_torch(packed):
+    metadata, _ = packed
+    assert metadata["Version"] == longrope.__version__
+    required = [line for line in metadata.get_all("Requires-Dist") if line.startswith("torch")]
+    assert required == [f"torch=={TORCH_MINOR}.*"]
+
+
+def test_an_index_page_has_what_a_reader_looks_for(packed):
+    metadata, _ = packed
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert "https://arxiv.org/abs/2402.13753" in " ".join(metadata.get_all("Project-URL"))
+    least = tuple(map(int, metadata["Requires-Python"].removeprefix(">=").split(".")))
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(metadata.get_all("Classifier")))
+    assert min(tuple(map(int, v.split("."))) for v in versions) == least
+
+
+def test_the_source_distribution_has_documents_and_type_marker(packed):
+    _, names = packed
+    documents = [f"docs/{file.name}" for file in (ROOT / "docs").iterdir()]
+    assert {*documents, "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "longrope/py.typed"} <= {
+        *names
+    }
 
 
 # --- refusals in one sentence ---------------------------------------------------------------------
@@ -157,6 +216,53 @@ def test_impossible_choice_of_cuda_is_refused(choice, sentence):
     assert answer.returncode == 1
     assert answer.stderr.splitlines()[-1] == sentence
     assert "Traceback" not in answer.stderr
+
+
+# --- CUDA -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toolkit(cuda_build, monkeypatch, tmp_path):
+    """A folder with an nvcc that knows some architectures, on a machine without a GPU."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-code ] && echo 'sm_75 sm_80 sm_90 sm_103'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cuda_build, "find_toolkit", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    return nvcc
+
+
+def test_architectures_without_a_gpu_are_those_that_nvcc_knows(cuda_build, toolkit, capsys):
+    cuda_build.choose_architectures()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "compiled for 8.0, 9.0 and newer" in said
+    # What torch makes of it, which fails with an IndexError without a list and a GPU.
+    flags = torch.utils.cpp_extension._get_cuda_arch_flags()
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90,code=sm_90",
+    ]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_architectures_that_are_named_or_seen_are_left_alone(
+    cuda_build, toolkit, monkeypatch, gpus
+):
+    named = "" if gpus else "7.5"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cuda_build.choose_architectures()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == named
+
+
+def test_an_nvcc_that_knows_no_architecture_of_ours_is_refused(cuda_build, toolkit):
+    toolkit.write_text("#!/bin/sh\necho sm_200\n")
+    with pytest.raises(SystemExit, match=r"knows none of .* set TORCH_CUDA_ARCH_LIST$"):
+        cuda_build.choose_architectures()
 
 
 # --- the extension --------------------------------------------------------------------------------
@@ -216,6 +322,48 @@ def test_extension_of_another_torch_is_refused():
         f"built with torch {torch.__version__.split('+')[0]}, and this is torch 2.99.0"
         in (answer.stderr.splitlines()[-1])
     )
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def imported_names(statements):
+    """Return `{name: "module"}` of `from module import name` statements."""
+    return {
+        alias.name: statement.module
+        for statement in statements
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+
+
+def test_type_checkers_see_the_names_that_are_imported_on_first_use():
+    tree = ast.parse((ROOT / "longrope" / "__init__.py").read_text())
+    (block,) = [
+        statement
+        for statement in tree.body
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+    ]
+    modules = dict.fromkeys(longrope._MODULES, "longrope")
+    assert imported_names(block.body) == {**longrope._HOMES, **modules}
+    assert {*longrope.__all__} == {*longrope._HOMES, "__version__"} - {"_C"}
+
+
+def test_public_names_and_modules_need_no_import_of_their_own():
+    code = (
+        "import sys, longrope\n"
+        "assert not {'numpy', 'torch'} & {*sys.modules}\n"
+        "assert {*longrope.__all__, *longrope._MODULES} <= {*dir(longrope)}\n"
+        "longrope.ops.rope, longrope.factors.published, longrope.errors\n"
+        "assert 'transformers' not in sys.modules\n"
+        "names = [name for name in longrope.__all__ if name != '__version__']\n"
+        "print(*(getattr(longrope, name).__name__ for name in names))"
+    )
+    answer = python("-c", code, cwd=INSTALLED.parent)
+    names = [name for name in longrope.__all__ if name != "__version__"]
+    assert answer.stdout.split() == names, answer.stderr
+    with pytest.raises(AttributeError, match="module 'longrope' has no attribute 'nonsense'"):
+        longrope.nonsense  # noqa: B018
 
 
 # --- what is packed -------------------------------------------------------------------------------

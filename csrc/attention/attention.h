@@ -90,7 +90,7 @@ struct AttentionParams {
 //   dV = P^T dOut,  dP = dOut V^T,  dScore = P (dP - delta),  delta_i = dOut_i . out_i - dLse_i
 //   dQ = scale dScore' K,  dK = scale dScore'^T Q,  dScore' = dScore (1 - (score / softcap)^2)
 // The rotation must be none: the caller rotates (and differentiates the rotation) outside.
-struct AttentionGradParams {
+struct AttentionBackwardParams {
   AttentionParams forward;                 // with out and lse as computed
   AttentionTensor grad_out;                // as out
   const void* grad_lse;                    // as lse, contiguous; nullptr: zero
@@ -120,14 +120,14 @@ void attention_merge_splits_cpu(const AttentionParams& params, const AttentionPl
                                 const void* workspace, int64_t begin, int64_t end);
 
 // Gradients: tasks as above, each of one key/value head and a part of its keys.
-AttentionPlan attention_grad_plan(const AttentionParams& params);
-void attention_grad_cpu(const AttentionGradParams& params, const AttentionPlan& plan, int64_t task,
-                        void* workspace, void* scratch);
+AttentionPlan attention_backward_plan(const AttentionParams& params);
+void attention_backward_cpu(const AttentionBackwardParams& params, const AttentionPlan& plan,
+                            int64_t task, void* workspace, void* scratch);
 
 // After all tasks: grad_q of rows [begin, end) of the batch * heads * queries (in an order of its
 // own).
-void attention_grad_finish_cpu(const AttentionGradParams& params, const AttentionPlan& plan,
-                               const void* workspace, int64_t begin, int64_t end);
+void attention_backward_finish_cpu(const AttentionBackwardParams& params, const AttentionPlan& plan,
+                                   const void* workspace, int64_t begin, int64_t end);
 
 // The union of two disjoint key sets, from the attention of each:
 //   lse = log(exp(lse_a) + exp(lse_b)),  out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
@@ -149,8 +149,8 @@ void attention_merge_cpu(const AttentionMergeParams& params, int64_t begin, int6
 // refused. Workspaces have so many bytes, aligned to 128.
 size_t attention_cuda_workspace(const AttentionParams& params);
 void attention_cuda(const AttentionParams& params, void* workspace, void* stream);
-size_t attention_grad_cuda_workspace(const AttentionGradParams& params);
-void attention_grad_cuda(const AttentionGradParams& params, void* workspace, void* stream);
+size_t attention_backward_cuda_workspace(const AttentionBackwardParams& params);
+void attention_backward_cuda(const AttentionBackwardParams& params, void* workspace, void* stream);
 void attention_merge_cuda(const AttentionMergeParams& params, void* stream);
 
 }  // namespace longrope

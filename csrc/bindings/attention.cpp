@@ -1,5 +1,5 @@
-// longrope::attention, attention_rotated, attention_grad, merge_attention: allocation, threads of
-// the CPU, streams of CUDA. See csrc/attention/attention.h; checks are in attention_arguments.h.
+// longrope::attention, attention_rotated, attention_backward, merge_attention: allocation, threads
+// of the CPU, streams of CUDA. See csrc/attention/attention.h; checks are in attention_arguments.h.
 #include "attention/attention.h"
 
 #include <ATen/ATen.h>
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> attention_rotated(
   return attend(arguments.params, q, &turned);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_grad(
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, bool causal, int64_t query_start,
     const OptionalTensor& query_start_rows, int64_t key_start, const OptionalTensor& key_start_rows,
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_grad(
   const Tensor lse_held = lse.contiguous();
   p.out = view_of(out);
   p.lse = lse_held.data_ptr();
-  AttentionGradParams g{p, view_of(grad_out), nullptr, {}, {}, {}};
+  AttentionBackwardParams g{p, view_of(grad_out), nullptr, {}, {}, {}};
   Tensor grad_lse_held;
   if (grad_lse) {
     check_lse("grad_lse", *grad_lse, q);
@@ -191,21 +191,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_grad(
 #ifdef LONGROPE_CUDA
   if (grad_q.is_cuda()) {
     on_device_of(grad_q, [&](void* stream) {
-      const Tensor workspace = bytes_like(grad_q, attention_grad_cuda_workspace(g));
-      attention_grad_cuda(g, workspace.mutable_data_ptr(), stream);
+      const Tensor workspace = bytes_like(grad_q, attention_backward_cuda_workspace(g));
+      attention_backward_cuda(g, workspace.mutable_data_ptr(), stream);
     });
     return {grad_q, grad_k, grad_v};
   }
 #endif
 
-  const AttentionPlan plan = attention_grad_plan(p);
+  const AttentionPlan plan = attention_backward_plan(p);
   const Tensor workspace = bytes_like(q, plan.workspace);
   void* const parts = workspace.mutable_data_ptr();
   run_tasks(plan, 2.5 * products(p), [&](int64_t task, void* scratch) {
-    attention_grad_cpu(g, plan, task, parts, scratch);
+    attention_backward_cpu(g, plan, task, parts, scratch);
   });
   at::parallel_for(0, p.batch * p.heads * p.queries, 64, [&](int64_t begin, int64_t end) {
-    attention_grad_finish_cpu(g, plan, parts, begin, end);
+    attention_backward_finish_cpu(g, plan, parts, begin, end);
   });
   return {grad_q, grad_k, grad_v};
 }
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& ls
 void implement(torch::Library& m) {
   m.impl("attention", &attention);
   m.impl("attention_rotated", &attention_rotated);
-  m.impl("attention_grad", &attention_grad);
+  m.impl("attention_backward", &attention_backward);
   m.impl("merge_attention", &merge_attention);
 }
 

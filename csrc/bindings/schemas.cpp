@@ -55,7 +55,8 @@ TORCH_LIBRARY(longrope, m) {
       "SymInt start_tokens, Tensor? start_tokens_tiers, float attention_factor, "
       "Tensor? attention_factor_tiers, bool interleaved) -> (Tensor out, Tensor lse)");
   m.def(
-      "attention_grad(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "
+      "out, "
       "Tensor lse, bool causal, SymInt query_start, Tensor? query_start_rows, SymInt key_start, "
       "Tensor? key_start_rows, SymInt key_length, Tensor? key_length_rows, SymInt query_begin, "
       "Tensor? query_begin_rows, SymInt query_end, Tensor? query_end_rows, SymInt window, "

@@ -1,15 +1,9 @@
-"""The search for rescale factors.
+"""The search for rescale factors; `run` is `longrope.search`.
 
-`space` holds the search space and its moves, `critical` that of LongRoPE2; `evolution` Algorithm 1
-on any loss and `racing` what saves measurements there, `gradient` the descent and `ramps` where it
-can start; `objective` the windows that are measured, `evaluator` and `differentiation` the
-measuring, `ledger`, `journal` and `history` what was measured; `methods` puts the parts together in
-three ways, and `run` is `longrope.search`. `ranks` lets the processes of a job share the
-measurements, `ring` and `sharded` let them share one sequence.
+Read in this order: `options` (what can be asked for), `problem` and `header` (what follows from it
+and is kept), `space` and `critical` (the candidates and their moves), `evolution` (Algorithm 1 on
+any loss) and `racing` (which saves measurements there), `descent` and `ramps` (where it can start),
+`windows` (what is measured on), `evaluator`, `sharded` and `gradient` (how), `measurer` (all that
+is measured, taken from the journal or kept there), `history` (as the result has it), `methods` (the
+parts put together in three ways), `folder`, `plot` and `progress` (what users see).
 """
-
-from longrope.factor_search.history import Evaluation, SearchResult
-from longrope.factor_search.ranks import LostRankError
-from longrope.factor_search.run import search
-
-__all__ = ["Evaluation", "LostRankError", "SearchResult", "search"]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longrope.factor_search.space import STEPS, Candidate, SearchSpace
+from longrope.factors.rules import pair_that_turns
 
 #: Turns in the original window of the fastest pair that may be the critical one.
 MOST_TURNS = 10
@@ -27,20 +28,19 @@ BOUND_OVER_RATIO = 2
 def critical_pair(
     original_length: int, rope_theta: float, rotary_dim: int, turns: float = 1
 ) -> int:
-    """Return the first pair that turns so often, or less, in the original window.
+    """Return the first pair that turns `turns` times or less in the original window.
 
-    `ceil(R/2 log_theta(L0 / (2 pi turns)))`, counted from 0 and not limited to the pairs there
-    are. With 1 turn it is the theoretical critical pair: 31 of Phi3-mini, 35 of LLaMA3-8B.
+    Not limited to the pairs there are. With 1 turn it is the theoretical critical pair: 31 of
+    Phi3-mini, 35 of LLaMA3-8B.
     """
-    wavelength = original_length / (2 * math.pi * turns)
-    return math.ceil(rotary_dim / 2 * math.log(wavelength, rope_theta))
+    return math.ceil(pair_that_turns(turns, original_length, rope_theta, rotary_dim))
 
 
 @dataclass(frozen=True)
 class CriticalSpace:
-    """Lambdas that do not decrease and, from a critical pair on, are free in `[least, upper]`.
+    """Non-decreasing lambdas of `dims` pairs that are free from a critical pair on.
 
-    In hundredths of `dims` pairs, with choices of n_hat. `Candidate.critical_pair` lies in
+    There they lie in `[least, upper]` hundredths. `Candidate.critical_pair` lies in
     `[first, last]`; below it lambda follows from the factor at the critical pair, rounded to the
     grid. The interface is that of `SearchSpace`.
     """
@@ -63,7 +63,7 @@ class CriticalSpace:
         max_lambda: float | None,
         start_tokens: Sequence[int],
     ) -> CriticalSpace:
-        """Build the space with lambda from the ratio s to `max_lambda`, None: 2 s, on the grid.
+        """Build the space with lambda from the ratio s to `max_lambda` (None: 2 s), on the grid.
 
         Raises `ValueError` where no pair can be critical, or the bound is below s.
         """
@@ -99,10 +99,11 @@ class CriticalSpace:
         ] == self._below(pair, candidate.hundredths[pair])
 
     def snap(self, lambdas: Sequence[float], start_tokens: int | None = None) -> Candidate:
-        """Return the nearest candidate of any critical pair.
+        """Return the nearest candidate, whatever its critical pair.
 
-        Of each critical pair the one with the lambdas from it on rounded, clipped and lifted where
-        they fall back; the nearest in squares of log lambda, the last of equals.
+        For each critical pair the lambdas from it on are rounded, clipped, and raised where they
+        decrease; of these candidates the nearest in squares of log lambda is taken, among equals
+        the one with the last critical pair.
         """
         at = [self._snapped(lambdas, start_tokens, p) for p in range(self.last, self.first - 1, -1)]
         return min(at, key=lambda c: float(np.square(np.log(c.lambdas) - np.log(lambdas)).sum()))
@@ -119,10 +120,10 @@ class CriticalSpace:
     def mutate(
         self, parent: Candidate, probability: float, random: np.random.Generator
     ) -> Candidate:
-        """Redraw the critical pair with `probability`, then factors from it on and n_hat likewise.
+        """Redraw the critical pair, each factor from it on and n_hat, each with `probability`.
 
-        A parent outside of the space, such as PI, is snapped first. The critical pair is drawn
-        uniformly; factors that thereby become free are lifted to s, and then mutate as those of a
+        A parent outside the space, such as PI, is snapped first. The critical pair is drawn
+        uniformly; factors that become free by that are raised to s, and then mutate as those of a
         `SearchSpace` do.
         """
         parent = self._inside(parent)
@@ -135,7 +136,7 @@ class CriticalSpace:
     def crossover(self, a: Candidate, b: Candidate, random: np.random.Generator) -> Candidate:
         """Take the critical pair, each factor from it on and n_hat from either parent.
 
-        Factors below s, of a parent whose critical pair is a later one, are lifted to s; then the
+        Factors below s, which a parent with a later critical pair has, are raised to s; then the
         factors are sorted as in `SearchSpace.crossover`.
         """
         a, b = self._inside(a), self._inside(b)
@@ -144,9 +145,9 @@ class CriticalSpace:
         return self._completed(self._above(pair).crossover(*parts, random), pair)
 
     def free(self, candidate: Candidate) -> np.ndarray:
-        """Return the matrix that maps the free log lambdas to all, `[dims, free]`.
+        """Return the matrix `[dims, free]` that maps the free log lambdas to all of them.
 
-        Free are those from the candidate's critical pair on.
+        The free ones are those from the candidate's critical pair on.
         """
         pair = candidate.critical_pair
         matrix = np.zeros((self.dims, self.dims - pair))

@@ -1,4 +1,4 @@
-"""Measures candidates on a model: many candidates and documents in one forward pass."""
+"""Measuring candidates on a model: many candidates and documents in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from longrope.evaluation import evaluating
-from longrope.factor_search.objective import scored_tokens
+from longrope.evaluation.modes import evaluating
+from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.space import Candidate
+from longrope.factor_search.windows import scored_tokens
 from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
-from longrope.scoring import NextTokenNLL
 
 #: Elements of each tensor that the fingerprint reads, evenly spread.
 _FINGERPRINT_SAMPLES = 4096
@@ -28,8 +28,8 @@ class PopulationEvaluator:
 
     Each row of a batch is one candidate on one window: the rows carry their own frequencies, start
     tokens and temperature, so a population needs one forward pass where memory allows. The model
-    runs in eval mode; after a call (also one that an exception or an interrupt ends) its training
-    flags and its rotary embedding are what they were.
+    runs in eval mode; after a call (even one that ends with an exception or an interrupt) its
+    training flags and its rotary embedding are what they were.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ class PopulationEvaluator:
         Tokens of each row in one forward pass, with a cache of keys and values; None: the whole
         window at once. The results differ by rounding alone.
     """
+
+    _attend: Callable[..., torch.Tensor] | None = None  # `ops.attention`
 
     def __init__(
         self,
@@ -85,8 +87,8 @@ class PopulationEvaluator:
         windows
             int64 `[S, N]`.
         blocks
-            Into how many runs of consecutive tokens, equal within one, the scored tokens of each
-            window are cut: at least 1, at most as many as are scored.
+            The number of runs of consecutive tokens, equal in length within one, into which the
+            scored tokens of each window are cut: from 1 to the number of scored tokens.
 
         Returns
         -------
@@ -115,7 +117,7 @@ class PopulationEvaluator:
         sums = []
         with (
             evaluating(self.model),
-            kernel_attention(self.model),
+            kernel_attention(self.model, self._attend),
             inplace_mlps(self.model),
             rows_with_factors(self.model, inv_freq[0]) as rotary,
         ):
@@ -124,8 +126,12 @@ class PopulationEvaluator:
                 rotary.set_rows(
                     inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
                 )
-                sums.append(self._score.sums(windows[window], scored, blocks))
+                sums.append(self._sums(windows[window], scored, blocks))
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
+
+    def _sums(self, ids: torch.Tensor, scored: int, blocks: int) -> torch.Tensor:
+        """Return the NLL of windows `[B, N]`, whose factors are in force: float64 `[B, blocks]`."""
+        return self._score.sums(ids, scored, blocks)
 
 
 def tokens_of_blocks(scored: int, blocks: int) -> torch.Tensor:

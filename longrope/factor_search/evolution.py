@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from longrope import _validation
+from longrope._validation import count, natural, probability
 from longrope.factor_search.space import Candidate, SearchSpace
+from longrope.runs.options import Options, about
 
 
-@dataclass(frozen=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A candidate to evaluate, where it came from, and in which iteration."""
 
     candidate: Candidate
@@ -22,29 +22,19 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class EvolutionSettings:
+class EvolutionSettings(Options):
     """Sizes of Algorithm 1; the defaults are those of the paper (Table 4 and section 3.3).
 
     `iterations` counts the populations that are evaluated, the first one included, so a search
     makes at most `population + (iterations - 1) * (mutations + crossovers)` evaluations.
     """
 
-    population: int = 64
-    mutations: int = 16
-    crossovers: int = 16
-    mutation_probability: float = 0.3
-    iterations: int = 40
-    parents: int = 32
-
-    def __post_init__(self):
-        for name in ("population", "mutations", "crossovers", "iterations", "parents"):
-            least = 0 if name in ("mutations", "crossovers") else 1
-            # What is kept is Python's own number, which JSON can write.
-            object.__setattr__(self, name, _validation.integer(name, getattr(self, name), least))
-        probability = self.mutation_probability
-        if not isinstance(probability, numbers.Real) or not 0 < probability <= 1:
-            raise ValueError(f"mutation_probability: expected 0 < p <= 1, got {probability!r}")
-        object.__setattr__(self, "mutation_probability", float(probability))
+    population: int = field(default=64, metadata=about(count))
+    mutations: int = field(default=16, metadata=about(natural))
+    crossovers: int = field(default=16, metadata=about(natural))
+    mutation_probability: float = field(default=0.3, metadata=about(probability))
+    iterations: int = field(default=40, metadata=about(count))
+    parents: int = field(default=32, metadata=about(count))
 
     @property
     def most_evaluations(self) -> int:

@@ -1,173 +1,138 @@
-"""Descent on the rescale factors: Adam on log lambda, kept monotone and bounded by projection.
-
-A change of log lambda by x turns the phase of a pair at the end of the original window by x times
-the turns that the pair makes there: 40 for the first pair in a window of 256, 1300 in one of 8192.
-So the pairs are given scales, one over their turns where these are more than 1, and the descent
-works in units of them: a step moves every pair's phase by about as much.
-
-Everything here is float64 numpy on a few hundred numbers. The model is behind one function that
-returns the loss and its gradient at a point, so a descent is a deterministic function of what
-that function returned.
-"""
+"""The gradient of a model's loss with respect to rescale factors; its weights stay frozen."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from longrope import _validation
-
-#: Adam's decay rates of the two moments; its usual ones, the second shortened to these few steps.
-BETAS = (0.9, 0.98)
-#: Adam's epsilon for gradients of norm 1: a pair that moves the loss less than this share of the
-#: whole gradient takes proportionally smaller steps. The slowest pairs hardly matter, and with the
-#: usual 1e-8 they take steps as large as those of the others, towards wherever noise sends them.
-EPSILON = 0.02
-#: Unit of the log of the attention factor: it acts on every pair at once.
-ATTENTION_SCALE = 1 / 3
-#: The attention factor stays within this ratio of where it began.
-ATTENTION_REACH = 1.5
-
-
-@dataclass(frozen=True)
-class Point:
-    """Factors off the grid: log lambda `[dims]` and the attention factor."""
-
-    log_lambdas: np.ndarray
-    attention_factor: float
-
-    @property
-    def lambdas(self) -> np.ndarray:
-        """The rescale factors, `[dims]`."""
-        return np.exp(self.log_lambdas)
+from longrope.distributed.ranks import Ranks
+from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
+from longrope.evaluation.modes import evaluating
+from longrope.evaluation.nll import NextTokenNLL
+from longrope.factor_search.descent import Point
+from longrope.factor_search.windows import scored_tokens
+from longrope.patching import rows as rows_with_factors
+from longrope.patching.attention import kernel_attention
+from longrope.patching.families import decoder
 
 
-#: Returns the loss at a point in a step, and its gradient `[dims + 1]` with respect to log lambda
-#: and, last, to the log of the attention factor.
-LossAndGradient = Callable[[Point, int], tuple[float, np.ndarray]]
+class GradientEvaluator:
+    """The mean NLL of windows at a point, and its gradient; the model is left as it was.
 
-
-@dataclass(frozen=True)
-class DescentSettings:
-    """How far and how fast to descend."""
-
-    steps: int = 80
-    learning_rate: float = 0.05
-    windows_per_step: int = 1
-    checkpoints: int = 5
-
-    def __post_init__(self):
-        for name in ("steps", "windows_per_step", "checkpoints"):
-            object.__setattr__(self, name, _validation.integer(name, getattr(self, name), 1))
-        rate = _validation.positive("learning_rate", self.learning_rate)
-        object.__setattr__(self, "learning_rate", rate)
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step: a half cosine that ends near 0."""
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-
-    @property
-    def segments(self) -> list[range]:
-        """The numbers of the steps between points at which the descent is judged."""
-        ends = np.linspace(0, self.steps, min(self.checkpoints, self.steps) + 1).round().astype(int)
-        return [range(a, b) for a, b in itertools.pairwise(ends.tolist())]
-
-
-def isotonic(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the non-decreasing sequence nearest to `values` in weighted squares, float64 `[n]`.
-
-    Pool adjacent violators: neighbours in the wrong order are replaced by their weighted mean,
-    again and again. O(n).
-    """
-    means: list[float] = []
-    masses: list[float] = []
-    counts: list[int] = []
-    for value, weight in zip(values, weights, strict=True):
-        mean, mass, count = float(value), float(weight), 1
-        while means and means[-1] > mean:
-            mass += masses[-1]
-            mean += (means.pop() - mean) * masses.pop() / mass
-            count += counts.pop()
-        means.append(mean)
-        masses.append(mass)
-        counts.append(count)
-    return np.repeat(means, counts)
-
-
-class Descent:
-    """Adam with projection.
+    Only the rotary frequencies and the attention factor carry gradients: the weights may be of any
+    dtype, and no gradient of their size is kept. The frequencies are float64.
 
     Parameters
     ----------
-    scales
-        `[dims]`: units of log lambda, see above.
-    max_lambda
-        Lambdas stay within `[min_lambda, max_lambda]`.
-    settings
-        How far and how fast.
-    attention_factor
-        Where the attention factor begins.
-    learn_attention
-        Whether it moves.
-    min_lambda
-        See `max_lambda`.
+    model
+        A causal language model that `longrope.apply` supports.
+    base_inv_freq
+        The original frequencies, float64 `[dims]`.
+    plan
+        How windows go through the model (`longrope.evaluation.memory.plan_backward`).
+    last_tokens
+        Only the last tokens of each window are scored; None: all but the first.
+    ranks
+        The ranks that share the windows of a call: rank `w % ranks.size` measures window `w`.
     """
 
     def __init__(
         self,
-        scales: np.ndarray,
-        max_lambda: float,
-        settings: DescentSettings,
-        attention_factor: float,
-        learn_attention: bool = False,
-        min_lambda: float = 1.0,
+        model: nn.Module,
+        base_inv_freq: np.ndarray,
+        plan: BackwardPlan = WHOLE_WINDOWS,
+        last_tokens: int | None = None,
+        ranks: Ranks | None = None,
     ):
-        self.settings = settings
-        self._lower, self._upper = math.log(min_lambda), math.log(max_lambda)
-        self._origin = math.log(attention_factor)
-        self._scales = np.append(scales, ATTENTION_SCALE)
-        self._free = np.append(np.ones(len(scales)), float(learn_attention))
+        self.model = model
+        self.last_tokens = last_tokens
+        self.base_inv_freq = torch.from_numpy(base_inv_freq)
+        self.plan = plan
+        self.ranks = ranks or Ranks()
+        with evaluating(model):
+            self._score = NextTokenNLL(model, plan.chunk)
 
-    def run(
-        self,
-        start: Point,
-        loss_and_gradient: LossAndGradient,
-        steps: range,
-        slow: float = 1.0,
-    ) -> Point:
-        """Make steps from a point, and return the mean of the later half of the iterates.
+    def __call__(
+        self, point: Point, start_tokens: int, windows: torch.Tensor
+    ) -> tuple[float, np.ndarray]:
+        """Return the mean NLL in nats and its gradient, float64 `[dims + 1]`.
 
-        `steps` are the numbers of the steps, which decide the learning rate; `slow` multiplies it.
-        The mean evens out the noise of the windows. After each step the lambdas are projected onto
-        the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
-        such point in units of the scales.
+        The gradient is with respect to log lambda and, last, to the log of the attention factor.
+        `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
-        x = np.append(start.log_lambdas, math.log(start.attention_factor))
-        first, second = np.zeros(len(x)), np.zeros(len(x))
-        iterates = []
-        for count, step in enumerate(steps, 1):
-            _, gradient = loss_and_gradient(_point(x), step)
-            gradient = gradient * self._free * self._scales
-            gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30)
-            first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-            second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
-            mean = first / (1 - BETAS[0] ** count)
-            spread = np.sqrt(second / (1 - BETAS[1] ** count))
-            rate = slow * self.settings.rate(step)
-            x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
-            iterates.append(x)
-        return _point(np.mean(iterates[len(iterates) // 2 :], axis=0))
+        with differentiating(self.model), kernel_attention(self.model):
+            measured = self.ranks.share(
+                [functools.partial(self._window, point, start_tokens, w) for w in windows]
+            )
+        # In the order of the windows, so that the bits are those of one process.
+        total, gradient = 0.0, np.zeros(len(point.log_lambdas) + 1)
+        for nll, by_parameter in measured:
+            total += nll
+            gradient += by_parameter
+        count = scored_tokens(windows, self.last_tokens) * len(windows)
+        return total / count, gradient / count
 
-    def _projected(self, x: np.ndarray) -> np.ndarray:
-        log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)
-        reach = math.log(ATTENTION_REACH)
-        factor = np.clip(x[-1], self._origin - reach, self._origin + reach)
-        return np.append(np.clip(log_lambdas, self._lower, self._upper), factor)
+    def _window(
+        self, point: Point, start_tokens: int, window: torch.Tensor
+    ) -> tuple[float, np.ndarray]:
+        """Return the sum of the NLL over a window's scored tokens, and its gradient."""
+        inv_freq = self.base_inv_freq * torch.from_numpy(np.exp(-point.log_lambdas))
+        factor = torch.tensor(point.attention_factor, dtype=torch.float64)
+        inv_freq.requires_grad_()
+        factor.requires_grad_()
+        with (
+            rows_with_factors(self.model, inv_freq, start_tokens, factor),
+            checkpointing_layers(self.model, self.plan.checkpointed_layers),
+        ):
+            # The sum, not the mean: in float16 the gradients of a mean would underflow.
+            scored = scored_tokens(window[None], self.last_tokens)
+            nll = self._score.backward(window[None], scored).item()
+        # By log lambda, of which the frequencies are exponentials, and by the log of the factor.
+        by_log = (-inv_freq * inv_freq.grad, (factor * factor.grad)[None])
+        return nll, torch.cat(by_log).detach().numpy()
 
 
-def _point(x: np.ndarray) -> Point:
-    return Point(x[:-1], math.exp(x[-1]))
+@contextlib.contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode with frozen weights and gradients on; restore its flags after."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def checkpointing_layers(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Checkpoint the decoder's layers inside a `with` block.
+
+    transformers' own switch works in training mode alone, in which dropout is on.
+    """
+    layers = list(decoder(model).layers) if active else []
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

@@ -1,7 +1,8 @@
-"""What a search measured, an `Evaluation` per candidate and windows or per step, and found."""
+"""The history of a search: an `Evaluation` for all that it measured; and its result."""
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,22 @@ from longrope.factors import RescaleFactors
 BASELINES = ("pi", "ntk", "yarn")
 
 
+class Role(str, enum.Enum):
+    """What windows are for; the values are what files hold, and equal to these strings."""
+
+    SEARCH = "search"
+    #: The first few search windows.
+    SCREEN = "screen"
+    #: The search windows of one stage of a race, but for its last stage.
+    RACE = "race"
+    #: Held-out windows, which decide in the end.
+    VALIDATION = "validation"
+    #: Random windows, on which a step computes the gradient too.
+    GRADIENT = "gradient"
+
+    __str__ = str.__str__  # in text the value, with every Python
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One measured candidate, or one step of a descent.
@@ -18,9 +35,7 @@ class Evaluation:
     Attributes
     ----------
     role
-        Which windows: `"screen"` (the first few search windows), `"search"`, `"validation"`,
-        `"race"` (the search windows up to one before the last, see `longrope.search`), or
-        `"gradient"` for a step on random windows, where the gradient was computed too.
+        What the windows were for: a `Role`, which compares equal to its string.
     iteration
         The generation or the number of the step; -1 at the end of a search.
     origin
@@ -32,12 +47,12 @@ class Evaluation:
         The factors that were measured; on the grid except in a step.
     nll
         Mean negative log-likelihood in nats per token; infinite where the model's output was not
-        finite. In a race over all search windows that the candidate was measured on so far.
+        finite. In a race, over all search windows that the candidate was measured on so far.
     windows
-        How many windows were measured in this evaluation: in a race those since the one before.
+        How many windows were measured in this evaluation; in a race, those of the stage.
     """
 
-    role: str
+    role: Role
     iteration: int
     origin: str
     lambdas: tuple[float, ...]
@@ -47,6 +62,11 @@ class Evaluation:
     windows: int
 
     @property
+    def factors(self) -> tuple[tuple[float, ...], int, float]:
+        """What tells candidates apart: `(lambdas, start_tokens, attention_factor)`."""
+        return self.lambdas, self.start_tokens, self.attention_factor
+
+    @property
     def perplexity(self) -> float:
         """`exp(nll)`."""
         return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
@@ -54,7 +74,7 @@ class Evaluation:
     @property
     def forward_equivalents(self) -> int:
         """The cost in forward passes of one window; a backward pass counts 2."""
-        return self.windows * (3 if self.role == "gradient" else 1)
+        return self.windows * (3 if self.role == Role.GRADIENT else 1)
 
 
 @dataclass(frozen=True)
@@ -66,9 +86,9 @@ class SearchResult:
     factors
         The selected `RescaleFactors`.
     perplexity
-        Of `factors` on the search windows.
+        The perplexity of `factors` on the search windows.
     validation_perplexity
-        Of `factors` on the validation windows; None where there were none.
+        The same on the validation windows; None where there were none.
     history
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
         origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a

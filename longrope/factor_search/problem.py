@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import math
-import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from longrope import _validation
+from longrope.evaluation import needles
 from longrope.factor_search.critical import CriticalSpace
-from longrope.factor_search.evolution import EvolutionSettings
-from longrope.factor_search.space import (
-    BOUND_OVER_RATIO,
-    START_TOKENS,
-    Candidate,
-    SearchSpace,
-)
+from longrope.factor_search.options import PRESETS, SearchOptions
+from longrope.factor_search.space import Candidate, SearchSpace
 from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
+from longrope.factors.rules import base_inv_freq
 from longrope.patching import RopeSettings
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The settings that the paper and the official code differ in."""
-
-    sizes: EvolutionSettings = field(default_factory=EvolutionSettings)
-    samples: int = 5
-    start_tokens: tuple[int, ...] = START_TOKENS
-    bound_over_ratio: float | None = BOUND_OVER_RATIO  # None: lambda up to 1 + s
-
-
-PRESETS = {
-    # Table 4 and section 3.3; 5 documents.
-    "paper": Preset(),
-    # Above 512k the paper halves the sizes and uses 3 documents.
-    "paper-long": Preset(
-        EvolutionSettings(population=32, mutations=8, crossovers=8, parents=16), samples=3
-    ),
-    # The released code draws lambda from [1, 1 + s] and has another list of start tokens.
-    "official-code": Preset(
-        start_tokens=(0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64), bound_over_ratio=None
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -56,59 +27,70 @@ class Problem:
     rotary_dim: int
     attention_factor: float
     space: SearchSpace | CriticalSpace
-    #: Whether the attention factor is learned; `attention_factor` is where that begins.
+    #: Whether the attention factor is learned, starting from `attention_factor`.
     learn_attention: bool = False
+    #: The token in front of every window; None: there is none.
+    bos: int | None = None
+    #: Only this many tokens at the end of each window are scored; None: all but the first.
+    last_tokens: int | None = None
 
     @classmethod
-    def of(
-        cls,
-        rope: RopeSettings,
-        *,
-        target_length: int,
-        original_length: int | None,
-        attention_factor: str | float,
-        start_tokens: str | int,
-        max_lambda: float | None,
-        preset: Preset,
-        critical_dimension: bool = False,
-    ) -> Problem:
-        """Check the arguments of `longrope.search` that define the problem, and put them together.
+    def of(cls, rope: RopeSettings, options: SearchOptions, bos: int | None = None) -> Problem:
+        """Put together what the options ask of a model with these rope settings.
 
-        Raises `ValueError` with one sentence for the first that is out of range.
+        With `bos` the first token of a window's text is not scored either: windows begin anywhere.
+        Raises `ValueError` with one sentence where they do not fit the model.
         """
-        if original_length is None:
-            original_length = rope.original_length
-        original_length = _validation.integer("original_length", original_length, 2)
-        target_length = _validation.integer("target_length", target_length, 2)
-        if target_length <= original_length:
+        original = options.original_length or rope.original_length
+        target = options.target_length
+        if target <= original:
             raise ValueError(
-                f"target_length: expected more than the original length {original_length}, "
-                f"got {target_length}"
+                f"target_length: expected more than the original length {original}, got {target}"
             )
-        ratio = target_length / original_length
-        if max_lambda is not None:
-            max_lambda = _validation.positive("max_lambda", max_lambda, above=1)
-        choices = _start_token_choices(
-            start_tokens, original_length, target_length, preset.start_tokens
-        )
-        if critical_dimension:
-            space = CriticalSpace.of(
-                original_length, target_length, rope.rope_theta, rope.rotary_dim, max_lambda,
-                choices,
-            )  # fmt: skip
+        last_tokens = options.last_tokens
+        if options.objective == "needle":
+            last_tokens = needles.ANSWER_TOKENS
+            if target < needles.SHORTEST:
+                raise ValueError(
+                    f"target_length: expected at least {needles.SHORTEST} tokens with "
+                    f"objective='needle', got {target}"
+                )
+        if bos is not None:  # BOS and the first token of the text, which has nothing else before it
+            last_tokens = min(last_tokens or target, target - 2)
+        ratio = target / original
+        preset, bound = PRESETS[options.preset], options.max_lambda
+        if options.start_tokens == "search":
+            # Beyond the original length, start tokens would turn by angles the model never saw.
+            choices = tuple(n for n in preset.start_tokens if n <= original)
         else:
-            bound = preset.bound_over_ratio
-            if max_lambda is None:
-                max_lambda = 1 + ratio if bound is None else bound * ratio
-            space = SearchSpace.of(rope.rotary_dim // 2, max_lambda, choices)
+            choices = (options.start_tokens,)
+        if options.critical_dimension:
+            space = CriticalSpace.of(
+                original, target, rope.rope_theta, rope.rotary_dim, bound, choices
+            )
+        else:
+            if bound is None:
+                over = preset.bound_over_ratio
+                bound = 1 + ratio if over is None else over * ratio
+            space = SearchSpace.of(rope.rotary_dim // 2, bound, choices)
+        factor = options.attention_factor
+        if factor is None:
+            factor = "search" if options.has_steps else "yarn"
+        learned = factor == "search"
+        if factor == "su":
+            factor = su_attention_factor(ratio, original)
+        elif isinstance(factor, str):
+            factor = yarn_attention_factor(ratio)
         return cls(
-            original_length=original_length,
-            target_length=target_length,
+            original_length=original,
+            target_length=target,
             rope_theta=rope.rope_theta,
             rotary_dim=rope.rotary_dim,
-            attention_factor=_attention_factor(attention_factor, ratio, original_length),
-            learn_attention=attention_factor == "search",
+            attention_factor=factor,
             space=space,
+            learn_attention=learned,
+            bos=bos,
+            last_tokens=last_tokens,
         )
 
     @property
@@ -123,8 +105,7 @@ class Problem:
 
     def turns(self) -> np.ndarray:
         """Return how often each pair turns in the original window, unrescaled: float64 `[dims]`."""
-        pairs = np.arange(self.space.dims)
-        inv_freq = self.rope_theta ** (-2 * pairs / self.rotary_dim)
+        inv_freq = base_inv_freq(self.rope_theta, self.rotary_dim)
         return self.original_length * inv_freq / (2 * math.pi)
 
     def factors(self, candidate: Candidate) -> RescaleFactors:
@@ -138,7 +119,7 @@ class Problem:
         )
 
     def baselines(self) -> dict[str, RescaleFactors]:
-        """Return the factors that need no search, by name: the first of the population."""
+        """Return the factors that need no search, by name: PI, NTK and YaRN."""
         return {
             "pi": RescaleFactors.pi(**self.lengths),
             "ntk": RescaleFactors.ntk(**self.lengths),
@@ -146,11 +127,11 @@ class Problem:
         }
 
     def seeds(self) -> dict[str, Candidate]:
-        """Return the first of the population: the baselines, with the fewest start tokens.
+        """Return the first members of the population: the baselines, with the fewest start tokens.
 
-        They are on the grid and within the bounds of lambda, and the first three are themselves in
-        a `CriticalSpace` too, although they lie outside: the search is never worse than what needs
-        none. There the start of LongRoPE2 and the baselines snapped into the space follow.
+        They are on the grid and within the bounds of lambda. With a `CriticalSpace` the baselines
+        stay as they are, although they lie outside it, so that the search is never worse than they
+        are; the start of LongRoPE2 and the baselines snapped into the space follow them.
         """
         space = SearchSpace(self.space.dims, self.space.upper, self.space.start_tokens)
         baselines = self.baselines()
@@ -162,30 +143,3 @@ class Problem:
                 if snapped not in seeds.values():
                     seeds[f"critical {name}"] = snapped
         return seeds
-
-
-def _attention_factor(value: str | float, ratio: float, original_length: int) -> float:
-    if value in ("yarn", "search"):
-        return yarn_attention_factor(ratio)
-    if value == "su":
-        return su_attention_factor(ratio, original_length)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf:
-        return float(value)
-    raise ValueError(
-        f"attention_factor: expected 'yarn', 'su', 'search' or a positive number, got {value!r}"
-    )
-
-
-def _start_token_choices(
-    value: str | int, original_length: int, target_length: int, choices: tuple[int, ...]
-) -> tuple[int, ...]:
-    if value == "search":
-        # Beyond the original length, start tokens would turn by angles the model never saw.
-        return tuple(n for n in choices if n <= original_length)
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if whole and 0 <= value < target_length:
-        return (int(value),)
-    raise ValueError(
-        f"start_tokens: expected 'search' or an integer from 0 to below the target length "
-        f"{target_length}, got {value!r}"
-    )

@@ -1,4 +1,4 @@
-"""The progress bar of a search."""
+"""The progress bar of a search: what it counts, and which value it shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from longrope.factor_search.history import Evaluation
+from longrope.factor_search.history import Evaluation, Role
+from longrope.runs.progress import bar
 
 
 @contextlib.contextmanager
@@ -16,12 +17,11 @@ def progress_bar(
     total: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[Sequence[Evaluation], int], None]]:
-    """Show evaluations done, the best perplexity, tokens per second, the time so far and left.
+    """Count evaluations and show the best perplexity on the search windows.
 
     Yields the function to call with new evaluations and the tokens that were measured for them: 0
-    where they came from a journal. The speed is that of all such tokens since the begin.
-
-    A function in place of `show` is called with the evaluations instead, and nothing is shown.
+    where they came from a journal. A function in place of `show` is called with the evaluations
+    instead, and nothing is shown.
 
     `total` is the most evaluations that the search can make: candidates that repeat cost nothing,
     so it may end earlier. A candidate in a race counts once, when it is first measured.
@@ -32,48 +32,19 @@ def progress_bar(
     if not show:
         yield lambda evaluations, tokens: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    best, raced = math.inf, set()
+    with bar(total, "perplexity", clock) as update:
 
-    best, measured, raced = math.inf, 0, set()
-    begin = clock()
-    with Progress(
-        BarColumn(bar_width=None),  # the rest of the line: what is left of 80 columns is little
-        MofNCompleteColumn(),
-        TextColumn("perplexity {task.fields[best]}"),
-        TextColumn("{task.fields[speed]} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("+"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        speed_estimate_period=120,
-        console=Console(stderr=True),  # results go to standard output
-    ) as progress:
-        task = progress.add_task("search", total=total, best="-", speed="-")
-
-        def update(evaluations: Sequence[Evaluation], tokens: int) -> None:
-            nonlocal best, measured
-            measured += tokens
-            if evaluations[0].role == "search":
+        def count(evaluations: Sequence[Evaluation], tokens: int) -> None:
+            nonlocal best
+            value = None
+            if evaluations[0].role == Role.SEARCH:
                 best = min(best, *(e.perplexity for e in evaluations))
-                progress.update(task, best=f"{best:.4f}")
-            if measured:
-                speed = measured / max(clock() - begin, 1e-9)
-                progress.update(task, speed=f"{speed / 1000:.1f}k")
-            again = sum(e.role in ("race", "search") and _factors(e) in raced for e in evaluations)
-            raced.update(_factors(e) for e in evaluations if e.role == "race")
-            progress.update(task, advance=len(evaluations) - again)
+                value = f"{best:.4f}"
+            again = sum(
+                e.role in (Role.RACE, Role.SEARCH) and e.factors in raced for e in evaluations
+            )
+            raced.update(e.factors for e in evaluations if e.role == Role.RACE)
+            update(len(evaluations) - again, tokens, value)
 
-        yield update
-        progress.update(task, total=progress.tasks[0].completed)
-
-
-def _factors(evaluation: Evaluation) -> tuple:
-    return evaluation.lambdas, evaluation.start_tokens, evaluation.attention_factor
+        yield count

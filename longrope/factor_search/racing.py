@@ -2,8 +2,8 @@
 
 After Maron and Moore's Hoeffding races (1994) and F-Race (Birattari et al. 2002): candidates are
 measured on more and more of the same instances, and a statistical test on the paired results drops
-the losers on the way. Here the instances are blocks of tokens, and the opponent is the member at
-the cut of Algorithm 1: who does not beat the `parents`-th best would never be a parent.
+the losers on the way. Here the instances are blocks of tokens, and the opponent is the `parents`-th
+best, the last that Algorithm 1 keeps: a candidate that does not beat it would never be a parent.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 from longrope.factor_search.evolution import Proposal
-from longrope.factor_search.history import BASELINES
+from longrope.factor_search.history import BASELINES, Role
 from longrope.factor_search.space import Candidate
 
-#: The test comes after 1, 2, 4, ... windows: a look more for twice the windows.
+#: The test comes after 1, 2, 4, ... windows: twice the windows cost one more test.
 GROWTH = 2
 #: Blocks of tokens that each window is cut into, the units of the test. On recorded evolutions with
 #: the packaged model (5 windows of 1024 tokens, 431 candidates) 16 blocks saved 2 % more of the
 #: passes than 8, for as few wrong decisions.
 BLOCKS = 16
 #: Probability at which the test would drop a candidate as good as the cut, were blocks independent.
-#: On the same, 1 of 112 dropped candidates would have been a parent, none one of the 8 best.
+#: In the same evolutions 1 of 112 dropped candidates would have been a parent, none of the 8 best.
 P = 0.01
 #: Fewer paired differences than this decide nothing.
 FEWEST_DIFFERENCES = 6
@@ -36,42 +36,42 @@ SETTINGS = {"growth": GROWTH, "blocks": BLOCKS, "p": P}
 
 
 class Stage(NamedTuple):
-    """The search windows from `begin` to `end` of a race; `role` of what is measured there."""
+    """The search windows from `start` to `end` of a race, and the role of evaluations there."""
 
-    begin: int
+    start: int
     end: int
-    role: str
+    role: Role
 
 
 def stages(windows: int) -> list[Stage]:
-    """Return the stages of a race over so many windows: of 5, they end after 1, 2, 4 and 5."""
-    found, begin, end = [], 0, 1
+    """Return the stages of a race over this many windows: with 5, they end after 1, 2, 4 and 5."""
+    found, start, end = [], 0, 1
     while end < windows:
-        found.append(Stage(begin, end, "race"))
-        begin, end = end, end * GROWTH
-    return [*found, Stage(begin, windows, "search")]
+        found.append(Stage(start, end, Role.RACE))
+        start, end = end, end * GROWTH
+    return [*found, Stage(start, windows, Role.SEARCH)]
 
 
 class Race:
     """The losses of generations of Algorithm 1, stage by stage.
 
-    Called with the proposals of a generation that are new, it returns the mean NLL of each over all
-    search windows, or infinity for those that were dropped. After every stage but the last, a
-    candidate is dropped whose blocks so far are `clearly_worse` than those of the `parents`-th best
-    among the parents so far and the candidates still in the race. At least `parents` of them
-    remain, so no parent is lost that is not worse by that test. Baselines are never dropped.
+    Called with the new proposals of a generation, it returns the mean NLL of each over all search
+    windows, or infinity for those that were dropped. After every stage but the last, a candidate is
+    dropped if its blocks so far are `clearly_worse` than those of the `parents`-th best among the
+    parents so far and the candidates still in the race. At least `parents` of them remain, so no
+    parent is lost that is not worse by that test. Baselines are never dropped.
 
     Parameters
     ----------
     measure
         Measures proposals in a stage and returns the mean NLL of each over all windows so far.
     block_sums
-        Where `measure` leaves the sums over blocks of all windows so far: float64 `[S, blocks]` by
-        candidate.
+        float64 `[S, blocks]` by candidate: the sums over the blocks of all windows so far, which
+        `measure` keeps up to date.
     windows
         Number of the search windows.
     parents
-        Of the evolution.
+        How many parents the evolution keeps.
     """
 
     def __init__(
@@ -122,10 +122,10 @@ def clearly_worse(differences: np.ndarray, p: float | None = None) -> bool:
     """Say whether a candidate is worse than its opponent by a one-sided paired Student t test.
 
     `differences`, `[n]`, are the candidate's losses minus the opponent's, in sums over blocks of
-    tokens of the same windows. The test takes them for independent. Neighbouring blocks of one
-    document are not, and so few documents leave nothing else to count: hence a small `p` (None:
-    `P`), which is no bound on the share of wrong decisions. Never true of a candidate that is in
-    sum at least as good.
+    tokens of the same windows. The test assumes that they are independent. Neighbouring blocks of
+    one document are not, but with few documents there is nothing else to count: hence a small `p`
+    (None: `P`), which is no bound on the share of wrong decisions. Never true of a candidate whose
+    losses are in sum at least as good.
     """
     n = len(differences)
     mean = float(np.mean(differences))

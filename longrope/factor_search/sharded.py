@@ -1,4 +1,4 @@
-"""Measures candidates on windows that are too long for one device: every rank holds a share."""
+"""Measuring candidates on windows too long for one device: every rank holds a part of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from longrope.evaluation import evaluating
-from longrope.factor_search.evaluator import PopulationEvaluator, tokens_of_blocks
-from longrope.factor_search.objective import scored_tokens
-from longrope.factor_search.ranks import Ranks
-from longrope.factor_search.ring import RingAttention
+from longrope.distributed.ranks import Ranks
+from longrope.distributed.ring import RingAttention
+from longrope.evaluation.nll import block_sums
+from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
-from longrope.patching import rows as rows_with_factors
-from longrope.patching.attention import has_kernel_attention, kernel_attention
-from longrope.scoring import block_sums
+from longrope.patching.attention import has_kernel_attention
 
 
 class ShardedEvaluator(PopulationEvaluator):
@@ -67,46 +64,26 @@ class ShardedEvaluator(PopulationEvaluator):
         self, candidates: Sequence[Candidate], windows: Tensor, blocks: int
     ) -> tuple[Tensor, Tensor]:
         """As `PopulationEvaluator.block_sums`, of whole windows; `N >= 2 * ranks.size`."""
-        scored = scored_tokens(windows, self.last_tokens)
-        counts = tokens_of_blocks(scored, blocks)
-        factors = [self.to_factors(candidate) for candidate in candidates]
-        rows = [(f, window) for f in factors for window in windows]
-        sums = []
-        with self.ranks.tied(), evaluating(self.model):
-            for start in range(0, len(rows), self.rows):
-                sums.append(self._sums(rows[start : start + self.rows], scored, blocks))
-        everywhere = self.ranks.gather(torch.cat(sums).cpu())
-        total = sum(everywhere[1:], start=everywhere[0])
-        return total.view(len(factors), len(windows), blocks), counts
+        self._attend = RingAttention(self.ranks, windows.shape[1])
+        with self.ranks.tied():
+            sums, counts = super().block_sums(candidates, windows, blocks)
+        everywhere = self.ranks.gather(sums)
+        return sum(everywhere[1:], start=everywhere[0]), counts
 
-    def _sums(
-        self, rows: Sequence[tuple[RescaleFactors, Tensor]], scored: int, blocks: int
-    ) -> Tensor:
+    def _sums(self, ids: Tensor, scored: int, blocks: int) -> Tensor:
         """Return the NLL of the tokens that this rank predicts, by row and block, float64."""
-        ids = torch.stack([window for _, window in rows])
-        length = ids.shape[1]
-        ring = RingAttention(self.ranks, length)
-        positions = ring.positions
+        rows, length = ids.shape
+        positions = self._attend.positions.to(ids.device)
         # Position p predicts the token at p + 1.
         predicts = (positions >= length - 1 - scored) & (positions < length - 1)
         predicted = positions[predicts] + 1
-        inv_freq = torch.stack([torch.from_numpy(f.inv_freq()) for f, _ in rows])
-        starts = torch.tensor([f.start_tokens for f, _ in rows])
-        attention_factors = torch.tensor([f.attention_factor for f, _ in rows]).double()
-        with (
-            rows_with_factors(self.model, inv_freq, starts, attention_factors),
-            kernel_attention(self.model, ring),
-        ):
-            device = self._score.device
-            output = self._score.forward(
-                ids[:, positions].to(device),
-                position_ids=positions.to(device)[None],
-                use_cache=False,
-            )
+        output = self._score.forward(
+            ids[:, positions], position_ids=positions[None], use_cache=False
+        )
         if not predicts.any():
-            return torch.zeros(len(rows), blocks, dtype=torch.float64, device=device)
-        targets = ids[:, predicted].flatten().to(device)
-        nll = self._score.nll(output[:, predicts.to(device)], targets)
+            return torch.zeros(rows, blocks, dtype=torch.float64, device=ids.device)
+        targets = ids[:, predicted].flatten()
+        nll = self._score.nll(output[:, predicts], targets)
         block = (predicted - (length - scored)) * blocks // scored
-        block = (blocks * torch.arange(len(rows))[:, None] + block).flatten().to(device)
-        return block_sums(nll, targets, block, len(rows) * blocks).view(len(rows), blocks)
+        block = (blocks * torch.arange(rows, device=ids.device)[:, None] + block).flatten()
+        return block_sums(nll, targets, block, rows * blocks).view(rows, blocks)

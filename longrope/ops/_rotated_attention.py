@@ -18,10 +18,10 @@ from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
 __all__ = ["backward", "setup"]
 
 _ARGUMENTS = argument_names("attention_rotated")
-# What attention_grad takes of them, but for the range of queries.
+# What attention_backward takes of them, but for the range of queries.
 _OPTIONS = [
     name
-    for name in argument_names("attention_grad")
+    for name in argument_names("attention_backward")
     if name in _ARGUMENTS and name not in ("q", "k") and not name.startswith("query_end")
     and not name.startswith("query_begin")
 ]  # fmt: skip
@@ -49,7 +49,7 @@ def backward(ctx, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ..
     sums: list[Any] = [0, 0, 0]
     angles = []
     for turn, queries in _tiers(arguments, tiers):
-        grad_q, grad_k, grad_v = torch.ops.longrope.attention_grad(
+        grad_q, grad_k, grad_v = torch.ops.longrope.attention_backward(
             grad_out, grad_lse, _turn(q, q_positions, turn), _turn(k, k_positions, turn),
             out=out, lse=lse, **options, **queries,
         )  # fmt: skip

@@ -186,7 +186,7 @@ def _(q, *_arguments):
     return _fresh(q), lse
 
 
-@torch.library.register_fake("longrope::attention_grad")
+@torch.library.register_fake("longrope::attention_backward")
 def _(grad_out, grad_lse, q, k, v, *_arguments):
     return _fresh(q), _fresh(k), _fresh(v)
 
@@ -209,7 +209,7 @@ def _attention_setup(ctx, inputs, output):
 
 def _attention_backward(ctx, grad_out, grad_lse):
     arguments, (out, lse) = kept_arguments(ctx)
-    grads = torch.ops.longrope.attention_grad(
+    grads = torch.ops.longrope.attention_backward(
         stride_1(grad_out), grad_lse, out=out, lse=lse, **arguments
     )
     return *grads, *[None] * (len(_ARGUMENTS) - 3)
@@ -229,7 +229,7 @@ def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("attention: no second derivative")
 
 
-torch.library.register_autograd("longrope::attention_grad", _no_second_derivative)
+torch.library.register_autograd("longrope::attention_backward", _no_second_derivative)
 
 
 def _merge_setup(ctx, inputs, output):

@@ -1,16 +1,19 @@
-"""Attention by `ops.attention` in the layers of a Hugging Face model, for the time of a block.
+"""Attention in the layers of a Hugging Face model: what is registered with transformers.
 
-transformers' attention layers look up the function that they run by the name in the model's
-`config._attn_implementation`. Ours is registered as "longrope"; `kernel_attention` switches a model
-to it and back. Queries and keys arrive rotated; keys and values have their own number of heads, and
-those in the cache come first.
+transformers' attention layers look up the function that they run, and the mask that it gets, by the
+name in the model's `config._attn_implementation`. Ours are registered under two kinds of names:
+
+* `"longrope"` runs `ops.attention` (or another function) in every layer, for the time of a
+  `kernel_attention` block. No mask is made.
+* `"longrope_sdpa"`, `"longrope_eager"` and so on are a model under tiers by position: what is left
+  to the model goes to its own implementation, named behind the underscore, with the mask that this
+  one asks for; everything else goes to `tier_attention`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +22,14 @@ from torch import Tensor, nn
 
 from longrope import ops
 from longrope._native import _C
-from longrope.patching.models import decoder
+from longrope.patching import tier_compiled
+from longrope.patching.families import attention_layers, decoder, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
-from longrope.patching.tiers import arguments_of
+from longrope.patching.tier_attention import Options, Unturned, attend
+from longrope.patching.tier_cache import stays_as_loaded
+from longrope.patching.tier_pass import PREFIX, arguments_of
+from longrope.patching.tiered import TieredRotaryEmbedding, module_of
 
 #: What the function is called in transformers' `AttentionInterface`.
 NAME = "longrope"
@@ -65,11 +72,15 @@ def kernel_attention(
     if not has_kernel_attention(model):
         yield
         return
-    _register()
     base = decoder(model)
-    layers = [layer.self_attn for layer in base.layers]
-    # Usually one object for all.
-    configs = list({id(c): c for c in (base.config, *(layer.config for layer in layers))}.values())
+    if isinstance(base.rotary_emb, TieredRotaryEmbedding):
+        if attend is not None:
+            raise ValueError("attend: expected none for a model under tiers by position")
+        yield  # its attention is ours already
+        return
+    _register()
+    layers = attention_layers(base)
+    configs = _configs(base)
     own_names = [config._attn_implementation for config in configs]
     own_functions = [layer.__dict__.get(_ATTEND) for layer in layers]
     hook = base.register_forward_pre_hook(_check_call, with_kwargs=True)
@@ -104,7 +115,7 @@ def has_kernel_attention(model: nn.Module) -> bool:
         device in DEVICES_WITH_KERNELS
         and (dtype in DTYPES or (dtype, device) == (torch.float64, "cpu"))
         and head_dim <= LARGEST_HEAD_DIM
-        and all(map(_uses_interface, base.layers))
+        and all(map(uses_interface, attention_layers(base)))
     )
 
 
@@ -148,10 +159,115 @@ def _register() -> None:
     AttentionInterface.register(NAME, attention_forward)
 
 
-def _uses_interface(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None)
-    file = sys.modules.get(type(attention).__module__)
-    return hasattr(file, "ALL_ATTENTION_FUNCTIONS") and hasattr(attention, "config")
+def uses_interface(attention: nn.Module) -> bool:
+    """Say whether an attention layer looks its function up in `AttentionInterface`."""
+    return hasattr(file_of(attention), "ALL_ATTENTION_FUNCTIONS") and hasattr(attention, "config")
+
+
+def _configs(base: nn.Module) -> list[Any]:
+    """Return the configurations in which layers look; usually one object for all."""
+    found = (base.config, *(layer.config for layer in attention_layers(base)))
+    return list({id(config): config for config in found}.values())
+
+
+# --- tiers by position ----------------------------------------------------------------------
+
+
+def use_tiered_attention(base: nn.Module) -> None:
+    """Make the layers of a decoder run attention under tiers by position, until the undoing.
+
+    Raises `ValueError` where they do not look their attention up, or the kernels do not take them.
+    """
+    for attention in attention_layers(base):
+        if not uses_interface(attention):
+            raise ValueError(
+                "model: expected attention layers that look their function up in transformers' "
+                f"AttentionInterface for tiers by position, got {type(attention).__name__}; "
+                'tiers="row" needs none'
+            )
+    head_dim = rope_settings(base).head_dim
+    if head_dim > LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"model: expected a head_dim of at most {LARGEST_HEAD_DIM} for tiers by position, got "
+            f"{head_dim}"
+        )
+    for config in _configs(base):
+        name = config._attn_implementation or "eager"
+        if not name.startswith(PREFIX):
+            _register_tiered(name)
+            config._attn_implementation = PREFIX + name
+
+
+def register_again(config: Any) -> None:
+    """Make known what a model under tiers names, in a process that has got it from another one."""
+    name = config._attn_implementation or ""
+    if name.startswith(PREFIX):
+        _register_tiered(name.removeprefix(PREFIX))
+
+
+def use_own_attention(base: nn.Module) -> None:
+    """Undo `use_tiered_attention`."""
+    for config in _configs(base):
+        config._attn_implementation = (config._attn_implementation or "").removeprefix(PREFIX)
+
+
+@functools.cache
+def _register_tiered(name: str) -> None:
+    """Make attention and mask known to transformers for a model's own implementation `name`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(PREFIX + name, functools.partial(_tiered_forward, name))
+    AttentionMaskInterface.register(PREFIX + name, functools.partial(_tiered_mask, name))
+
+
+def _tiered_forward(
+    name: str,
+    module: nn.Module,
+    query: Any,
+    key: Any,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers asks for it, `[B, N, H, D]`."""
+    if isinstance(query, Unturned):
+        if isinstance(key, Tensor):  # a layer that stays as loaded, whose cache has turned the keys
+            query = query.turned_by_model()
+        elif isinstance(key, Unturned) and stays_as_loaded(module, key.rotation.first_limit):
+            query, key = query.turned_by_model(), key.turned_by_model()
+    if not isinstance(query, Unturned):
+        own = _own_function(name, module)
+        return own(module, query, key, value, attention_mask, *args, **kwargs)
+    if kwargs.get("dropout"):
+        raise ValueError(
+            "dropout: expected no dropout in attention under tiers by position, got "
+            f"{kwargs['dropout']}"
+        )
+    options = Options(kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"))
+    if query.rotation.plan is None:
+        out = tier_compiled.attend(query, key, value, attention_mask, options)
+    else:
+        out = attend(query, key, value, module_of(query.rotation.ticket), options)
+    return out.transpose(1, 2), None
+
+
+def _own_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return the function that a layer runs without us."""
+    file = file_of(module)
+    if name == "eager":
+        return file.eager_attention_forward
+    return file.ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _tiered_mask(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Return the mask that the model's own implementation asks for."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
 
 
 def _check_call(base: nn.Module, args: tuple, kwargs: dict) -> None:

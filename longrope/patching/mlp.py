@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from longrope.patching.models import decoder
+from longrope.patching.families import FAMILIES, decoder
 
 #: Classes whose forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
-_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
+_GATED = tuple(family.gated_mlp for family in FAMILIES if family.gated_mlp)
 _SILU = ("SiLU", "SiLUActivation")
 
 

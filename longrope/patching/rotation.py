@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,12 @@ def tabulate(arguments: KernelRotation, dtype: torch.dtype) -> TableRotation:
     return TableRotation((angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype))
 
 
+def original_rotation(part: nn.Module) -> Any:
+    """Return the `apply_rotary_pos_emb` of the file that defines a model's part, unwrapped."""
+    found = sys.modules[type(part).__module__].apply_rotary_pos_emb
+    return found.__wrapped__ if getattr(found, "accepts_rotations", False) else found
+
+
 def accept_rotations(attention: nn.Module) -> None:
     """Make the model file of an attention layer understand a rotation, once per process.
 
@@ -117,6 +123,8 @@ def accept_rotations(attention: nn.Module) -> None:
     def apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs):
         if isinstance(cos, (KernelRotation, TableRotation)):
             return cos.rotate(q, k)
+        if hasattr(cos, "postpone"):
+            return cos.postpone(q, k, original)
         return original(q, k, cos, sin, *args, **kwargs)
 
     apply_rotary_pos_emb.accepts_rotations = True

@@ -82,7 +82,7 @@ std::vector<T> gradients(const longrope::AttentionParams& params, T one, int64_t
   const int64_t rows = kBatch * params.heads * params.queries,
                 elements_of_q = rows * params.head_dim;
   std::vector<T> grad_out(elements_of_q, one), grads(elements_of_q + 2 * elements_of_k);
-  longrope::AttentionGradParams g{};
+  longrope::AttentionBackwardParams g{};
   g.forward = params;
   g.grad_out = g.grad_q = params.q;
   g.grad_k = g.grad_v = params.k;
@@ -90,12 +90,12 @@ std::vector<T> gradients(const longrope::AttentionParams& params, T one, int64_t
   g.grad_q.data = grads.data();
   g.grad_k.data = grads.data() + elements_of_q;
   g.grad_v.data = grads.data() + elements_of_q + elements_of_k;
-  const longrope::AttentionPlan plan = longrope::attention_grad_plan(params);
+  const longrope::AttentionPlan plan = longrope::attention_backward_plan(params);
   const auto workspace = aligned(plan.workspace), scratch = aligned(plan.scratch);
   for (int64_t task = plan.tasks - 1; task >= 0; --task) {
-    longrope::attention_grad_cpu(g, plan, task, workspace.get(), scratch.get());
+    longrope::attention_backward_cpu(g, plan, task, workspace.get(), scratch.get());
   }
-  longrope::attention_grad_finish_cpu(g, plan, workspace.get(), 0, rows);
+  longrope::attention_backward_finish_cpu(g, plan, workspace.get(), 0, rows);
   return grads;
 }
 

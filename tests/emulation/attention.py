@@ -63,7 +63,7 @@ class AttentionParams(ctypes.Structure):
     ]
 
 
-class AttentionGradParams(ctypes.Structure):
+class AttentionBackwardParams(ctypes.Structure):
     """As csrc/attention/attention.h says."""
 
     _fields_ = [
@@ -154,20 +154,20 @@ def attention_rotated(q, k, v, *arguments):
     return attend(held, p, q)
 
 
-def attention_grad(grad_out, grad_lse, q, k, v, out, lse, *options):
-    """longrope::attention_grad."""
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options):
+    """longrope::attention_backward."""
     held = [out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()]
     p = params_of(held, q, k, v, *options)
     p.out, p.lse = AttentionTensor.of(out), held[1].data_ptr()
     grads = fresh(q), fresh(k), fresh(v)
-    params = AttentionGradParams(
+    params = AttentionBackwardParams(
         p, AttentionTensor.of(grad_out), None if grad_lse is None else held[2].data_ptr(),
         *map(AttentionTensor.of, grads),
     )  # fmt: skip
     if 0 in (grads[0].numel(), grads[1].numel()):  # as csrc/bindings/attention.cpp does
         return tuple(grad.zero_() for grad in grads)
-    workspace = workspace_of("emulated_attention_grad_workspace", params)
-    call("emulated_attention_grad", params, grads, workspace)
+    workspace = workspace_of("emulated_attention_backward_workspace", params)
+    call("emulated_attention_backward", params, grads, workspace)
     return grads
 
 
@@ -186,5 +186,5 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
 
 
 IMPLEMENTATIONS = {
-    f.__name__: f for f in (attention, attention_rotated, attention_grad, merge_attention)
+    f.__name__: f for f in (attention, attention_rotated, attention_backward, merge_attention)
 }

@@ -46,12 +46,13 @@ const char* emulated_attention(const longrope::AttentionParams* params, void* wo
   return guarded([&] { longrope::attention_cuda(*params, workspace, nullptr); });
 }
 
-int64_t emulated_attention_grad_workspace(const longrope::AttentionGradParams* params) {
-  return static_cast<int64_t>(longrope::attention_grad_cuda_workspace(*params));
+int64_t emulated_attention_backward_workspace(const longrope::AttentionBackwardParams* params) {
+  return static_cast<int64_t>(longrope::attention_backward_cuda_workspace(*params));
 }
 
-const char* emulated_attention_grad(const longrope::AttentionGradParams* params, void* workspace) {
-  return guarded([&] { longrope::attention_grad_cuda(*params, workspace, nullptr); });
+const char* emulated_attention_backward(const longrope::AttentionBackwardParams* params,
+                                        void* workspace) {
+  return guarded([&] { longrope::attention_backward_cuda(*params, workspace, nullptr); });
 }
 
 const char* emulated_attention_merge(const longrope::AttentionMergeParams* params) {
@@ -71,7 +72,7 @@ const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params)
 }
 
 int64_t sizeof_AttentionParams() { return sizeof(longrope::AttentionParams); }
-int64_t sizeof_AttentionGradParams() { return sizeof(longrope::AttentionGradParams); }
+int64_t sizeof_AttentionBackwardParams() { return sizeof(longrope::AttentionBackwardParams); }
 int64_t sizeof_AttentionRotation() { return sizeof(longrope::AttentionRotation); }
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
 int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }

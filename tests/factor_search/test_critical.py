@@ -10,7 +10,8 @@ from support import tiny_models
 
 import longrope
 from longrope.factor_search.critical import CriticalSpace, critical_pair
-from longrope.factor_search.problem import PRESETS, Problem
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
 from longrope.factor_search.space import START_TOKENS, Candidate
 from longrope.patching import RopeSettings
 
@@ -31,18 +32,12 @@ def space_of(rope=PHI3, ratio=8.0, max_lambda=None, start_tokens=START_TOKENS):
 
 def problem_of(critical_dimension=True, rope=PHI3, ratio=8, **changes):
     length, theta, dim = rope
-    arguments = {
-        "target_length": ratio * length,
-        "original_length": None,
-        "attention_factor": "yarn",
-        "start_tokens": "search",
-        "max_lambda": None,
-        "preset": PRESETS["paper"],
-    }
+    arguments = {"target_length": ratio * length, "attention_factor": "yarn"} | changes
+    options = SearchOptions(critical_dimension=critical_dimension, **arguments)
     settings = RopeSettings(
         model_type="llama", head_dim=dim, original_length=length, rope_theta=theta, rotary_dim=dim
     )
-    return Problem.of(settings, critical_dimension=critical_dimension, **arguments | changes)
+    return Problem.of(settings, options)
 
 
 @st.composite

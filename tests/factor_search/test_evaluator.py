@@ -12,8 +12,9 @@ from support import tiny_models, tiny_search
 import longrope
 from longrope import ops
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
-from longrope.factor_search.objective import digest, draw_windows
-from longrope.factor_search.problem import PRESETS, Problem
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
+from longrope.factor_search.windows import digest, draw_windows
 from longrope.patching import rope_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,15 +23,8 @@ LENGTH = 48
 
 @pytest.fixture(scope="module")
 def problem(shared_model):
-    return Problem.of(
-        rope_settings(shared_model),
-        target_length=LENGTH,
-        original_length=None,
-        attention_factor="yarn",
-        start_tokens="search",
-        max_lambda=None,
-        preset=PRESETS["paper"],
-    )
+    options = SearchOptions(target_length=LENGTH, attention_factor="yarn")
+    return Problem.of(rope_settings(shared_model), options)
 
 
 @pytest.fixture(scope="module")

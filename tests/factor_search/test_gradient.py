@@ -1,163 +1,220 @@
-"""The descent on losses whose optimum is known: projection, bounds, averaging."""
+"""The gradient with respect to rescale factors, and the model as it was afterwards."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from support import tiny_models
 
-from longrope.factor_search.gradient import (
-    ATTENTION_REACH,
-    Descent,
-    DescentSettings,
-    Point,
-    isotonic,
-)
+import longrope
+from longrope import ops
+from longrope.evaluation.memory import BackwardPlan
+from longrope.factor_search import gradient as gradient_module
+from longrope.factor_search.descent import Point
+from longrope.factor_search.gradient import GradientEvaluator, checkpointing_layers
 
-numbers = st.floats(-5, 5)
-
-
-WEIGHTS = np.geomspace(100, 1, 20)
+pytestmark = pytest.mark.usefixtures("one_thread")
+WHOLE, LAYERS, CHUNKS = BackwardPlan(), BackwardPlan(True), BackwardPlan(chunk=20)
+every_plan = pytest.mark.parametrize("plan", [WHOLE, LAYERS, CHUNKS])
 
 
-@given(st.lists(numbers, min_size=1, max_size=20), st.lists(numbers, min_size=20, max_size=20))
-def test_isotonic_is_the_nearest_non_decreasing_sequence(values, other):
-    values, weights = np.array(values), WEIGHTS[: len(values)]
-    projected = isotonic(values, weights)
-    assert (np.diff(projected) >= 0).all()
-    assert weights @ projected == pytest.approx(weights @ values, abs=1e-7)
-    # The projection onto a convex set: no other member lies on the near side of it.
-    other = np.sort(other[: len(values)])
-    assert ((values - projected) * weights) @ (other - projected) <= 1e-7
+@pytest.fixture
+def factors():
+    return longrope.RescaleFactors.yarn(original_length=16, target_length=48, rotary_dim=16)
 
 
-def test_isotonic_leaves_what_is_in_order():
-    values = np.array([0.0, 0.0, 1.0, 1.5])
-    assert (isotonic(values, WEIGHTS[:4]) == values).all()
+@pytest.fixture
+def point(factors):
+    return Point(np.log(factors.lambdas), factors.attention_factor)
 
 
-def bowl(optimum, noise=0.0, attention=0.0):
-    """A quadratic loss around `optimum` in log lambda, with noise in the gradient."""
-    random = np.random.default_rng(0)
-
-    def loss_and_gradient(point, step):
-        away = np.append(point.log_lambdas - optimum, math.log(point.attention_factor) - attention)
-        return away @ away, 2 * away + noise * random.standard_normal(len(away))
-
-    return loss_and_gradient
+@pytest.fixture
+def windows(documents):
+    return torch.stack([d[:48] for d in documents[:3]])
 
 
-START = Point(np.full(16, math.log(4.0)), 1.2)
+def test_the_loss_is_that_of_the_factors(model, factors, point, windows):
+    nll, _ = GradientEvaluator(model, factors.base_inv_freq())(point, 4, windows)
+    longrope.apply(model, factors.replace(start_tokens=4))
+    expected = longrope.perplexity(model, list(windows), length=48, stride=48)
+    assert math.exp(nll) == pytest.approx(expected, rel=1e-5)
 
 
-def last(settings, loss, start=START, scales=None, learn_attention=False):
-    scales = np.ones(16) if scales is None else scales
-    descent = Descent(scales, 10.0, settings, start.attention_factor, learn_attention)
-    return descent.run(start, loss, range(settings.steps))
+def test_the_gradient_is_the_slope(model, factors, point, windows):
+    # transformers normalises in float32 whatever the dtype of the model: hence the tolerance.
+    loss = GradientEvaluator(model.double(), factors.base_inv_freq())
+    _, gradient = loss(point, 2, windows)
+    assert np.abs(gradient).min() > 0
+    for index in range(9):
+        step = np.zeros(9)
+        step[index] = 1e-4
+        ahead, behind = (
+            loss(
+                Point(
+                    point.log_lambdas + sign * step[:8],
+                    point.attention_factor * math.exp(sign * step[8]),
+                ),
+                2,
+                windows,
+            )[0]
+            for sign in (1, -1)
+        )
+        assert (ahead - behind) / 2e-4 == pytest.approx(gradient[index], rel=1e-2, abs=1e-2)
 
 
-def test_the_descent_ends_at_the_optimum():
-    optimum = np.linspace(0.2, 2, 16)
-    point = last(DescentSettings(steps=200), bowl(optimum))
-    assert point.log_lambdas == pytest.approx(optimum, abs=0.05)
-    assert point.attention_factor == pytest.approx(1.2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointing_changes_nothing(model, factors, point, windows, dtype):
+    model = model.to(dtype)
+    plain = GradientEvaluator(model, factors.base_inv_freq())(point, 2, windows)
+    again = GradientEvaluator(model, factors.base_inv_freq(), LAYERS)(point, 2, windows)
+    assert plain[0] == again[0]
+    assert (plain[1] == again[1]).all()
 
 
-def test_an_optimum_out_of_order_or_out_of_bounds_is_projected():
-    optimum = np.linspace(2, 0.2, 16)
-    point = last(DescentSettings(steps=200), bowl(optimum))
-    assert point.log_lambdas == pytest.approx(np.full(16, optimum.mean()), abs=0.05)
-    point = last(DescentSettings(steps=200), bowl(np.linspace(-2, 6, 16)))
-    assert (np.diff(point.log_lambdas) >= 0).all()
-    assert point.lambdas[0] == 1
-    assert point.lambdas[-1] == pytest.approx(10)
-    assert point.lambdas.max() <= 10 * (1 + 1e-12)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("last_tokens", [None, 1, 9, 30])
+@pytest.mark.parametrize("chunk", [1, 16, 46, 47])  # 47 tokens predict one
+def test_chunks_give_the_gradient_of_the_whole_window(kind, last_tokens, chunk):
+    extra = {
+        "llama": {},
+        "mistral": {"sliding_window": 24},
+        "qwen2": {"sliding_window": 24, "use_sliding_window": True, "max_window_layers": 1},
+    }[kind]
+    model = tiny_models.build(kind, **extra)
+    factors = tiny_models.factors(target=48)
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
+    torch.manual_seed(0)
+    windows = tiny_models.tokens(2, 48)
+
+    def measure(plan):
+        return GradientEvaluator(model, factors.base_inv_freq(), plan, last_tokens)(
+            point, 3, windows
+        )
+
+    nll, gradient = measure(WHOLE)
+    cut_nll, cut_gradient = measure(BackwardPlan(chunk=chunk))
+    assert cut_nll == pytest.approx(nll, rel=1e-6)
+    assert cut_gradient == pytest.approx(gradient, rel=1e-4, abs=1e-4 * np.abs(gradient).max())
+    assert np.abs(gradient).min() > 1e-5
 
 
-def test_pairs_that_do_not_matter_stay_where_noise_would_send_them_away():
-    random = np.random.default_rng(1)
+def test_chunks_in_bfloat16_are_as_good_as_whole_windows():
+    model, factors = tiny_models.build(), tiny_models.factors()
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
+    torch.manual_seed(0)
+    windows = tiny_models.tokens(4)
 
-    def loss_and_gradient(point, step):
-        gradient = np.append(point.log_lambdas - 1.0, 0.0) + random.standard_normal(17)
-        gradient[10:] = 1e-3 * random.standard_normal(7)
-        return 0.0, gradient
+    def measure(plan):
+        return GradientEvaluator(model, factors.base_inv_freq(), plan)(point, 0, windows)[1]
 
-    point = last(DescentSettings(steps=100, learning_rate=0.1), loss_and_gradient)
-    assert point.lambdas[10:16] == pytest.approx(np.full(6, 4.0), rel=0.1)
-
-
-def test_the_mean_of_iterates_is_less_noisy_than_the_last():
-    optimum = np.linspace(0.2, 2, 16)
-    seen = []
-    noisy = bowl(optimum, noise=2)
-
-    def loss_and_gradient(point, step):
-        seen.append(point.log_lambdas)
-        return noisy(point, step)
-
-    # Half of the steps: the rate is still high.
-    descent = Descent(np.ones(16), 10.0, DescentSettings(steps=400), 1.0)
-    point = descent.run(Point(optimum, 1.0), loss_and_gradient, range(200))
-    late = [np.linalg.norm(seen[step] - optimum) for step in range(100, 200)]
-    assert np.linalg.norm(point.log_lambdas - optimum) < 0.8 * np.mean(late)
+    exact = measure(WHOLE)
+    model.bfloat16()
+    whole, cut = (np.linalg.norm(measure(plan) - exact) for plan in (WHOLE, BackwardPlan(chunk=8)))
+    assert cut < 1.5 * whole + 0.01 * np.linalg.norm(exact)
 
 
-def test_pairs_move_in_units_of_their_scales():
-    scales = np.geomspace(0.01, 1, 16)
-    start = Point(np.linspace(0.5, 2, 16), 1.0)
+def test_chunks_keep_less():
+    model, factors = tiny_models.build(), tiny_models.factors(target=512)
+    point = Point(np.log(factors.lambdas), factors.attention_factor)
 
-    def loss_and_gradient(point, step):
-        return 0.0, -np.append(1 / scales, 0.0)
+    def most_alive(plan):
+        """The most elements that a backward pass finds kept, over the passes of a window."""
+        alive, most = [0], [0]
 
-    point = last(DescentSettings(steps=1), loss_and_gradient, start, scales)
-    moved = (point.log_lambdas - start.log_lambdas) / scales
-    assert moved == pytest.approx(np.full(16, moved[0]))
-    assert moved[0] > 0.03
+        class Kept:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                alive[0] += tensor.numel()
+                most[0] = max(most[0], alive[0])
 
+            def __del__(self):
+                alive[0] -= self.tensor.numel()
 
-def test_a_fast_pair_is_not_pulled_along_by_slow_ones():
-    scales = np.array([0.01, 1.0, 1.0])
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            GradientEvaluator(model, factors.base_inv_freq(), plan)(
+                point, 0, tiny_models.tokens(1, 512)
+            )
+        assert alive[0] == 0  # nothing outlives the call
+        return most[0]
 
-    def loss_and_gradient(point, step):
-        return 0.0, np.array([0.0, 1.0, 1.0, 0.0])
-
-    start = Point(np.ones(3), 1.0)
-    point = last(DescentSettings(steps=20), loss_and_gradient, start, scales)
-    assert point.log_lambdas == pytest.approx(np.ones(3), abs=1e-2)
-
-
-def test_the_attention_factor_is_learned_within_its_reach():
-    settings = DescentSettings(steps=200)
-    target = math.log(1.4)
-    learned = last(settings, bowl(START.log_lambdas, attention=target), learn_attention=True)
-    assert learned.attention_factor == pytest.approx(1.4, abs=0.02)
-    far = last(settings, bowl(START.log_lambdas, attention=5.0), learn_attention=True)
-    assert far.attention_factor == pytest.approx(1.2 * ATTENTION_REACH)
+    assert most_alive(BackwardPlan(chunk=64)) < most_alive(WHOLE) / 3
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_the_scale_of_the_loss_does_not_matter(scale):
-    def scaled(point, step):
-        loss, gradient = bowl(np.linspace(0.2, 2, 16))(point, step)
-        return scale * loss, scale * gradient
+def test_checkpointing_keeps_less(model, documents):
+    def kept():
+        sizes = []
 
-    expected = last(DescentSettings(steps=20), bowl(np.linspace(0.2, 2, 16)))
-    assert last(DescentSettings(steps=20), scaled).log_lambdas == pytest.approx(
-        expected.log_lambdas
-    )
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        embedded = model.model.embed_tokens(documents[0][None]).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.model(inputs_embeds=embedded, use_cache=False)
+        return sum(sizes)
+
+    before = kept()
+    with checkpointing_layers(model):
+        assert kept() < before / 3
+    assert kept() == before
 
 
-def test_a_gradient_of_zero_moves_nothing():
-    point = last(DescentSettings(steps=5), lambda point, step: (0.0, np.zeros(17)))
-    assert (point.log_lambdas == START.log_lambdas).all()
+def test_bf16_weights_give_the_gradient_of_fp32_ones(model, factors, point, windows):
+    _, exact = GradientEvaluator(model, factors.base_inv_freq())(point, 0, windows)
+    _, rounded = GradientEvaluator(model.bfloat16(), factors.base_inv_freq())(point, 0, windows)
+    cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
+    assert cosine > 0.97
 
 
-@pytest.mark.parametrize(
-    ("steps", "checkpoints", "ends"),
-    [(80, 4, [20, 40, 60, 80]), (3, 5, [1, 2, 3]), (1, 1, [1]), (7, 2, [4, 7])],
-)
-def test_segments_are_even_and_cover_all_steps(steps, checkpoints, ends):
-    segments = DescentSettings(steps=steps, checkpoints=checkpoints).segments
-    assert [segment.stop for segment in segments] == ends
-    assert [step for segment in segments for step in segment] == list(range(steps))
+@every_plan
+def test_the_model_is_left_as_it_was(model, factors, point, windows, plan):
+    model.train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
+    with torch.no_grad():
+        loss(point, 0, windows)
+    assert model.training
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert (p.requires_grad, True) == (before[name][0], torch.equal(p, before[name][1]))
+    assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
+
+
+@every_plan
+def test_an_exception_leaves_the_model_as_it_was(model, factors, point, plan):
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
+    with pytest.raises(IndexError):
+        loss(point, 0, torch.full((1, 48), 1000))
+    assert not [layer for layer in model.model.layers if "forward" in vars(layer)]
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model.model.rotary_emb).__name__ == "LlamaRotaryEmbedding"
+
+
+@pytest.mark.parametrize("plan", [WHOLE, LAYERS])
+def test_the_kernels_attention_gives_the_gradient_of_the_models_own(
+    model, factors, point, windows, plan, monkeypatch
+):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(model.config._attn_implementation)
+        return attention(*args, **options)
+
+    attention = ops.attention
+    monkeypatch.setattr(ops, "attention", counted)
+    loss = GradientEvaluator(model, factors.base_inv_freq(), plan)
+    nll, gradient = loss(point, 4, windows)
+    # The layers run again in the backward pass, by the same function.
+    passes = len(windows) * (2 if plan is LAYERS else 1)
+    assert calls == ["longrope"] * passes * model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(gradient_module, "kernel_attention", lambda model: contextlib.nullcontext())
+    calls.clear()
+    expected, own = loss(point, 4, windows)
+    assert not calls
+    assert nll == pytest.approx(expected, abs=1e-5)
+    assert gradient == pytest.approx(own, rel=1e-3, abs=1e-5)
+    assert np.abs(own).min() > 1e-4

@@ -15,9 +15,8 @@ from support.threads import threads
 from support.tiny_search import build_model
 
 import longrope
-from longrope.factor_search import differentiation, methods, run, run_directory
-from longrope.factor_search.differentiation import LossGradient
-from longrope.layout import WHOLE_WINDOWS, GradientLayout
+from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
+from longrope.factor_search import folder, gradient, methods, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -108,13 +107,13 @@ def test_the_descent_improves_on_its_start(shared_model, documents):
 
 def test_a_descent_goes_back_to_its_best_point(shared_model, documents, monkeypatch):
     """With gradients that lead uphill every segment begins at the start again, more slowly."""
-    step = differentiation.LossGradient.__call__
+    step = gradient.GradientEvaluator.__call__
 
     def uphill(self, point, start_tokens, windows):
         nll, gradient = step(self, point, start_tokens, windows)
         return nll, -gradient
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    monkeypatch.setattr(gradient.GradientEvaluator, "__call__", uphill)
     one = [documents[0][:32]]
     result = search(shared_model, one, "gradient", steps=10, start_tokens=0, learning_rate=0.3)
     steps = of_role(result, "gradient")
@@ -140,7 +139,7 @@ def test_every_step_and_evaluation_is_in_the_history_and_in_the_journal(uninterr
 
 def test_steps_never_see_a_validation_window(shared_model, documents, monkeypatch):
     seen = {"gradient": set(), "validation": set()}
-    step, measure = differentiation.LossGradient.__call__, run.PopulationEvaluator.__call__
+    step, measure = gradient.GradientEvaluator.__call__, run.PopulationEvaluator.__call__
 
     def stepping(self, point, start_tokens, windows):
         seen["gradient"] |= set(windows.flatten().tolist())
@@ -151,7 +150,7 @@ def test_steps_never_see_a_validation_window(shared_model, documents, monkeypatc
             seen["validation"] |= set(windows.flatten().tolist())
         return measure(self, candidates, windows)
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", stepping)
+    monkeypatch.setattr(gradient.GradientEvaluator, "__call__", stepping)
     monkeypatch.setattr(run.PopulationEvaluator, "__call__", measuring)
     # Two documents whose tokens are all different, so that a token tells its place.
     long = [torch.arange(0, 20), torch.arange(20, 40)]
@@ -189,13 +188,13 @@ def test_seeds_decide(method, shared_model, documents, uninterrupted):
 def test_never_worse_than_yarn_even_with_steps_that_only_harm(
     method, shared_model, documents, monkeypatch
 ):
-    step = differentiation.LossGradient.__call__
+    step = gradient.GradientEvaluator.__call__
 
     def uphill(self, point, start_tokens, windows):
         nll, gradient = step(self, point, start_tokens, windows)
         return nll, -gradient
 
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", uphill)
+    monkeypatch.setattr(gradient.GradientEvaluator, "__call__", uphill)
     result = search(shared_model, documents, method, learning_rate=0.5)
     yarn = [e for e in of_role(result, "validation") if e.origin == "yarn"]
     assert result.validation_perplexity <= yarn[0].perplexity
@@ -207,7 +206,7 @@ def test_never_worse_than_yarn_even_with_steps_that_only_harm(
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_directory, "plot", lambda *args: None)
+    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)
@@ -229,7 +228,7 @@ def test_a_finished_run_measures_nothing_again(
     out, expected = uninterrupted
     journal_of(tmp_path).write_bytes(journal_of(out).read_bytes())
     monkeypatch.setattr(run.PopulationEvaluator, "__call__", None)
-    monkeypatch.setattr(differentiation.LossGradient, "__call__", None)
+    monkeypatch.setattr(gradient.GradientEvaluator, "__call__", None)
     again = search(shared_model, documents, method, out=tmp_path, attention_factor="search")
     assert again == expected
 
@@ -238,39 +237,18 @@ def test_backward_passes_are_cut_as_in_the_first_run(
     method, shared_model, documents, tmp_path, monkeypatch
 ):
     """What memory is free after a restart must not change the bits of later steps."""
-    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(chunk=10))
+    monkeypatch.setattr(run, "plan_backward", lambda *_: BackwardPlan(chunk=10))
     expected = search(shared_model, documents, method, out=tmp_path)
     content = journal_of(tmp_path).read_bytes()
     assert json.loads(content.splitlines()[0])["notes"]["gradient"] == [False, 10]
     steps = [n for n, line in enumerate(content.splitlines()) if b'"role": "gradient"' in line]
-    monkeypatch.setattr(run, "plan_gradient", lambda *_: WHOLE_WINDOWS)
+    monkeypatch.setattr(run, "plan_backward", lambda *_: WHOLE_WINDOWS)
     journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[: steps[2]]))
     assert search(shared_model, documents, method, out=tmp_path) == expected
     assert journal_of(tmp_path).read_bytes() == content
     whole = search(shared_model, documents, method)
     assert whole.history != expected.history  # else the test could not fail
     assert whole.perplexity == pytest.approx(expected.perplexity, rel=1e-2)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_journal_from_before_backward_passes_were_cut_resumes(
-    shared_model, documents, tmp_path, monkeypatch, checkpointing
-):
-    old = GradientLayout(checkpointed_layers=checkpointing)
-    monkeypatch.setattr(run, "plan_gradient", lambda *_: old)
-    expected = search(shared_model, documents, "gradient", out=tmp_path)
-    header, *entries = journal_of(tmp_path).read_text().splitlines()
-    header = json.loads(header)
-    del header["notes"]["gradient"]
-    header["notes"]["activation_checkpointing"] = checkpointing
-    journal_of(tmp_path).write_text("\n".join([json.dumps(header), *entries[:-8], ""]))
-    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(chunk=10))
-    made = []
-    monkeypatch.setattr(
-        run, "LossGradient", lambda *args: made.append(args[2]) or LossGradient(*args)
-    )
-    assert search(shared_model, documents, "gradient", out=tmp_path) == expected
-    assert made == [old]
 
 
 def test_a_killed_process_loses_nothing(method, shared_model, documents, uninterrupted, tmp_path):
@@ -284,7 +262,7 @@ def test_a_killed_process_loses_nothing(method, shared_model, documents, uninter
             import torch
             torch.set_num_threads(1)
             import longrope
-            from longrope.factor_search.journal import Journal
+            from longrope.runs.journal import Journal
             from support import tiny_search
 
             append = Journal.append
@@ -417,7 +395,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_step(
     shared_model, documents, monkeypatch
 ):
     monkeypatch.setattr(
-        differentiation.LossGradient,
+        gradient.GradientEvaluator,
         "__call__",
         lambda self, point, start_tokens, windows: (1.0, np.full(9, np.nan)),
     )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import longrope
-from longrope.factor_search.needles import ANSWER_TOKENS, FIRST_PART, KEY_TOKENS, SHORTEST, plant
+from longrope.evaluation.needles import ANSWER_TOKENS, FIRST_PART, KEY_TOKENS, SHORTEST, plant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = KEY_TOKENS + ANSWER_TOKENS

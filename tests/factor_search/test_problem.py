@@ -3,7 +3,8 @@
 import pytest
 
 from longrope.factor_search.evolution import EvolutionSettings
-from longrope.factor_search.problem import PRESETS, Problem
+from longrope.factor_search.options import PRESETS, SearchOptions
+from longrope.factor_search.problem import Problem
 from longrope.patching import RopeSettings
 
 PAPER = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
@@ -12,15 +13,8 @@ LLAMA2 = RopeSettings("llama", 10000.0, 128, 128, 4096)
 
 
 def space(preset, target_length=8 * 4096, **changes):
-    arguments = {
-        "target_length": target_length,
-        "original_length": None,
-        "attention_factor": "yarn",
-        "start_tokens": "search",
-        "max_lambda": None,
-        "preset": PRESETS[preset],
-    }
-    return Problem.of(LLAMA2, **arguments | changes).space
+    options = SearchOptions(target_length=target_length, preset=preset, **changes)
+    return Problem.of(LLAMA2, options).space
 
 
 def test_sizes_and_documents():

@@ -7,7 +7,7 @@ import pytest
 from support.threads import threads
 
 import longrope
-from longrope.factor_search import racing, run, run_directory
+from longrope.factor_search import folder, racing, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -120,7 +120,7 @@ def test_every_evaluation_is_a_line_with_its_block_sums(uninterrupted):
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     shared_model, documents, uninterrupted, tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(run_directory, "plot", lambda *args: None)
+    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     changes = {"method": method, "batch_size": None}
     if method == "hybrid":
@@ -187,19 +187,18 @@ def test_the_journal_of_a_search_without_it_is_refused(
 
 
 def test_without_racing_nothing_of_it_is_there(shared_model, documents, tmp_path, monkeypatch):
-    """Also a journal of a version that had no race is taken up and goes on as it was."""
-    monkeypatch.setattr(run.Ledger, "measure_stage", None)
+    monkeypatch.setattr(run.Measurer, "measure_stage", None)
     expected = search(shared_model, documents, out=tmp_path, race=False)
     assert {e.role for e in expected.history} == {"search", "validation"}
-    header, *lines = journal_of(tmp_path).read_text().splitlines()
+    content = journal_of(tmp_path).read_text()
+    header, *lines = content.splitlines()
     keys = ["role", "iteration", "origin", "hundredths", "start_tokens", "attention_factor", "nll"]
     assert all(list(json.loads(line)) == keys for line in lines)
-    header = json.loads(header)
-    assert header.pop("race") is header.pop("critical_dimension") is None
-    cut = [json.dumps(header), *lines[:9], ""]
-    journal_of(tmp_path).write_text("\n".join(cut))
+    known = json.loads(header)
+    assert known["race"] is known["critical_dimension"] is None
+    journal_of(tmp_path).write_text("\n".join([header, *lines[:9], ""]))
     assert search(shared_model, documents, out=tmp_path, race=False) == expected
-    assert journal_of(tmp_path).read_text().splitlines()[1:] == lines
+    assert journal_of(tmp_path).read_text() == content
 
 
 def test_one_window_or_few_scored_tokens_drop_nobody(shared_model, documents):

@@ -29,7 +29,7 @@ class Losses:
     def __call__(self, proposals, stage):
         for p in proposals:
             known = self.block_sums.get(p.candidate)
-            assert stage.begin == (0 if known is None else len(known))
+            assert stage.start == (0 if known is None else len(known))
             self.block_sums[p.candidate] = self.sums[p.candidate][: stage.end]
             self.measured.append((p.candidate, stage))
         return [self.block_sums[p.candidate].sum() for p in proposals]
@@ -38,7 +38,7 @@ class Losses:
         return Race(self, self.block_sums, WINDOWS, parents)
 
     def windows(self, candidate):
-        return sum(stage.end - stage.begin for c, stage in self.measured if c == candidate)
+        return sum(stage.end - stage.start for c, stage in self.measured if c == candidate)
 
 
 def noisy(proposals, levels, noise, random):
@@ -94,7 +94,7 @@ def test_clearly_worse_is_a_one_sided_test_of_the_mean():
 def test_stages_cover_the_windows_once(windows, ends):
     found = stages(windows)
     assert [stage.end for stage in found] == ends
-    assert [stage.begin for stage in found] == [0, *ends[:-1]]
+    assert [stage.start for stage in found] == [0, *ends[:-1]]
     assert [stage.role for stage in found] == ["race"] * (len(ends) - 1) + ["search"]
 
 
@@ -206,6 +206,6 @@ def test_an_evolution_without_noise_is_the_same_for_fewer_measurements(seed):
         return race(proposals)
 
     assert run(measure_raced) == run(measure_all)
-    cost = sum(stage.end - stage.begin for _, stage in losses.measured)
+    cost = sum(stage.end - stage.start for _, stage in losses.measured)
     assert cost < 0.8 * WINDOWS * len(plain)
     assert {c for c, stage in losses.measured if stage == Stage(0, 1, "race")} == set(losses.sums)

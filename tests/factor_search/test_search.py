@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,10 @@ from support.threads import threads
 from support.tiny_search import SMALL
 
 import longrope
-from longrope import layout
-from longrope.factor_search import run, run_directory
-from longrope.layout import GradientLayout, Layout
+from longrope.evaluation import memory
+from longrope.evaluation.memory import BackwardPlan, BatchPlan
+from longrope.factor_search import folder, run
+from longrope.factor_search.options import SearchOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,7 +176,7 @@ def test_progress_is_shown(shared_model, documents, capsys):
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(run_directory, "plot", lambda *args: None)  # a tenth of the time without
+    monkeypatch.setattr(folder, "plot", lambda *args: None)  # a tenth of the time without
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)
@@ -204,24 +204,24 @@ def test_a_finished_run_measures_nothing_again(
 
 def test_batches_are_those_of_the_first_run(shared_model, documents, tmp_path, monkeypatch):
     """What memory is free after a restart must not change the bits of later values."""
-    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(6, 10))
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: BatchPlan(6, 10))
     expected = search(shared_model, documents, out=tmp_path)
     content = journal_of(tmp_path).read_bytes()
     notes = json.loads(content.splitlines()[0])["notes"]
     assert (notes["rows"], notes["chunk"]) == (6, 10)
     journal_of(tmp_path).write_bytes(b"".join(content.splitlines(keepends=True)[:6]))
-    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, None))
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: BatchPlan(2, None))
     assert search(shared_model, documents, out=tmp_path).history == expected.history
     assert journal_of(tmp_path).read_bytes() == content
 
 
 def test_the_rank_with_least_memory_decides_the_batches(shared_model, monkeypatch):
-    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(4, None))
-    monkeypatch.setattr(run, "plan_gradient", lambda *_: GradientLayout(checkpointed_layers=True))
+    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: BatchPlan(4, None))
+    monkeypatch.setattr(run, "plan_backward", lambda *_: BackwardPlan(checkpointed_layers=True))
     others = [
-        (Layout(2, None), GradientLayout()),
-        (Layout(2, 512), GradientLayout(chunk=512)),
-        (Layout(2, 1024), GradientLayout(chunk=1024)),
+        (BatchPlan(2, None), BackwardPlan()),
+        (BatchPlan(2, 512), BackwardPlan(chunk=512)),
+        (BatchPlan(2, 1024), BackwardPlan(chunk=1024)),
     ]
 
     class Job:
@@ -230,31 +230,16 @@ def test_the_rank_with_least_memory_decides_the_batches(shared_model, monkeypatc
         def gather(self, value):
             return [value, *others]
 
-    asked = types.SimpleNamespace(
-        problem=types.SimpleNamespace(target_length=4096), shard_sequence=False, batch_size=None,
-        has_steps=True, activation_checkpointing=None,
-    )  # fmt: skip
+    asked = SearchOptions(target_length=4096)
     notes = run._notes(shared_model, asked, Job())
     assert (notes["rows"], notes["chunk"], notes["gradient"]) == (2, 512, (False, 512))
     others[1:] = []
     assert run._notes(shared_model, asked, Job())["gradient"] == (True, None)
 
 
-def test_a_journal_from_before_chunks_resumes_with_whole_windows(
-    shared_model, documents, tmp_path, monkeypatch
-):
-    expected = search(shared_model, documents, out=tmp_path)
-    header, *entries = journal_of(tmp_path).read_text().splitlines()
-    header = json.loads(header)
-    assert header["notes"].pop("chunk") is None
-    journal_of(tmp_path).write_text("\n".join([json.dumps(header), *entries[:5], ""]))
-    monkeypatch.setattr(run, "plan_batches", lambda *_, **__: Layout(2, 10))
-    assert search(shared_model, documents, out=tmp_path).history == expected.history
-
-
 def test_a_window_that_does_not_fit_names_the_target_length(shared_model, documents, monkeypatch):
-    monkeypatch.setattr(layout, "CPU_TOKENS_PER_BATCH", 8)
-    monkeypatch.setattr(layout, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "CPU_TOKENS_PER_BATCH", 8)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"target_length: .* of 32 tokens, .* where 1000 are free"):
         search(shared_model, documents)
 
@@ -291,7 +276,7 @@ def test_a_killed_process_loses_nothing(shared_model, documents, uninterrupted, 
             import torch
             torch.set_num_threads(1)
             import longrope
-            from longrope.factor_search.journal import Journal
+            from longrope.runs.journal import Journal
             from support import tiny_search
 
             append, calls = Journal.append, []

@@ -12,7 +12,7 @@ from longrope import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ATTENTION, GRAD = torch.ops.longrope.attention, torch.ops.longrope.attention_grad
+ATTENTION, GRAD = torch.ops.longrope.attention, torch.ops.longrope.attention_backward
 
 MASKS = {
     "causal": {},

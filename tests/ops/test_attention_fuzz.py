@@ -158,7 +158,7 @@ def test_attention(isa, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_attention_grad(isa, seed):
+def test_attention_backward(isa, seed):
     accepted = refused = 0
     for i in range(120):
         draw = Arguments(1000 * seed + i, mistakes=0.01)
@@ -166,7 +166,7 @@ def test_attention_grad(isa, seed):
         out, grad_out = (draw.heads_of(draw.heads, draw.queries) for _ in range(2))
         grad_lse = None if i % 3 else draw.lse()
         got = call(
-            torch.ops.longrope.attention_grad, grad_out, grad_lse, q, k, v, out, draw.lse(),
+            torch.ops.longrope.attention_backward, grad_out, grad_lse, q, k, v, out, draw.lse(),
             *draw.options(),
         )  # fmt: skip
         refused += got is None

@@ -69,7 +69,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     """Many searches in one job, good and bad; after a bad one the next must work."""
     import torch
 
-    from longrope.factor_search import run_directory
+    from longrope.factor_search import folder as search_folder
 
     documents = tiny_search.build_documents()
     others = [d + (d == 0).long() for d in documents] if rank else documents
@@ -80,7 +80,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     seed = int(rank == size - 1)
     population = -3 if rank == 1 else 6
     found = {"evolution": search(**SMALL, out=folder / "out")}
-    run_directory.plot = lambda *arguments: None  # one is enough: a second each
+    search_folder.plot = lambda *arguments: None  # one is enough: a second each
     found |= {
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
@@ -144,7 +144,7 @@ def command_killed(rank: int, size: int, folder: Path) -> dict:
 
 
 def _command(folder: Path, *change: str) -> dict:
-    from longrope import cli
+    from longrope.cli import main as cli
 
     sys.argv = [
         "longrope", "search", str(folder.parent / "model"), str(folder.parent / "text.txt"),
@@ -285,7 +285,7 @@ def main(folder: Path) -> None:
     import matplotlib.pyplot  # noqa: F401
     import rich.progress  # noqa: F401
 
-    from longrope import cli, torchrun  # noqa: F401
+    from longrope.distributed import torchrun  # noqa: F401
     from support import ring_checks  # noqa: F401
 
     for scenario, size in SCENARIOS:

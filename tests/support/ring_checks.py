@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from longrope import ops
-from longrope.factor_search import ranks
+from longrope.distributed import ranks
+from longrope.distributed.ring import RingAttention
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.factor_search.problem import PRESETS, Problem
-from longrope.factor_search.ring import RingAttention
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
 from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.patching import rope_settings
 from support import tiny_models
@@ -73,10 +74,8 @@ def _evaluation_error(job, kind, changes, length, rows, last_tokens, blocks) -> 
     model = tiny_models.build(kind, **changes)
     if scaled:  # more than a matrix product: logits are needed
         model.lm_head.register_forward_hook(lambda module, arguments, output: output * 1.5)
-    problem = Problem.of(
-        rope_settings(model), target_length=length, original_length=None, attention_factor="yarn",
-        start_tokens="search", max_lambda=None, preset=PRESETS["paper"],
-    )  # fmt: skip
+    options = SearchOptions(target_length=length, attention_factor="yarn")
+    problem = Problem.of(rope_settings(model), options)
     random = np.random.default_rng(0)
     candidates = [
         dataclasses.replace(candidate, start_tokens=start_tokens)

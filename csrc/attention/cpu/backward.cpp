@@ -8,7 +8,7 @@
 
 namespace longrope {
 
-AttentionPlan attention_grad_plan(const AttentionParams& p) {
+AttentionPlan attention_backward_plan(const AttentionParams& p) {
   // Threads find work in the splits of the keys. Each split has a dQ of its own in the workspace,
   // so there are few; by shape alone, so that results do not depend on the number of threads.
   constexpr int64_t kEnoughTasks = 32, kLeastKeys = 1024, kMostSplits = 8;
@@ -27,13 +27,13 @@ AttentionPlan attention_grad_plan(const AttentionParams& p) {
   return plan;
 }
 
-void attention_grad_cpu(const AttentionGradParams& params, const AttentionPlan& plan, int64_t task,
-                        void* workspace, void* scratch) {
+void attention_backward_cpu(const AttentionBackwardParams& params, const AttentionPlan& plan,
+                            int64_t task, void* workspace, void* scratch) {
   LONGROPE_DISPATCH(attention::backward)(params, plan, task, workspace, scratch);
 }
 
-void attention_grad_finish_cpu(const AttentionGradParams& params, const AttentionPlan& plan,
-                               const void* workspace, int64_t begin, int64_t end) {
+void attention_backward_finish_cpu(const AttentionBackwardParams& params, const AttentionPlan& plan,
+                                   const void* workspace, int64_t begin, int64_t end) {
   LONGROPE_DISPATCH(attention::finish)(params, plan, workspace, begin, end);
 }
 

@@ -73,7 +73,7 @@ struct SoftmaxGrad {
 
 // delta and lse of all rows of the task; dQ starts at zero.
 template <typename T>
-inline void prepare_rows(const AttentionGradParams& g, const Task& t,
+inline void prepare_rows(const AttentionBackwardParams& g, const Task& t,
                          const GradWorkspace<RealOf<T>>& w, int64_t padded, RealOf<T>* rows) {
   using Real = RealOf<T>;
   const AttentionParams& p = g.forward;
@@ -107,7 +107,7 @@ inline void write_gradient(const RealOf<T>* x, RealOf<T> factor, const Attention
 }
 
 template <typename T, template <typename> class Products>
-inline void backward_task(const AttentionGradParams& g, const AttentionPlan& plan, int64_t task,
+inline void backward_task(const AttentionBackwardParams& g, const AttentionPlan& plan, int64_t task,
                           void* workspace, void* memory) {
   using Real = RealOf<T>;
   const AttentionParams& p = g.forward;
@@ -149,7 +149,7 @@ inline void backward_task(const AttentionGradParams& g, const AttentionPlan& pla
 
 // dQ of rows [begin, end) of the batch * kv_heads * (queries * group): the sum over the splits.
 template <typename T>
-inline void finish_queries(const AttentionGradParams& g, const AttentionPlan& plan,
+inline void finish_queries(const AttentionBackwardParams& g, const AttentionPlan& plan,
                            const void* workspace, int64_t begin, int64_t end) {
   using Real = RealOf<T>;
   const AttentionParams& p = g.forward;

@@ -22,7 +22,7 @@ inline void backward_sizes(const AttentionParams& p, AttentionPlan* plan) {
                                     : size_backward<float, TileGradProducts>(p, plan);
 }
 
-inline void backward(const AttentionGradParams& g, const AttentionPlan& plan, int64_t task,
+inline void backward(const AttentionBackwardParams& g, const AttentionPlan& plan, int64_t task,
                      void* workspace, void* scratch) {
   if (plan.bfloat16_products) {
     return backward_task<BFloat16, LibraryGradProducts>(g, plan, task, workspace, scratch);
@@ -32,8 +32,8 @@ inline void backward(const AttentionGradParams& g, const AttentionPlan& plan, in
   });
 }
 
-inline void finish(const AttentionGradParams& g, const AttentionPlan& plan, const void* workspace,
-                   int64_t begin, int64_t end) {
+inline void finish(const AttentionBackwardParams& g, const AttentionPlan& plan,
+                   const void* workspace, int64_t begin, int64_t end) {
   for_dtype(g.forward.dtype,
             [&](auto zero) { finish_queries<decltype(zero)>(g, plan, workspace, begin, end); });
 }

@@ -49,7 +49,7 @@ struct LibraryGradProducts {
     for (int64_t i = 0; i < kBlockKeys * padded; ++i) dk_t[i] = dv_t[i] = 0;
   }
 
-  void pack_rows(const AttentionGradParams& g, const Task& t, int64_t rows) const {
+  void pack_rows(const AttentionBackwardParams& g, const Task& t, int64_t rows) const {
     pack(g.forward, g.forward.q, t, rows, q, q_t);
     pack(g.forward, g.grad_out, t, rows, dout, do_t);
   }

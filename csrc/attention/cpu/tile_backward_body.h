@@ -54,7 +54,7 @@ struct TileGradProducts {
     for (int64_t i = 0; i < kBlockKeys * padded; ++i) dk[i] = dv[i] = 0;
   }
 
-  void pack_rows(const AttentionGradParams& g, const Task& t, int64_t rows) const {
+  void pack_rows(const AttentionBackwardParams& g, const Task& t, int64_t rows) const {
     const AttentionParams& p = g.forward;
     const AttentionTable none{};
     pack_queries<T>(p, t, p.q, none, rows, 1, range, q_groups, row, q_panels, kGradRows);

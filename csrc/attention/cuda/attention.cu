@@ -88,8 +88,8 @@ size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   return workspace.bytes();
 }
 
-size_t backward(AttentionGradParams g, void* memory, cudaStream_t stream, bool run) {
-  const AttentionGradParams given = g;
+size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bool run) {
+  const AttentionBackwardParams given = g;
   const AttentionParams& p = given.forward;
   Preparation prepare(p, memory, stream, run);
   g.forward.q = prepare.aligned(p.q, p.heads, p.queries);
@@ -125,12 +125,12 @@ void attention_cuda(const AttentionParams& p, void* workspace, void* stream) {
   if (!cuda::is_empty(p)) cuda::forward(p, workspace, static_cast<cudaStream_t>(stream), true);
 }
 
-size_t attention_grad_cuda_workspace(const AttentionGradParams& g) {
+size_t attention_backward_cuda_workspace(const AttentionBackwardParams& g) {
   cuda::check_sizes(g.forward);
   return cuda::is_empty(g.forward) ? 0 : cuda::backward(g, nullptr, nullptr, false);
 }
 
-void attention_grad_cuda(const AttentionGradParams& g, void* workspace, void* stream) {
+void attention_backward_cuda(const AttentionBackwardParams& g, void* workspace, void* stream) {
   cuda::check_sizes(g.forward);
   if (cuda::is_empty(g.forward) || g.forward.keys == 0) return;
   cuda::backward(g, workspace, static_cast<cudaStream_t>(stream), true);

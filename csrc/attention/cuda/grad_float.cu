@@ -1,6 +1,6 @@
 // Gradients of float32 attention, in float32 throughout: correct and plain, not fast.
 //
-// Formula: AttentionGradParams in csrc/attention/attention.h; the weights are computed again in
+// Formula: AttentionBackwardParams in csrc/attention/attention.h; the weights are computed again in
 // both kernels. Accumulation: float32, in sums of at most 32 terms that are added up, in one order.
 // Mapping: a block of four warps takes 16 rows (for dQ) or 16 keys (for dK and dV) of one key/value
 // head and walks through the keys that they see, or the rows that see them, 32 at a time. For the
@@ -24,7 +24,7 @@ __device__ __forceinline__ float weigh(const FloatScore& score, float product, f
 }
 
 __global__ void __launch_bounds__(kFloatThreads)
-    grad_queries_float_kernel(AttentionGradParams g, RowTerms terms) {
+    grad_queries_float_kernel(AttentionBackwardParams g, RowTerms terms) {
   const AttentionParams& p = g.forward;
   const int head_dim = static_cast<int>(p.head_dim), stride = float_stride(head_dim);
   const Assignment work(p, kFloatRows, kFloatKeys, 1);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kFloatThreads)
 }
 
 __global__ void __launch_bounds__(kFloatThreads)
-    grad_keys_float_kernel(AttentionGradParams g, RowTerms terms) {
+    grad_keys_float_kernel(AttentionBackwardParams g, RowTerms terms) {
   const AttentionParams& p = g.forward;
   const int head_dim = static_cast<int>(p.head_dim), stride = float_stride(head_dim);
   const auto tiles = static_cast<unsigned>(ceil_div<int64_t>(p.keys, kFloatRows));
@@ -149,16 +149,16 @@ LONGROPE_MAX_REGISTERS(grad_keys_float_kernel, 128)
 
 }  // namespace
 
-void grad_float(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
   const int stride = float_stride(static_cast<int>(p.head_dim));
   const size_t operands = sizeof(float) * 2 * (kFloatRows + kFloatKeys) * stride;
   const size_t weights = sizeof(float) * kFloatRows * kFloatKeys;
-  launch("attention_grad", grad_queries_float_kernel,
+  launch("attention_backward", grad_queries_float_kernel,
          dim3(static_cast<unsigned>(row_tiles(p, kFloatRows))), dim3(kFloatThreads),
          operands + weights, stream, g, terms);
   const int64_t tiles = ceil_div<int64_t>(p.keys, kFloatRows);
-  launch("attention_grad", grad_keys_float_kernel,
+  launch("attention_backward", grad_keys_float_kernel,
          dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kFloatThreads),
          operands + 2 * weights, stream, g, terms);
 }

@@ -1,7 +1,7 @@
 // Gradients of keys and values of 16-bit elements on tensor cores (mma.sync, from sm_80 on).
 //
-// Formula (AttentionGradParams in csrc/attention/attention.h), transposed, so that weights leave
-// the first products as the second ones take them; for every tile of rows
+// Formula (AttentionBackwardParams in csrc/attention/attention.h), transposed, so that weights
+// leave the first products as the second ones take them; for every tile of rows
 //   S^T = K Q^T,  P^T = exp(score(S^T) - lse),  dP^T = V dOut^T,  dS^T = P^T (dP^T - delta)
 //   dV += P^T dOut,  dK += dS^T Q
 // Accumulation: float32 registers; P and dS rounded to the element type for the second products.
@@ -35,7 +35,7 @@ struct Row {
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
-    grad_keys_kernel(AttentionGradParams g, RowTerms terms, bool packed) {
+    grad_keys_kernel(AttentionBackwardParams g, RowTerms terms, bool packed) {
   constexpr int kStride = kTileStride<kHeadDim>, kChunks = kHeadDim / kColumns<kHeadDim>;
   constexpr int kTile = kRows * kStride;
   LONGROPE_SHARED(Row, row_terms, 2 * kRows);  // two tiles, as of q and grad_out
@@ -138,18 +138,19 @@ __global__ void __launch_bounds__(kThreads)
 LONGROPE_MAX_REGISTERS(grad_keys_kernel, 255)
 
 template <typename T, int kHeadDim>
-void run(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
   const size_t bytes = sizeof(T) * (2 * kKeys + 4 * kRows) * kTileStride<kHeadDim>;
   const int64_t tiles = ceil_div<int64_t>(p.keys, kKeys) * (kHeadDim / kColumns<kHeadDim>);
-  launch("attention_grad", grad_keys_kernel<T, kHeadDim>,
+  launch("attention_backward", grad_keys_kernel<T, kHeadDim>,
          dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kThreads), bytes, stream,
          g, terms, writes_packed(g.grad_k, p) && writes_packed(g.grad_v, p));
 }
 
 }  // namespace
 
-void grad_keys_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void grad_keys_16_bit(const AttentionBackwardParams& g, const RowTerms& terms,
+                      cudaStream_t stream) {
   for_head_dim(g.forward.head_dim, [&](auto size) {
     g.forward.dtype == DType::kBFloat16 ? run<bf16, size.value>(g, terms, stream)
                                         : run<f16, size.value>(g, terms, stream);

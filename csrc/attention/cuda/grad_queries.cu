@@ -1,6 +1,6 @@
 // Gradients of queries of 16-bit elements on tensor cores (mma.sync, from sm_80 on).
 //
-// Formula (AttentionGradParams in csrc/attention/attention.h); for every tile of keys
+// Formula (AttentionBackwardParams in csrc/attention/attention.h); for every tile of keys
 //   S = Q K^T,  P = exp(score(S) - lse),  dP = dOut V^T,  dS = P (dP - delta),  dQ += dS K
 // Accumulation: float32 registers; dS rounded to the element type for the last product.
 // Mapping: a block of four warps takes 64 rows of one key/value head, a row being a query of one of
@@ -25,7 +25,7 @@ constexpr int kKeys = 32;           // of a tile
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
-    grad_queries_kernel(AttentionGradParams g, RowTerms terms, bool packed) {
+    grad_queries_kernel(AttentionBackwardParams g, RowTerms terms, bool packed) {
   constexpr int kStride = kTileStride<kHeadDim>, kTile = kKeys * kStride;
   T* const q = reinterpret_cast<T*>(dynamic_shared());
   T* const grad_out = q + kRows * kStride;
@@ -107,17 +107,18 @@ __global__ void __launch_bounds__(kThreads)
 LONGROPE_MAX_REGISTERS(grad_queries_kernel, 255)
 
 template <typename T, int kHeadDim>
-void run(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
   const size_t bytes = sizeof(T) * (2 * kRows + 4 * kKeys) * kTileStride<kHeadDim>;
-  launch("attention_grad", grad_queries_kernel<T, kHeadDim>,
+  launch("attention_backward", grad_queries_kernel<T, kHeadDim>,
          dim3(static_cast<unsigned>(row_tiles(p, kRows))), dim3(kThreads), bytes, stream, g, terms,
          writes_packed(g.grad_q, p));
 }
 
 }  // namespace
 
-void grad_queries_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void grad_queries_16_bit(const AttentionBackwardParams& g, const RowTerms& terms,
+                         cudaStream_t stream) {
   for_head_dim(g.forward.head_dim, [&](auto size) {
     g.forward.dtype == DType::kBFloat16 ? run<bf16, size.value>(g, terms, stream)
                                         : run<f16, size.value>(g, terms, stream);

@@ -52,12 +52,13 @@ struct RowTerms {
   float* log2_sum;  // lse in powers of two; +inf for rows whose lse is -inf: their weights are 0
   float* delta;     // dOut . out - dLse; 0 for those rows
 };
-void row_terms(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+void row_terms(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 
 // Gradients of the keys and values, and of the queries. Alignment as in the forward pass, of
 // grad_out too.
-void grad_keys_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
-void grad_queries_16_bit(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
-void grad_float(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_keys_16_bit(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_queries_16_bit(const AttentionBackwardParams& g, const RowTerms& terms,
+                         cudaStream_t stream);
+void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 
 }  // namespace longrope::cuda

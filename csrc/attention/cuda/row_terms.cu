@@ -15,7 +15,7 @@ constexpr int kWarps = 8;
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps)
-    row_terms_kernel(AttentionGradParams g, RowTerms terms) {
+    row_terms_kernel(AttentionBackwardParams g, RowTerms terms) {
   const AttentionParams& p = g.forward;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (at >= p.batch * p.heads * p.queries) return;
@@ -40,10 +40,10 @@ LONGROPE_MAX_REGISTERS(row_terms_kernel, 48)
 
 }  // namespace
 
-void row_terms(const AttentionGradParams& g, const RowTerms& terms, cudaStream_t stream) {
+void row_terms(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
   for_dtype(p.dtype, [&](auto zero) {
-    launch("attention_grad", row_terms_kernel<decltype(zero)>,
+    launch("attention_backward", row_terms_kernel<decltype(zero)>,
            dim3(static_cast<unsigned>(ceil_div<int64_t>(p.batch * p.heads * p.queries, kWarps))),
            dim3(32 * kWarps), 0, stream, g, terms);
   });

@@ -9,7 +9,7 @@
 #include "common/dtype.h"
 #include "common/numbers.h"
 
-// States the most registers that `kernel` may use; ci/nvcc_check.py reads it from the source and
+// States the most registers that `kernel` may use; .ci/nvcc_check.py reads it from the source and
 // holds ptxas to it. Spills fail too, unless a third argument allows so many bytes of them.
 #define LONGROPE_MAX_REGISTERS(...)
 

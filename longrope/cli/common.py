@@ -1,0 +1,98 @@
+"""What the commands share: arguments with one meaning, and errors in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli.inputs import choose_device, rank
+from longrope.errors import LostRankError, TerminatedError
+from longrope.runs.folder import JOURNAL
+
+#: A heading in the help of commands.
+READING = "How DATA is read"
+
+Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a Hugging Face model.")]
+Data = Annotated[
+    list[Path],
+    typer.Argument(help="Files or folders: text, .jsonl, .json, .parquet, .arrow, token ids."),
+]
+TextField = Annotated[
+    str, typer.Option(help="The field or column that holds the text.", rich_help_panel=READING)
+]
+TokenDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="The type of the token ids in .bin files, such as uint16.", rich_help_panel=READING
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+DEVICE = "cpu or cuda; default: cuda where there is a GPU."
+
+#: The arguments of commands by their names in the library; all others are options.
+_ARGUMENTS = {"model": "MODEL", "documents": "DATA", "data": "DATA", "what": "WHAT"}
+
+
+def one_sentence_errors(command):
+    """Turn the errors that bad input raises into one sentence and exit code 2.
+
+    Where the library names an argument of its own, the sentence names the command's.
+    """
+    names = {name: f"--{name.replace('_', '-')}" for name in inspect.signature(command).parameters}
+    names |= _ARGUMENTS
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            # The error that ends all ranks is printed by the first, and by the one that failed.
+            if rank() in (0, getattr(error, "failed_rank", rank())):
+                where = f" (rank {rank()})" if rank() else ""
+                print(f"longrope{where}: {_one_line(error, names)}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if not isinstance(error, LostRankError):
+                raise
+            print(f"longrope: {_one_line(error, names)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as error:
+            if rank() == 0:
+                what = "interrupted"
+                if isinstance(error, TerminatedError):
+                    what = "ended by torchrun, as when another rank has failed"
+                resumes = "out" in kwargs and (Path(kwargs["out"]) / JOURNAL).exists()
+                print(f"longrope: {what}" + "; the same command resumes" * resumes, file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def in_job(command):
+    """Let a command with an option `device` join the job, if torchrun started this process."""
+
+    @functools.wraps(command)
+    def wrapped(*args, device, **kwargs):
+        from longrope.distributed.torchrun import job
+
+        with job(choose_device(device)) as device:
+            return command(*args, device=device, **kwargs)
+
+    return wrapped
+
+
+def _one_line(error: Exception, names: Mapping[str, str]) -> str:
+    """Return an error as one line; `names` are the command's of the library's arguments."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(
+        r"^((?:rank \d+: )?)(\w+)(?=(?:\[\d+\])?: )",
+        lambda found: found[1] + names.get(found[2], found[2]),
+        line,
+    )

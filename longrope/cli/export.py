@@ -1,0 +1,108 @@
+"""`longrope export`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli.common import DEVICE, Model, one_sentence_errors
+from longrope.cli.inputs import load_documents, load_model, load_weights
+
+
+@one_sentence_errors
+def export(
+    model: Model,
+    factors: Annotated[Path, typer.Option(help="Rescale factors or tiers (.json) to export.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: new, or empty.")],
+    short: Annotated[
+        str,
+        typer.Option(
+            help="Factors of sequences within the original window: long (the same for every "
+            "length), none (the model as loaded), or a file."
+        ),
+    ] = "long",
+    format: Annotated[
+        str, typer.Option(help="hf (transformers, vLLM) or gguf (llama.cpp).")
+    ] = "hf",
+    gguf_type: Annotated[
+        str | None, typer.Option(help="f32, f16, bf16 or q8_0; default: as the model.")
+    ] = None,
+    drop_start_tokens: Annotated[
+        bool,
+        typer.Option("--drop-start-tokens", help="Leave out start tokens, which no reader knows."),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Documents to measure on, for the model card: what readers lose."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help=f"Where to measure: {DEVICE}")] = None,
+) -> None:
+    """Write a model with factors as a folder that transformers, vLLM or llama.cpp read."""
+    import longrope
+    from longrope.checkpoints import plan_export
+    from longrope.checkpoints.export import free_folder
+
+    tiers = longrope.Tiers.load(factors)
+    given: Any = tiers if len(tiers) > 1 else tiers[0]
+    chosen: Any = short
+    if short not in ("long", "none"):
+        chosen = longrope.RescaleFactors.load(short)
+    with _names_out():
+        free_folder(out)  # before anything is loaded and measured
+    measured = None
+    if data is not None:
+        network, tokenizer = load_model(model, device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, below
+            plan_export(network, given, chosen, drop_start_tokens)
+            documents = load_documents("--data", data, tokenizer, tiers[-1].target_length)
+            measured = longrope.measure_export(
+                network, given, documents, short=chosen, data=data.name
+            )
+        del network
+    with _names_out(), warnings.catch_warnings(record=True) as said:
+        longrope.export(
+            load_weights(model),
+            out,
+            given,
+            chosen,
+            format,
+            drop_start_tokens,
+            gguf_type=gguf_type,
+            measured=measured,
+            found=_found(factors),
+        )
+    for warning in said:
+        print(f"longrope: {warning.message}", file=sys.stderr)
+    if measured is not None:
+        print(measured.table())
+    print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+@contextlib.contextmanager
+def _names_out() -> Iterator[None]:
+    """Call the library's `path` by the command's name of it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("path: "):
+            raise
+        raise type(error)(f"--out: {str(error).removeprefix('path: ')}") from None
+
+
+def _found(factors: Path) -> dict[str, Any] | None:
+    """Return what a run directory says of how its factors were found; None: no such directory."""
+    from longrope.runs.folder import CONFIG, JOURNAL
+
+    config = factors.parent / CONFIG
+    if not (factors.parent / JOURNAL).is_file() or not config.is_file():
+        return None
+    said = json.loads(config.read_text(encoding="utf-8"))
+    return {key: said[key] for key in ("model_name", "options", "data") if key in said}

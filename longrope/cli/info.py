@@ -1,0 +1,97 @@
+"""`longrope info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longrope.cli.common import one_sentence_errors
+
+
+@one_sentence_errors
+def info(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A folder of a model or a search, or factors; default: the build."),
+    ] = None,
+    runtime: Annotated[
+        bool,
+        typer.Option("--runtime", help="Of a model: the attention, cache and device it takes."),
+    ] = False,
+) -> None:
+    """Show what was built, or what a model, a search or a factors file holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in _facts(what, runtime).items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
+    import longrope
+
+    if runtime and (what is None or not (Path(what) / "config.json").is_file()):
+        raise ValueError(f"--runtime: expected WHAT to be the folder of a model, got {what!r}")
+    if what is None:
+        import transformers
+
+        facts = {"longrope": longrope.__version__, **longrope._C.build_info()}
+        return {**facts, "transformers": transformers.__version__}
+    if Path(what).is_file():
+        return _facts_of_factors(what)
+    from longrope.factor_search.folder import FACTORS, summary
+    from longrope.runs.folder import JOURNAL
+
+    if (Path(what) / JOURNAL).is_file():
+        found = Path(what) / FACTORS
+        return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
+    from transformers import AutoConfig
+
+    from longrope.patching import rope_settings
+
+    if not (Path(what) / "config.json").is_file():
+        raise ValueError(
+            f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
+        )
+    config = AutoConfig.from_pretrained(what)
+    if runtime:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from longrope.patching.runtime import runtime_facts
+
+        with torch.device("meta"):
+            return runtime_facts(AutoModelForCausalLM.from_config(config))
+    settings = vars(rope_settings(config))
+    return {name: value for name, value in settings.items() if name != "config"}
+
+
+def _facts_of_factors(path: str | Path) -> dict[str, Any]:
+    import longrope
+    from longrope.factors.files import states_settings
+
+    if not states_settings(Path(path)):
+        factors = longrope.RescaleFactors.load(path, attention_factor=1.0)
+        return {
+            "lengths, rope theta, attention factor": "not stated (a CSV file holds factors alone)",
+            "start tokens": factors.start_tokens,
+            "rotary dim": factors.rotary_dim,
+            "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+        }
+    tiers = longrope.Tiers.load(path)
+    if len(tiers) > 1:
+        return {f"tier {number}": line for number, line in enumerate(repr(tiers).split("\n")[2:])}
+    factors = tiers[0]
+    return {
+        "original length": factors.original_length,
+        "target length": factors.target_length,
+        "start tokens": factors.start_tokens,
+        "attention factor": f"{factors.attention_factor:.6g}",
+        "rope theta": factors.rope_theta,
+        "rotary dim": factors.rotary_dim,
+        "lambdas": " ".join(f"{v:g}" for v in factors.lambdas),
+    }

@@ -1,0 +1,161 @@
+"""What the commands read: devices, models, documents. Errors name the command's arguments."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def rank() -> int:
+    """Return the number of this process in its job, 0 where there is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(name: str | None) -> str:
+    """Return the device to run on, or refuse one that this machine lacks."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device: got {name!r}, and torch {torch.__version__} sees {count or 'no'} CUDA "
+            f"device{'' if count == 1 else 's'}"
+        )
+    return name
+
+
+def load_documents(
+    name: str,
+    paths: Path | Sequence[Path],
+    tokenizer: Any,
+    length: int,
+    *,
+    text_field: str = "text",
+    token_dtype: str | None = None,
+) -> list[Any]:
+    """Load the documents of at least `length` tokens; errors name the argument of the command.
+
+    What was left out is said in one line on standard error.
+    """
+    from longrope.documents import long_enough, read_documents
+
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    try:
+        documents, notes = read_documents(
+            paths, tokenizer, text_field=text_field, token_dtype=token_dtype
+        )
+    except (ValueError, OSError, ImportError) as error:
+        if str(error).startswith("path: "):
+            raise type(error)(f"{name}: {str(error).removeprefix('path: ')}") from None
+        raise
+    say(f"{name}: {notes}" if notes else "")
+    listed = ", ".join(map(repr, map(str, paths)))
+    kept = long_enough(documents, length, f"{name}: {listed}")
+    if len(kept) < len(documents):
+        say(
+            f"{len(documents) - len(kept)} of {len(documents)} documents in "
+            f"{', '.join(map(str, paths))} are shorter than {length} tokens and left out"
+        )
+    return kept
+
+
+def load_factors(
+    path: Path, model: Any, length: int, *, rope_theta: float | None, attention_factor: str | None
+) -> Any:
+    """Load rescale factors; what a CSV file does not hold comes from the command and the model.
+
+    `length` is the target length where the file states none. What was taken is said in one line on
+    standard error.
+    """
+    from longrope import RescaleFactors, Tiers
+    from longrope.cli.options import value_of
+    from longrope.factors.files import states_settings
+    from longrope.patching import rope_settings
+
+    given = {"--rope-theta": rope_theta, "--attention-factor": attention_factor}
+    if states_settings(path):
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected none beside {path}, which states its own")
+        return Tiers.load(path)
+    rope = rope_settings(model)
+    settings = {
+        "rope_theta": rope.rope_theta if rope_theta is None else rope_theta,
+        "original_length": rope.original_length,
+        "target_length": length,
+        "rotary_dim": rope.rotary_dim,
+        "attention_factor": value_of(attention_factor or "su", [str, float]),
+    }
+    factors = RescaleFactors.load(path, **settings)
+    rule = settings["attention_factor"]
+    say(
+        f"{path} holds factors alone: with rope theta {factors.rope_theta:g}, original length "
+        f"{factors.original_length}, target length {factors.target_length}, attention factor "
+        f"{factors.attention_factor:.6g}" + f" ({rule})" * isinstance(rule, str)
+    )
+    return factors
+
+
+def say(line: str) -> None:
+    """Write a line to standard error, by the first process of a job; nothing where it is empty."""
+    if line and rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def load_weights(name: str) -> Any:
+    """Load a model on the CPU, in eval mode and the dtype of its files."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    except Exception as error:  # many kinds, of transformers, safetensors and the hub
+        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+
+
+def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256).
+
+    16-bit models become float32 on a CPU that has no fast arithmetic for them.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from longrope.evaluation.memory import native_dtype
+
+    device = choose_device(device)
+    model = load_weights(name)
+    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
+    tokenizer = None
+    if model.config.vocab_size != 256:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
+            ) from None
+    return model.to(device), tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__

@@ -1,0 +1,73 @@
+"""`longrope search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli.common import (
+    DEVICE,
+    Data,
+    Model,
+    TextField,
+    TokenDtype,
+    in_job,
+    one_sentence_errors,
+)
+from longrope.cli.inputs import load_documents, load_model, rank
+from longrope.cli.options import takes
+from longrope.factor_search.options import MACHINE, SearchOptions
+
+
+@one_sentence_errors
+@in_job
+@takes(SearchOptions)
+def search(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
+    options: SearchOptions,
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Held-out text for the final choice (repeatable); default: part of DATA."
+        ),
+    ] = None,
+    text_field: TextField = "text",
+    token_dtype: TokenDtype = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run found in --out.", rich_help_panel=MACHINE)
+    ] = True,
+    device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=MACHINE)] = None,
+) -> None:
+    """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
+    import longrope
+
+    network, tokenizer = load_model(model, device)
+    length = options.target_length
+    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    held_out = None
+    if validation:
+        held_out = load_documents("--validation", validation, tokenizer, length, **reading)
+    result = longrope.search(
+        network,
+        load_documents("DATA", data, tokenizer, length, **reading),
+        validation=held_out,
+        out=out,
+        resume=resume,
+        **options.as_dict(),
+    )
+    if rank() > 0:
+        return
+    yarn = {e.role: e.perplexity for e in result.history if e.origin == "yarn"}
+    for role, name, reached in (
+        ("search", "search", result.perplexity),
+        ("validation", "held-out", result.validation_perplexity),
+    ):
+        if reached is not None:
+            compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
+            print(f"perplexity {reached:.4f} on the {name} windows{compared}")
+    print(f"start_tokens {result.factors.start_tokens}")
+    print(f"factors in {out / 'factors.json'}")

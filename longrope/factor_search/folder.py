@@ -1,0 +1,74 @@
+"""What a search writes beside its journal: `config.json`, `factors.json`, `history.csv`, a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope.factor_search.history import Evaluation, Role
+from longrope.factor_search.plot import plot
+from longrope.factors import RescaleFactors
+from longrope.runs import folder, journal
+from longrope.runs.folder import JOURNAL, write_text
+
+KIND = "search"
+FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
+
+
+def prepare(out: str | Path, resume: bool = True) -> Path:
+    """Create or check the folder of a search, see `longrope.runs.folder.prepare`."""
+    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT), resume)
+
+
+def write_results(
+    out: Path,
+    factors: RescaleFactors,
+    history: Sequence[Evaluation],
+    baselines: Mapping[str, RescaleFactors],
+) -> None:
+    """Write the factors, the history as a table, and the plot."""
+    factors.save(out / FACTORS)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    names = ["role", "iteration", "origin", "perplexity", "start_tokens", "attention_factor"]
+    lambdas = [f"lambda_{i}" for i in range(len(history[0].lambdas))]
+    writer.writerow(["evaluation", *names, *lambdas])
+    for number, e in enumerate(history):
+        writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
+    write_text(out / HISTORY, table.getvalue())
+    plot(out / PLOT, factors, history, baselines)
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """Return what a folder holds, in words: what the search was asked for and how far it is.
+
+    Raises `ValueError` where its journal is not that of a search.
+    """
+    if not journal.is_begun(out / JOURNAL, KIND):
+        raise ValueError(f"{str(out / JOURNAL)!r}: expected the journal of a search that has begun")
+    header, entries = journal.read(out / JOURNAL)
+    problem = header["problem"]
+    steps = sum(entry["role"] == Role.GRADIENT for entry in entries)
+    facts = {
+        "search": header["method"],
+        "objective": header["objective"],
+        "original length": problem["original_length"],
+        "target length": problem["target_length"],
+        "seed": header["seed"],
+        "measured": f"{len(entries) - steps} candidates on windows, {steps} steps",
+        "state": "finished"
+        if (out / FACTORS).exists()
+        else "not finished; the same command resumes",
+    }
+    for role, name in ((Role.SEARCH, "search windows"), (Role.VALIDATION, "held-out windows")):
+        found = [e for e in entries if e["role"] == role and e["nll"] is not None]
+        if found:
+            best = min(found, key=lambda e: e["nll"])
+            yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
+            compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
+            facts[f"best on the {name}"] = f"perplexity {math.exp(best['nll']):.4f}{compared}"
+    return facts

@@ -1,0 +1,61 @@
+"""The header of a search's journal: what a search must share to be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from longrope.factor_search import racing
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
+
+#: What users call the parts of a header that have other names there.
+_WORDS = {
+    "data.search:": "search windows, of documents and samples:",
+    "data.screen:": "first search windows, of documents and samples:",
+    "data.validation:": "validation windows, of documents or validation:",
+    "data.documents:": "documents:",
+    "problem.bos:": "bos:",
+    "problem.last_tokens:": "last_tokens:",
+    "problem.space.start_tokens:": "start_tokens:",
+    "problem.space.upper:": "max_lambda, in hundredths:",
+    "problem.learn_attention:": "attention_factor, learned:",
+}
+
+
+def header(
+    options: SearchOptions, problem: Problem, model: str, data: dict[str, str], ranks: int
+) -> dict[str, Any]:
+    """Return the header; the first difference from that of a journal is what a refusal names.
+
+    `model` and the values of `data` are hashes; `ranks` is the number of processes.
+    """
+    asked: dict[str, Any] = {}
+    if options.method == "evolution":  # `options.limits` may grow
+        asked["sizes"] = {k: v for k, v in vars(options.sizes).items() if k != "iterations"}
+    else:
+        asked["descent"] = vars(options.descent)
+    if options.method == "hybrid":
+        asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
+    return {
+        "method": options.method,
+        "objective": options.objective,
+        "race": racing.SETTINGS if options.race else None,
+        "critical_dimension": options.critical_dimension or None,
+        "problem": dataclasses.asdict(problem),
+        **asked,
+        "activation_checkpointing": options.activation_checkpointing,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "model": model,
+        "data": data,
+        "shard_sequence": ranks if options.shard_sequence else None,
+    }
+
+
+def explain(difference: str) -> str:
+    """Return a difference between two headers in the words of `longrope.search`."""
+    for name, words in _WORDS.items():
+        if difference.startswith(name):
+            return words + difference.removeprefix(name)
+    return difference

@@ -1,0 +1,81 @@
+"""The plot of a search: how it converged, and what it found."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope._files import replacing
+from longrope.factor_search.history import BASELINES, Evaluation, Role
+from longrope.factors import RescaleFactors
+from longrope.runs.style import MUTED, OURS, STYLES, line, tidy
+
+
+def plot(
+    path: Path,
+    factors: RescaleFactors,
+    history: Sequence[Evaluation],
+    baselines: Mapping[str, RescaleFactors],
+) -> None:
+    """Plot the convergence, and lambda by dimension beside the factors that need no search.
+
+    The legend has perplexities on the search windows and, where there are any, on those held out.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_convergence(left, history)
+    for name, baseline in baselines.items():
+        label = STYLES[name].label + _reached([e for e in history if e.origin == name])
+        right.plot(baseline.lambdas, **line(name, label=label, markersize=2.5))
+    chosen = (tuple(factors.lambdas.tolist()), factors.start_tokens, factors.attention_factor)
+    label = "searched" + _reached([e for e in history if e.factors == chosen])
+    right.plot(factors.lambdas, **line("gradient", label=label, markersize=3))
+    right.set(
+        xlabel="pair of dimensions i",
+        ylabel="rescale factor $\\lambda_i$",
+        title=f"$\\hat n$ = {factors.start_tokens} start tokens, "
+        f"attention factor {factors.attention_factor:.3f}",
+    )
+    right.legend(frameon=False, title="perplexity: search, held out")
+    tidy(left, right)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+
+
+def _plot_convergence(axes: Any, history: Sequence[Evaluation]) -> None:
+    searched = [(n, e) for n, e in enumerate(history, 1) if e.role == Role.SEARCH]
+    at, values = [n for n, _ in searched], [e.perplexity for _, e in searched]
+    reached = {e.origin: e.perplexity for _, e in searched if e.origin in BASELINES}
+    # Failures can be orders of magnitude worse: show the range in which the search works.
+    lowest, good = min(values), sorted(values)[len(values) * 3 // 4]
+    top = max(good, 1.1 * min(reached.values(), default=0))
+    axes.plot(at, values, ".", color=MUTED, markersize=4, label="candidates")
+    best = [b if b <= top else math.nan for b in itertools.accumulate(values, min)]
+    axes.plot(at, best, color=OURS, linewidth=2.5, label="best", drawstyle="steps-post")
+    for n, (name, value) in enumerate(reached.items()):
+        if value <= top:
+            style = STYLES[name]
+            axes.axhline(value, color=style.color, linestyle=":", linewidth=style.linewidth)
+            # Side by side, since two of them can be alike.
+            axes.annotate(style.label, (0.4 + 0.12 * n, value), color=style.color,
+                          xycoords=("axes fraction", "data"), xytext=(0, 3),
+                          textcoords="offset points")  # fmt: skip
+    if lowest < top < math.inf:
+        axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+    axes.set(
+        xlabel="evaluations and steps", ylabel="perplexity on the search windows",
+        xlim=(0, len(history) + 1),
+    )  # fmt: skip
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _reached(evaluations: Sequence[Evaluation]) -> str:
+    """Return the perplexities of a candidate for a legend, `: 9.93, 13.08`."""
+    by_role = {e.role: f"{e.perplexity:.2f}" for e in evaluations}
+    known = [by_role[role] for role in (Role.SEARCH, Role.VALIDATION) if role in by_role]
+    return ": " + ", ".join(known) if known else ""

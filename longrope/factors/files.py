@@ -1,0 +1,134 @@
+"""Reading and writing the files behind `save` and `load` of `RescaleFactors` and `Tiers`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from longrope._files import replacing, strict_json
+
+FACTORS, TIERS, VERSION = "longrope-factors", "longrope-tiers", 1
+_FIELDS = {
+    "lambdas", "start_tokens", "attention_factor", "original_length", "target_length",
+    "rope_theta", "rotary_dim",
+}  # fmt: skip
+
+#: A line of one number with a decimal comma, or of several that spaces or semicolons separate. (A
+#: line of two whole numbers would be a layer of four rotated channels, which no model has.)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[;\s]+[+-]?\d+(?:,\d+)?)*$")
+
+
+def write_json(path: Path, form: str, content: dict) -> None:
+    """Write `content` so that `path` holds either what it held or all of the new.
+
+    `form` is `FACTORS` or `TIERS`. An infinite lambda, which JSON has no number for, is "inf".
+    """
+    content = {"format": form, "version": VERSION} | content
+    text = json.dumps(_named_infinities(content), indent=1, allow_nan=False) + "\n"
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        reason = f"path: cannot write {path}: {error.strerror or error}"
+        raise type(error)(error.errno or 0, reason) from None
+
+
+def _named_infinities(value):
+    if isinstance(value, dict):
+        return {key: _named_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named_infinities(item) for item in value]
+    return "inf" if value == float("inf") else value
+
+
+def read(path: Path) -> list[dict] | list[float]:
+    """Return what a file holds.
+
+    The fields of each set of factors in a JSON file (one, or those of tiers), or the factors of a
+    CSV file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = f"path: cannot read {path}: {error.strerror or error}"
+        raise type(error)(error.errno or 0, reason) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected a JSON or CSV text file, got binary data") from None
+    return _parse_json(path, text) if text.lstrip().startswith("{") else _parse_csv(path, text)
+
+
+def states_settings(path: Path) -> bool:
+    """Say whether a file of factors states their lengths and so on: JSON does, CSV does not."""
+    return isinstance(read(path)[0], dict)
+
+
+def _parse_json(path: Path, text: str) -> list[dict]:
+    try:
+        content = strict_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got a file broken at {error}") from None
+    form = content.pop("format", None)
+    if form not in (FACTORS, TIERS):
+        raise ValueError(f'{path}: expected a JSON file of format "{FACTORS}" or "{TIERS}"')
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise ValueError(f"{path}: expected format version {VERSION}, got {version!r}")
+    if form == FACTORS:
+        return [_fields(path, content)]
+    tiers = content.get("tiers")
+    # "about" says more of the tiers, for people and for longrope.checkpoints.
+    if set(content) - {"about"} != {"tiers"} or not isinstance(tiers, list) or not tiers:
+        raise ValueError(f'{path}: expected a list "tiers" of one or more sets of factors')
+    return [_fields(path, tier) for tier in tiers]
+
+
+def _fields(path: Path, content: object) -> dict:
+    found = set(content) if isinstance(content, dict) else set()
+    for what, names in (("missing", _FIELDS - found), ("unknown", found - _FIELDS)):
+        if names:
+            raise ValueError(f"{path}: expected the fields of rescale factors, "
+                             f"{what}: {', '.join(sorted(names))}")  # fmt: skip
+    lambdas = content["lambdas"]
+    numbers = isinstance(lambdas, list) and all(
+        v == "inf" or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in lambdas
+    )
+    if not numbers:
+        raise ValueError(f"{path}: lambdas: expected a list of numbers")
+    return content | {"lambdas": [float("inf") if v == "inf" else v for v in lambdas]}
+
+
+def _parse_csv(path: Path, text: str) -> list[float]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        if _DECIMAL_COMMA.match(line):
+            raise ValueError(
+                f"{path}: expected numbers with a decimal point on line {number}, got {line[:40]!r}"
+            )
+        try:
+            rows.append([_number(cell) for cell in re.split(r"[,;\s]+", line.rstrip(",;"))])
+        except ValueError:
+            raise ValueError(
+                f"{path}: expected numbers on line {number}, got {line[:40]!r}"
+            ) from None
+    if not rows:
+        raise ValueError(f"{path}: expected rescale factors, got an empty file")
+    if all(len(row) == 1 for row in rows):
+        return [row[0] for row in rows]
+    for number, row in enumerate(rows[1:], start=2):
+        if row != rows[0]:
+            raise ValueError(
+                f"{path}: expected the same factors in every layer (row), "
+                f"rows 1 and {number} differ"
+            )
+    return rows[0]
+
+
+def _number(cell: str) -> float:
+    value = float(cell)
+    if value in (float("inf"), -float("inf")) and cell.strip("+-")[:1].isdigit():
+        raise ValueError  # digits that overflow
+    return value

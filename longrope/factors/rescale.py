@@ -1,0 +1,327 @@
+"""Rescale factors: how much each rotary dimension slows down, and for which lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from longrope._validation import even, integer, lambda_array, longer, positive
+
+if TYPE_CHECKING:
+    from longrope.factors.tiers import Tiers
+from longrope.factors import files, official
+from longrope.factors.rules import (
+    base_inv_freq,
+    ntk_lambdas,
+    yarn_attention_factor,
+    yarn_lambdas,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RescaleFactors:
+    """Rescaled rotary frequencies `1 / (lambda_i * theta^(2i/R))` and what they are made for.
+
+    LongRoPE (arXiv 2402.13753, section 3): position `n` turns pair `i` by
+    `n / (lambda_i * theta^(2i/R))`, except that positions below `start_tokens` keep the original
+    frequency `1 / theta^(2i/R)`. The object is immutable and hashable; `replace` makes variants.
+
+    Parameters
+    ----------
+    lambdas
+        `[R/2]` positive factors, fastest dimension first. A factor above 1 slows its dimension
+        down, and an infinite one stops it (`inv_freq` 0). They need be neither monotone nor at
+        least 1: that binds the search, and some of the published sets break the order.
+    start_tokens
+        The paper's n-hat, in tokens: absolute positions below it are not rescaled.
+    attention_factor
+        Multiplies cos and sin of every position, so attention logits by its square.
+    original_length, target_length
+        Context length in tokens before and after the extension.
+    rope_theta
+        Base of the original frequencies.
+    rotary_dim
+        `R`, the number of rotated channels of a head. Even.
+
+    Raises
+    ------
+    ValueError
+        In one sentence that names the argument, what was expected and what came.
+    """
+
+    lambdas: np.ndarray
+    start_tokens: int = 0
+    attention_factor: float = 1.0
+    original_length: int = 4096
+    target_length: int = 32768
+    rope_theta: float = 10000.0
+    rotary_dim: int = 128
+
+    def __post_init__(self):
+        checked = {
+            "start_tokens": integer("start_tokens", self.start_tokens, 0),
+            "attention_factor": positive("attention_factor", self.attention_factor),
+            "original_length": integer("original_length", self.original_length, 1),
+            "target_length": integer("target_length", self.target_length, 1),
+            "rope_theta": positive("rope_theta", self.rope_theta, above=1),
+            "rotary_dim": even("rotary_dim", self.rotary_dim),
+        }
+        checked["lambdas"] = lambda_array(self.lambdas, checked["rotary_dim"])
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    # --- the four baselines ---------------------------------------------------------------------
+
+    @classmethod
+    def none(
+        cls,
+        *,
+        original_length: int,
+        target_length: int | None = None,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return factors that change nothing: every lambda is 1.
+
+        `target_length` (default: `original_length`) only says up to which length they are meant.
+        """
+        target_length = original_length if target_length is None else target_length
+        return cls._baseline(
+            lambda s: np.ones(rotary_dim // 2), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def pi(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return position interpolation (arXiv 2306.15595): every lambda is the ratio `s`.
+
+        transformers calls it rope type `"linear"`.
+        """
+        longer(original_length, target_length)
+        return cls._baseline(
+            lambda s: np.full(rotary_dim // 2, s), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def ntk(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+    ) -> RescaleFactors:
+        """Return NTK-aware scaling: `lambda_i = s^(2i/(R-2))`, from 1 at the fastest to `s`.
+
+        The same as a larger base `theta * s^(R/(R-2))`; transformers' rope type `"dynamic"` with
+        factor 1 gives these frequencies at a sequence of `target_length` tokens.
+        """
+        longer(original_length, target_length)
+
+        return cls._baseline(
+            lambda s: ntk_lambdas(s, rotary_dim), original_length, target_length, rope_theta,
+            rotary_dim,
+        )  # fmt: skip
+
+    @classmethod
+    def yarn(
+        cls,
+        *,
+        original_length: int,
+        target_length: int,
+        rope_theta: float = 10000.0,
+        rotary_dim: int = 128,
+        truncate: bool = True,
+    ) -> RescaleFactors:
+        """Return YaRN (arXiv 2309.00071) with its attention factor `0.1 ln s + 1`.
+
+        `lambda_i = 1 / (ramp_i / s + 1 - ramp_i)`, where the ramp rises linearly over the
+        dimension index, from 0 at the dimension that turns 32 times in the original window to 1 at
+        the one that turns once. `truncate` rounds these two outwards to whole dimensions. Both
+        settings agree with transformers' rope type `"yarn"`.
+        """
+        longer(original_length, target_length)
+        made = cls._baseline(
+            lambda s: yarn_lambdas(s, original_length, rope_theta, rotary_dim, truncate),
+            original_length, target_length, rope_theta, rotary_dim,
+        )  # fmt: skip
+        return made.replace(attention_factor=yarn_attention_factor(made.ratio))
+
+    @classmethod
+    def _baseline(cls, lambdas, original_length, target_length, rope_theta, rotary_dim):
+        # Validate the settings before the formula sees them.
+        plain = cls(
+            np.ones(even("rotary_dim", rotary_dim) // 2),
+            original_length=original_length,
+            target_length=target_length,
+            rope_theta=rope_theta,
+            rotary_dim=rotary_dim,
+        )
+        return plain.replace(lambdas=lambdas(plain.ratio))
+
+    # --- what they are --------------------------------------------------------------------------
+
+    @property
+    def ratio(self) -> float:
+        """`target_length / original_length`, the paper's `s`."""
+        return self.target_length / self.original_length
+
+    def base_inv_freq(self) -> np.ndarray:
+        """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
+        return base_inv_freq(self.rope_theta, self.rotary_dim)
+
+    def inv_freq(self) -> np.ndarray:
+        """Return the rescaled frequencies, radians per token, float64 `[R/2]`."""
+        return self.base_inv_freq() / self.lambdas
+
+    def replace(self, **changes) -> RescaleFactors:
+        """Return a copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def __mul__(self, other: RescaleFactors) -> RescaleFactors:
+        """Compose two stages: `f * g` extends by `f`, then by `g` (paper, section 3.3).
+
+        Lambdas, ratios and attention factors multiply. The original length is that of `f`, the
+        start tokens are those of `g`. The lengths need not meet: a target that the ratios put
+        between two whole tokens is rounded. The stages must have the same `rope_theta` and
+        `rotary_dim`.
+        """
+        if not isinstance(other, RescaleFactors):
+            return NotImplemented
+        for name in ("rope_theta", "rotary_dim"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{name}: expected the same value in both factors of a product, "
+                    f"got {ours} and {theirs}"
+                )
+        # Whole numbers of any size divide exactly here; floats would round beyond 2^53.
+        product, original = self.target_length * other.target_length, other.original_length
+        return self.replace(
+            lambdas=self.lambdas * other.lambdas,
+            start_tokens=other.start_tokens,
+            attention_factor=self.attention_factor * other.attention_factor,
+            target_length=max(1, (2 * product + original) // (2 * original)),
+        )
+
+    def _key(self) -> tuple:
+        settings = tuple(getattr(self, f.name) for f in dataclasses.fields(self)[1:])
+        return (self.lambdas.tobytes(), *settings)
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, RescaleFactors) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self):
+        # Through the constructor: an array that numpy unpickles itself would be writable.
+        fields = dataclasses.fields(self)
+        return type(self), tuple(getattr(self, field.name) for field in fields)
+
+    def ladder(self, step: float = 2.0, loaded: RescaleFactors | None = None) -> Tiers:
+        """Return tiers by position that lead from the model as loaded to these factors.
+
+        Between the window of the model as loaded, `s0` times the original one, and the target, `s`
+        times it, there is a tier for the ratios `s0 step, s0 step^2, ...`. That of ratio `r` has
+        the lambdas and the attention factor on the way, geometrically: with
+        `w = ln(r / s0) / ln(s / s0)`, `lambda = lambda_loaded^(1 - w) * lambda_f^w`. The start
+        tokens are those of `f`; the first tier is the model as loaded, the last is `f` itself.
+
+        Parameters
+        ----------
+        step
+            Ratio of the targets of neighbours, above 1. Measured (docs/tiers.md): steps of 2 are
+            enough, smaller ones gain nothing.
+        loaded
+            The model as loaded (`rope_settings(model).loaded`); None: a model without a rope
+            scaling of its own, with a window of `original_length`.
+
+        Raises
+        ------
+        ValueError
+            Where a lambda is infinite, `step` is not above 1, or the target does not lie beyond
+            the window of the model as loaded.
+        """
+        from longrope.factors.tiers import ladder  # tiers are made of factors
+
+        return ladder(self, step, loaded)
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors to a JSON file, which `load` reads back to the bit.
+
+        The file appears whole or not at all: an interrupted write leaves what was there before.
+        Raises `OSError` with one sentence where the file cannot be written.
+        """
+        files.write_json(Path(path), files.FACTORS, self.as_fields())
+
+    def as_fields(self) -> dict:
+        """Return the fields as plain numbers and lists, as files hold them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"lambdas": self.lambdas.tolist()}
+
+    @classmethod
+    def load(cls, path: str | Path, **settings) -> RescaleFactors:
+        """Read a file written by `save`, or a CSV file of the official LongRoPE code.
+
+        Parameters
+        ----------
+        path
+            JSON (told by its content, not by its name), or CSV: one number a line, or one line for
+            each layer, which must all be equal. The `R/2` factors may follow the number of start
+            tokens (`dim_mono_n`) or two indices of pairs (`dim_piece_mono`), which are dropped.
+            Which it is follows from `rotary_dim`, or where it is left out from the values: the
+            number of factors is taken to be a multiple of 8 where that is possible.
+        **settings
+            For CSV, which holds the factors alone: any field of this class except `lambdas`. Left
+            out, `rotary_dim` is twice the number of factors, and the others take the defaults of
+            the class: start_tokens 0, attention_factor 1.0, original_length 4096, target_length
+            32768, rope_theta 10000.0. `attention_factor` may be `"su"`, what the authors of these
+            files use with them, or `"yarn"`: computed from the lengths. Left out, a warning says
+            that it is 1.0. Refused for JSON, which states them itself.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            With one sentence that names the file and what is wrong with it.
+        """
+        content = files.read(Path(path))
+        try:
+            if not isinstance(content[0], dict):
+                if "attention_factor" not in settings:
+                    warnings.warn(
+                        f"{path}: the file states no attention factor, 1.0 is taken; its authors "
+                        'use attention_factor="su"', stacklevel=2,
+                    )  # fmt: skip
+                defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+                return cls(**official.fields_of(content, settings, defaults))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if settings:
+            raise ValueError(
+                f"{next(iter(settings))}: expected no settings beside {path}, "
+                "a JSON file that states them itself; change them with .replace()"
+            )
+        if len(content) > 1:
+            raise ValueError(
+                f"{path}: expected one set of factors, got {len(content)} tiers (Tiers.load)"
+            )
+        try:
+            return cls(**content[0])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,69 @@
+"""The formulas of the baselines and of the attention factors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+#: The paper's YaRN settings, and transformers': dimensions that turn more than 32 times in the
+#: original window keep their frequency, those that turn less than once are interpolated.
+YARN_BETA_FAST, YARN_BETA_SLOW = 32, 1
+
+
+def su_attention_factor(ratio: float, original_length: int) -> float:
+    """Return `sqrt(1 + ln s / ln L0)`, the attention factor of LongRoPE's code and of Phi-3.
+
+    `ratio` is `s = target_length / original_length`, `original_length` is `L0` in tokens. 1.0 where
+    `ratio <= 1`. transformers' rope type `"longrope"` uses the same formula by default.
+    """
+    if ratio <= 1:
+        return 1.0
+    if original_length < 2:
+        raise ValueError(f"original_length: expected at least 2 tokens, got {original_length}")
+    return math.sqrt(1 + math.log(ratio) / math.log(original_length))
+
+
+def yarn_attention_factor(ratio: float) -> float:
+    """Return `0.1 ln s + 1`, the attention factor of YaRN (arXiv 2309.00071, section 3.4).
+
+    `ratio` is `s = target_length / original_length`; 1.0 where `ratio <= 1`.
+    """
+    return 0.1 * math.log(ratio) + 1.0 if ratio > 1 else 1.0
+
+
+def base_inv_freq(rope_theta: float, rotary_dim: int) -> np.ndarray:
+    """Return the original frequencies `theta^(-2i/R)`, radians per token, float64 `[R/2]`."""
+    return rope_theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def pair_that_turns(
+    turns: float, original_length: int, rope_theta: float, rotary_dim: int
+) -> float:
+    """Return the pair that turns `turns` times in the original window: `i`, fractional.
+
+    `R/2 log_theta(L0 / (2 pi turns))`, counted from 0 and not limited to the pairs there are.
+    """
+    wavelength = original_length / (turns * 2 * math.pi)
+    return rotary_dim * math.log(wavelength) / (2 * math.log(rope_theta))
+
+
+def ntk_lambdas(ratio: float, rotary_dim: int) -> np.ndarray:
+    """Return `s^(2i/(R-2))`, `[R/2]`."""
+    # A single pair (R = 2) has no room for a ramp and stays as it is.
+    return ratio ** (np.arange(0, rotary_dim, 2) / max(rotary_dim - 2, 1))
+
+
+def yarn_lambdas(
+    ratio: float, original_length: int, rope_theta: float, rotary_dim: int, truncate: bool
+) -> np.ndarray:
+    """Return `1 / (ramp_i / s + 1 - ramp_i)`, `[R/2]`; the ramp is `RescaleFactors.yarn`'s."""
+    rope = (original_length, rope_theta, rotary_dim)
+    low, high = pair_that_turns(YARN_BETA_FAST, *rope), pair_that_turns(YARN_BETA_SLOW, *rope)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # The clamps, the upper one to R - 1 rather than R/2 - 1 included, are transformers'.
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
+    return 1 / (ramp / ratio + 1 - ramp)

@@ -1,0 +1,165 @@
+"""Tiers: rescale factors by the position of each token, from the model as loaded outwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from longrope._validation import positive
+from longrope.factors import files
+from longrope.factors.rescale import RescaleFactors
+
+
+class Tiers(Sequence[RescaleFactors]):
+    """An immutable sequence of rescale factors with growing `target_length`.
+
+    The token at position `p` takes the first tier with `p < target_length`, and the last beyond
+    all of them: it attends every earlier token under that tier, its query and all keys turned by
+    the tier's factors. Its hidden states then depend on the tokens before it alone, whatever the
+    sequence grows to. By convention the first tier is the model as loaded
+    (`rope_settings(model).loaded`), so that its window computes what it always did.
+
+    Parameters
+    ----------
+    tiers
+        `RescaleFactors` in any order, with different target lengths, and the same `rope_theta`
+        and `rotary_dim`.
+
+    Raises
+    ------
+    ValueError
+        In one sentence, where there are none, two have one target length, or they differ in
+        `rope_theta` or `rotary_dim`.
+    TypeError
+        Where an element is something else.
+    """
+
+    def __init__(self, tiers: Iterable[RescaleFactors]):
+        given = [tiers] if isinstance(tiers, RescaleFactors) else list(tiers)
+        for tier in given:
+            if not isinstance(tier, RescaleFactors):
+                raise TypeError(
+                    "tiers: expected RescaleFactors, or a list of them, got an element of type "
+                    f"{type(tier).__name__}"
+                )
+        if not given:
+            raise ValueError("tiers: expected at least one RescaleFactors, got an empty list")
+        given.sort(key=lambda tier: tier.target_length)
+        for shorter, longer in itertools.pairwise(given):
+            if shorter.target_length == longer.target_length:
+                raise ValueError(
+                    "tiers: expected different target_length, "
+                    f"got two of {longer.target_length} tokens"
+                )
+            for name in ("rope_theta", "rotary_dim"):
+                first, other = getattr(shorter, name), getattr(longer, name)
+                if first != other:
+                    raise ValueError(
+                        f"tiers: expected one {name} in all of them, got {first:g} and {other:g}"
+                    )
+        self._tiers = tuple(given)
+
+    @overload
+    def __getitem__(self, index: int) -> RescaleFactors: ...
+    @overload
+    def __getitem__(self, index: slice) -> Tiers: ...
+
+    def __getitem__(self, index):
+        found = self._tiers[index]
+        return Tiers(found) if isinstance(index, slice) else found
+
+    def __len__(self) -> int:
+        return len(self._tiers)
+
+    def __iter__(self) -> Iterator[RescaleFactors]:
+        return iter(self._tiers)
+
+    def __eq__(self, other: object) -> bool:
+        return self._tiers == other._tiers if isinstance(other, Tiers) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._tiers)
+
+    def __repr__(self) -> str:
+        rows = [("positions", "lambda", "attention factor", "start tokens")]
+        start = 0
+        for number, tier in enumerate(self._tiers):
+            last = number == len(self._tiers) - 1
+            end = "" if last else f"{tier.target_length - 1}"
+            least, most = tier.lambdas.min(), tier.lambdas.max()
+            span = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+            factor = f"{tier.attention_factor:.4g}"
+            rows.append((f"{start}-{end}", span, factor, str(tier.start_tokens)))
+            start = tier.target_length
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        return "\n".join([f"Tiers({len(self)})", *(line.rstrip() for line in lines)])
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """The `target_length` of every tier, in tokens: the first position beyond it."""
+        return tuple(tier.target_length for tier in self._tiers)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tiers to a JSON file (format "longrope-tiers"), whole or not at all."""
+        fields = [tier.as_fields() for tier in self._tiers]
+        files.write_json(Path(path), files.TIERS, {"tiers": fields})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tiers:
+        """Read a file written by `save`; a file of one set of factors gives one tier.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            With one sentence that names the file and what is wrong with it.
+        """
+        content = files.read(Path(path))
+        if not isinstance(content[0], dict):
+            return cls([RescaleFactors.load(path)])
+        try:
+            return cls([RescaleFactors(**fields) for fields in content])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) -> Tiers:
+    """Return the tiers of `RescaleFactors.ladder`."""
+    step = positive("step", step, above=1)
+    if loaded is None:
+        loaded = RescaleFactors.none(
+            original_length=factors.original_length,
+            rope_theta=factors.rope_theta,
+            rotary_dim=factors.rotary_dim,
+        )
+    for name, tier in (("lambdas", factors), ("loaded", loaded)):
+        if not np.isfinite(tier.lambdas).all():
+            raise ValueError(f"{name}: expected finite values for a ladder, got an infinite one")
+    if factors.target_length <= loaded.target_length:
+        raise ValueError(
+            "target_length: expected more than the window of the model as loaded, "
+            f"{loaded.target_length}, got {factors.target_length}"
+        )
+    whole = math.log(factors.target_length / loaded.target_length)
+    between = []
+    for number in itertools.count(1):
+        target = round(loaded.target_length * step**number)
+        if target >= factors.target_length:
+            break
+        if target <= max([loaded, *between], key=lambda tier: tier.target_length).target_length:
+            continue  # steps of less than a token
+        share = math.log(target / loaded.target_length) / whole
+        between.append(
+            factors.replace(
+                lambdas=loaded.lambdas ** (1 - share) * factors.lambdas**share,
+                attention_factor=loaded.attention_factor ** (1 - share)
+                * factors.attention_factor**share,
+                target_length=target,
+            )
+        )
+    return Tiers([loaded, *between, factors])

@@ -1,0 +1,75 @@
+"""The folder of a run: whose it is, and what is set aside when a run starts again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope._files import replacing
+from longrope.runs.journal import Journal, is_begun
+
+CONFIG, JOURNAL = "config.json", "journal.jsonl"
+
+
+def prepare(out: str | Path, kind: str, results: Sequence[str], resume: bool = True) -> Path:
+    """Create the folder of a run and try to write in it.
+
+    A folder that holds files of these names and no journal belongs to something else (a model has
+    a `config.json` too) and is refused, and so is a journal of another kind. With `resume=False`
+    the files of an earlier run are moved to a folder `previous-1`, `previous-2` and so on.
+
+    Parameters
+    ----------
+    out
+        The folder.
+    kind
+        As in `Journal`.
+    results
+        The names of the files that the run writes, beside `CONFIG` and `JOURNAL`.
+    resume
+        Whether an earlier run in the folder goes on.
+
+    Raises
+    ------
+    ValueError
+        With one sentence, for a folder that cannot be used.
+    """
+    if not isinstance(out, (str, os.PathLike)):
+        raise ValueError(f"out: expected a path, got {type(out).__name__}")
+    out = Path(out)
+    trial = out / f".writable-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {str(out)!r} ({error.strerror})") from None
+    begun = is_begun(out / JOURNAL, kind)
+    others = [name for name in (CONFIG, *results) if (out / name).exists()]
+    if others and not begun:
+        raise ValueError(
+            f"out: expected a new folder or one of a {kind}, got {str(out)!r}, which holds "
+            f"{others[0]} and no journal of a {kind}"
+        )
+    if begun and not resume:
+        with Journal.locked(out / JOURNAL, kind):
+            aside = next(p for n in itertools.count(1) if not (p := out / f"previous-{n}").exists())
+            aside.mkdir()
+            for name in (*others, JOURNAL):  # the journal last: a kill in between loses nothing
+                os.replace(out / name, aside / name)
+    return out
+
+
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Write what the run was asked to do, for people; the journal's header is what binds."""
+    write_text(out / CONFIG, json.dumps(config, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader never sees half of it."""
+    with replacing(path) as file:
+        file.write(text.encode())
