@@ -106,5 +106,8 @@ fi
 
 echo "== $out"
 cat "$out/summary.txt"
-[ ! -e "$out/results.csv" ] || cut -d, -f1-8 "$out/results.csv"
+[ ! -e "$out/results.csv" ] || "$python" -c '
+import csv, sys
+for row in csv.reader(open(sys.argv[1])):
+    print(" | ".join(row[:8]))' "$out/results.csv"
 exit $((failed > 0))
