@@ -42,7 +42,9 @@ class Evaluation:
         Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"critical"` and `"critical pi"`
         (and so on: the first three put into the space of `critical_dimension`), `"ramp"`,
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
-        `"finalist"`.
+        `"finalist"`. On top of a stage `"stage pi"` and so on: the rules for what is left of the
+        ratio. In a ladder also `"tier below"` and `"stretched"`, what the tier below leads to, and
+        `"yarn by position"`, behind tiers of YaRN.
     lambdas, start_tokens, attention_factor
         The factors that were measured; on the grid except in a step.
     nll

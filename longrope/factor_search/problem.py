@@ -50,15 +50,16 @@ class Problem:
         options: SearchOptions,
         bos: int | None = None,
         stage: RescaleFactors | None = None,
+        target_length: int | None = None,
     ) -> Problem:
         """Put together what the options ask of a model with these rope settings.
 
         With `bos` the first token of a window's text is not scored either: windows begin anywhere.
         With a `stage` candidates are stages of ratio `target_length / stage.target_length` on top
-        of it. Raises `ValueError` with one sentence where they do not fit the model.
+        of it. `target_length` is that of a tier, where it is not the options'. Raises `ValueError` with one sentence where they do not fit the model.
         """
         original = options.original_length or rope.original_length
-        target = options.target_length
+        target = options.target_length if target_length is None else target_length
         if target <= original:
             raise ValueError(
                 f"target_length: expected more than the original length {original}, got {target}"
@@ -88,7 +89,12 @@ class Problem:
             choices = (options.start_tokens,)
         if options.critical_dimension:
             space = CriticalSpace.of(
-                original, target if stage is None else original * ratio, rope.rope_theta, rope.rotary_dim, bound, choices
+                original,
+                target if stage is None else original * ratio,
+                rope.rope_theta,
+                rope.rotary_dim,
+                bound,
+                choices,
             )
         else:
             if bound is None:

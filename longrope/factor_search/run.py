@@ -28,12 +28,14 @@ from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.history import Evaluation, Role, SearchResult
+from longrope.factor_search.ladder import Ladder, LadderSearch
 from longrope.factor_search.measurer import Measurer
 from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task, most_evaluations
 from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
+from longrope.factor_search.stage import stage_of, tiers_as_found
 from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.patching import rope_settings
 from longrope.runs.folder import JOURNAL, write_config
@@ -186,7 +188,10 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     job = ranks.current()
     rope = rope_settings(model)
     bos = bos_token(options.bos, model, documents)
-    problem = Problem.of(rope, options, bos)
+    original = options.original_length or rope.original_length
+    found = tiers_as_found(model, rope, original, options.scaling)
+    problem = Problem.of(rope, options, bos, stage_of(found))
+    ladder = Ladder.of(model, rope, options, problem, found) if options.ladder else None
     options.check_ranks(job.size)
     if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
@@ -197,14 +202,18 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     drawn = WindowsByRole.draw(
         model, documents, options.validation, problem.target_length, options.windows, *randoms[:2],
         screened=SCREEN_WINDOWS if options.has_steps else 0,
-        needles=randoms[4] if options.objective == "needle" else None, bos=bos,
+        needles=randoms[4] if options.objective == "needle" and not ladder else None, bos=bos,
     )  # fmt: skip
     data: dict[str, str] = {role: digest(windows) for role, windows in drawn.windows.items()}
     if options.has_steps:
         data["documents"] = drawn.digest()
-    head = header(options, problem, fingerprint(model), data, job.size)
+    above = None if ladder is None else ladder.as_fields()
+    head = header(options, problem, fingerprint(model), data, job.size, above)
     job.check_same({**head, **options.limits})
     notes = _notes(model, options, job)
+    if ladder is not None:
+        keeps = job.gather(ladder.keeps(model, drawn))
+        notes["kept_prefixes"] = [all(tier) for tier in zip(*keeps, strict=True)]
     with contextlib.ExitStack() as stack:
         journal: Replay | None = None
         if options.out is None:
@@ -219,42 +228,73 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
             asked = {"options": options.as_dict(), "model_name": name, "notes": notes}
             write_config(out, {**head, **options.limits, **asked})
         notes, journal = _everywhere(job, notes, journal)
-        differentiate = random_windows = None
-        arguments = (model, problem.factors, notes["rows"], problem.last_tokens)
-        if options.has_steps:
-            base = problem.baselines()["pi"].base_inv_freq()
-            plan = BackwardPlan(*notes["gradient"])
-            differentiate = GradientEvaluator(model, base, plan, problem.last_tokens, job)
-            random_windows = drawn.random(randoms[3])
-        if options.shard_sequence:
-            evaluator = ShardedEvaluator(*arguments, job)
+        held_out = Role.VALIDATION in drawn.windows
+        total = (
+            most_evaluations(problem, options, held_out) if ladder is None
+            else ladder.most_evaluations(options, held_out)
+        )  # fmt: skip
+        on_batch = stack.enter_context(
+            progress_bar(options.progress if job.first else False, total)
+        )
+        if ladder is None:
+            result = _search(model, options, problem, drawn, notes, journal, on_batch, job, randoms)
         else:
-            evaluator = PopulationEvaluator(*arguments, notes["chunk"])
-        total = most_evaluations(problem, options, Role.VALIDATION in drawn.windows)
-        measurer = Measurer(
-            evaluator,
-            drawn.windows,
-            journal,
-            max_evaluations=options.max_evaluations,
-            on_batch=stack.enter_context(
-                progress_bar(options.progress if job.first else False, total)
-            ),
-            differentiate=differentiate,
-            ranks=None if options.shard_sequence else job,
-        )
-        task = Task(problem, options, measurer, randoms[2], random_windows)
-        chosen = METHODS[options.method](task)
-        factors = problem.factors(chosen)
-        validated = measurer.losses(Role.VALIDATION).get(chosen)
-        result = SearchResult(
-            factors=factors,
-            perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
-            validation_perplexity=None if validated is None else math.exp(validated),
-            history=tuple(measurer.history),
-        )
-        measurer.finish()
+            result = LadderSearch(
+                model, options, ladder, drawn, notes, journal, on_batch, job
+            ).run()
         if options.out is not None and job.first:
-            folder.write_results(out, factors, result.history, problem.baselines())
+            folder.write_results(
+                out, result.factors, result.history, problem.baselines(), result.tiers
+            )
+    return result
+
+
+def _search(
+    model: nn.Module,
+    options: SearchOptions,
+    problem: Problem,
+    drawn: WindowsByRole,
+    notes: dict[str, Any],
+    journal: Replay | None,
+    on_batch: Callable[[Sequence[Evaluation], int], None],
+    job: ranks.Ranks,
+    randoms: Sequence[np.random.Generator],
+) -> SearchResult:
+    """Search one set of factors; the arguments are what `search` has made of its own."""
+    differentiate = random_windows = None
+    arguments = (model, problem.factors, notes["rows"], problem.last_tokens)
+    if options.has_steps:
+        differentiate = GradientEvaluator(
+            model, problem.unit_inv_freq(), BackwardPlan(*notes["gradient"]),
+            problem.last_tokens, job,
+        )  # fmt: skip
+        random_windows = drawn.random(randoms[3])
+    if options.shard_sequence:
+        evaluator = ShardedEvaluator(*arguments, job)
+    else:
+        evaluator = PopulationEvaluator(*arguments, notes["chunk"])
+    measurer = Measurer(
+        evaluator,
+        drawn.windows,
+        journal,
+        max_evaluations=options.max_evaluations,
+        on_batch=on_batch,
+        differentiate=differentiate,
+        ranks=None if options.shard_sequence else job,
+        absolute=problem.absolute,
+    )
+    task = Task(problem, options, measurer, randoms[2], random_windows)
+    chosen = METHODS[options.method](task)
+    factors = problem.factors(chosen)
+    validated = measurer.losses(Role.VALIDATION).get(chosen)
+    result = SearchResult(
+        factors=factors,
+        perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
+        validation_perplexity=None if validated is None else math.exp(validated),
+        history=tuple(measurer.history),
+        stages=problem.stage_parts(factors),
+    )
+    measurer.finish()
     return result
 
 
