@@ -66,7 +66,8 @@ def _fields(problem: Problem) -> dict[str, Any]:
     """Return what a problem is, in JSON values, without what follows from the rest."""
     fields = dataclasses.asdict(dataclasses.replace(problem, stage=None, below=None))
     del fields["below"], fields["yarn_attention"]
-    return {**fields, "stage": None if problem.stage is None else problem.stage.as_fields()}
+    # First, so that it is what a refusal names: the rest follows from it.
+    return {"stage": None if problem.stage is None else problem.stage.as_fields(), **fields}
 
 
 def explain(difference: str) -> str:

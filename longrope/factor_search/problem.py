@@ -56,7 +56,8 @@ class Problem:
 
         With `bos` the first token of a window's text is not scored either: windows begin anywhere.
         With a `stage` candidates are stages of ratio `target_length / stage.target_length` on top
-        of it. `target_length` is that of a tier, where it is not the options'. Raises `ValueError` with one sentence where they do not fit the model.
+        of it. `target_length` is that of a tier, where it is not the options'. Raises `ValueError`
+        with one sentence where they do not fit the model.
         """
         original = options.original_length or rope.original_length
         target = options.target_length if target_length is None else target_length

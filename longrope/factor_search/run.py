@@ -83,6 +83,19 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
     worse there than YaRN. With too little text for both, the search windows choose.
 
+    With `ladder=True` the result is tiers by position (`longrope.Tiers`): one for each doubling of
+    the window of the model as loaded, searched one after another from the shortest on. Each has the
+    lowest loss on its own range of positions, behind the tiers below, which are fixed by then; the
+    tokens below the range go through the model once per window. Budgets (steps, candidates) are
+    those of each tier. Where YaRN by position is better over all ranges of the deciding windows, it
+    is returned.
+
+    A model that has factors or tiers applied, or a scaling in its config, is stage one: candidates
+    multiply its lambdas (of tiers the last ones) and lead from its window to the target, the rules
+    for that ratio are the seeds, PI, NTK and YaRN counted from the base compete beside them, and
+    the result is the product (`SearchResult.stages`). A ladder goes on above tiers that are
+    applied, and these stay as they are.
+
     In a `torch.distributed` job (after `init_process_group`) all ranks call this with the same
     arguments and share the measurements. Every rank returns the result of one process, to the bit;
     rank 0 writes the files; an error of one rank ends all of them. Ranks wait 1800 seconds for one
@@ -98,13 +111,18 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         The window to reach, in tokens; more than the original.
     method
         `"gradient"`, `"evolution"` (the paper's, at about ten times the cost) or `"hybrid"`.
+    ladder
+        Search tiers by position. Not with `shard_sequence`.
+    scaling
+        `"compose"`: on top of what the model has; `"ignore"`: from the base alone, in a window of
+        `original_length`.
     objective
         `"perplexity"` of the windows; or `"needle"` (LongRoPE2, arXiv 2502.20082): that of 16
         random tokens at the end of each window, which also stand in its first tenth, after the same
         8 tokens.
     last_tokens
         Score only this many tokens at the end of each window, those with the most context; None:
-        all but the first. With `"perplexity"` only.
+        all but the first. In a ladder at most those of a tier's range. With `"perplexity"` only.
     bos
         The token in front of every window, `"auto"`, True or False, as in `longrope.perplexity`: a
         window is that token and `target_length - 1` tokens of text, of which the first is not
@@ -124,7 +142,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     validation
         Held-out documents for the final choice.
     max_lambda
-        Upper bound of lambda; None: `1.25 s` with `s = target_length / original_length`.
+        Upper bound of lambda; None: `1.25 s` with `s` the target over the window that the search
+        starts from. On top of a stage the bound of what multiplies it; in a ladder that of every
+        tier, or with None each its own.
     seed
         The seed of the windows and of the search. Equal arguments give equal results to the bit on
         one machine, in equal batches: these follow from the free memory, and a resumed search takes
@@ -160,12 +180,12 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`.
+        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
-        `iterations` and `max_evaluations` may be larger than before; any other difference is
-        refused and named. False: move an earlier search to a folder `previous-1` (and so on) of
+        `iterations` and `max_evaluations` may be larger than before, but for a ladder; any other
+        difference is refused and named. False: move an earlier search to a folder `previous-1` (and so on) of
         `out`, and start again.
     progress
         True: show a progress bar; or a function that is called with the new evaluations after every
@@ -178,10 +198,11 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     Raises
     ------
     ValueError
-        With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, a window whose keys and values do not fit the free
-        memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
-        the journal of another search, or ranks that were not given the same search.
+        With one sentence for any argument out of range, a model without rotary embedding or, for a
+        ladder, without a layer that sees beyond its first tier, a last tier without tokens to
+        score, a document shorter than `target_length`, a window whose keys and values do not fit
+        the free memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be
+        written, the journal of another search, or ranks that were not given the same search.
     LostRankError
         If a rank of the job has died or does not answer; a `RuntimeError`.
     """
