@@ -179,10 +179,13 @@ class LadderSearch:
             chosen = METHODS[self.options.method](task)
             task.measure(Role.SEARCH, [chosen], "finalist")
             searched.append((task, chosen))
+            if number > 1:
+                _forget(task)
             rule = problem.rules()["yarn"]
             other = task if number == 1 else self._task(number, problem, self._tiers(yarn))
             _measure_rule(other, rule, other.judge)
             yarn.append((other, rule))
+            _forget(other)
             for done in dict.fromkeys([task.measurer, other.measurer]):
                 history += done.history
             below = chosen, problem.target_length
@@ -242,6 +245,13 @@ class LadderSearch:
         )  # fmt: skip
         options = self.ladder.options_of(number, self.options)
         return Task(problem, options, measurer, for_method, random_windows)
+
+
+def _forget(task: Task) -> None:
+    """Free the prefixes that a task keeps; what it measures later computes them again."""
+    task.measurer.differentiate = None
+    task.measurer.evaluator.forget()
+    task.measurer.tier.forget()
 
 
 def _measure_rule(task: Task, rule: Candidate, role: Role) -> None:

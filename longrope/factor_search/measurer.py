@@ -52,6 +52,10 @@ class TierCost:
         #: The windows of steps, True, and of candidates, which keep prefixes of their own.
         self._seen: set[tuple[bool, bytes]] = set()
 
+    def forget(self) -> None:
+        """Take it that prefixes that were kept are no longer."""
+        self._seen.clear()
+
     def of(self, windows: torch.Tensor, step: bool = False) -> float:
         """Return the cost of a candidate on windows, or of a step, whose way back counts twice.
 

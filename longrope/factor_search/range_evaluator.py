@@ -113,6 +113,10 @@ class RangeEvaluator(PopulationEvaluator):
         self._prefix = Prefix(model, below, self._score)
         self._kept: dict[bytes, Any] = {}
 
+    def forget(self) -> None:
+        """Free the prefixes that are kept."""
+        self._kept.clear()
+
     @contextlib.contextmanager
     def _turning(self) -> Iterator[Callable[..., None]]:
         with ranges(self.model) as self._rotary:
