@@ -20,6 +20,7 @@ from longrope.patching.attention import has_kernel_attention, kernel_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
 from longrope.patching.mlp import inplace_mlps
+from longrope.patching.notices import warn_of_window
 from longrope.patching.settings import LENGTH_DEPENDENT, rope_settings
 from longrope.patching.tiered import TieredRotaryEmbedding
 
@@ -132,6 +133,7 @@ def perplexity(
     start = bos_token(bos, model, documents)
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
     tokens = without_bos(tokens, start)
+    warn_of_window(model, length)
     chosen = range(len(tokens))
     if samples is not None:
         if _validation.integer("samples", samples, 1) > len(tokens):
