@@ -107,7 +107,8 @@ def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: s
     else:
         rotary = RescaledRotaryEmbedding(base.rotary_emb, several)
     device = next(base.parameters()).device
-    base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
+    rotary.place(device)
+    base.rotary_emb = rotary
     (tiered if by_position else row_tiers).install(base, rotary)
     if len(several) == 1:
         rotary.hooks += cache_guard.install(base, several[0])
