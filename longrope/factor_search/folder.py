@@ -29,8 +29,9 @@ def write_results(
     factors: RescaleFactors,
     history: Sequence[Evaluation],
     baselines: Mapping[str, RescaleFactors],
+    loaded: Sequence[Evaluation] = (),
 ) -> None:
-    """Write the factors, the history as a table, and the plot."""
+    """Write the factors, the history as a table, and the plot, which shows the model as loaded."""
     factors.save(out / FACTORS)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -40,7 +41,7 @@ def write_results(
     for number, e in enumerate(history):
         writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
     write_text(out / HISTORY, table.getvalue())
-    plot(out / PLOT, factors, history, baselines)
+    plot(out / PLOT, factors, history, baselines, loaded)
 
 
 def summary(out: Path) -> dict[str, Any]:

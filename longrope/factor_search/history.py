@@ -10,6 +10,8 @@ from longrope.factors import RescaleFactors
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
 BASELINES = ("pi", "ntk", "yarn")
+#: The origin of the model as loaded, which is no candidate.
+AS_LOADED = "model as loaded"
 
 
 class Role(str, enum.Enum):
@@ -42,7 +44,7 @@ class Evaluation:
         Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"critical"` and `"critical pi"`
         (and so on: the first three put into the space of `critical_dimension`), `"ramp"`,
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
-        `"finalist"`.
+        `"finalist"`. `"model as loaded"`: no candidate, but what there was before.
     lambdas, start_tokens, attention_factor
         The factors that were measured; on the grid except in a step.
     nll
@@ -93,9 +95,14 @@ class SearchResult:
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
         origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
         candidate has one for each stage that it was measured in.
+    loaded
+        The model as loaded, with the scaling of its config or the factors that were applied: an
+        `Evaluation` on the search windows, and one on the validation windows where there are any.
+        At the end of `history` too, where there is such a scaling. Empty where it was not measured.
     """
 
     factors: RescaleFactors
     perplexity: float
     validation_perplexity: float | None
     history: tuple[Evaluation, ...]
+    loaded: tuple[Evaluation, ...] = ()

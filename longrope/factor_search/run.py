@@ -23,7 +23,7 @@ from longrope.evaluation.memory import (
     plan_batches,
 )
 from longrope.evaluation.start import bos_token
-from longrope.factor_search import folder
+from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
@@ -80,7 +80,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     step of a descent sees: one window of each document in `validation`, or, without it, up to
     `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
-    worse there than YaRN. With too little text for both, the search windows choose.
+    worse there than YaRN. The model as loaded is measured beside them, and a warning says so where
+    it is better. With too little text for both, the search windows choose.
 
     In a `torch.distributed` job (after `init_process_group`) all ranks call this with the same
     arguments and share the measurements. Every rank returns the result of one process, to the bit;
@@ -256,8 +257,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
             history=tuple(measurer.history),
         )
         measurer.finish()
+        result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
         if options.out is not None and job.first:
-            folder.write_results(out, factors, result.history, problem.baselines())
+            folder.write_results(out, factors, result.history, problem.baselines(), result.loaded)
     return result
 
 
