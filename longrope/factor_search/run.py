@@ -36,7 +36,7 @@ from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.patching import rope_settings
-from longrope.patching.notices import warn_of_window
+from longrope.patching.notices import warn_of_untested, warn_of_window
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay
 from longrope.runs.options import about, from_keywords
@@ -207,6 +207,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     head = header(options, problem, fingerprint(model), data, job.size)
     job.check_same({**head, **options.limits})
     if job.first:
+        warn_of_untested(model)
         warn_of_window(model, problem.target_length)
     notes = _notes(model, options, job)
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ from typing import Any
 
 from longrope._warnings import warn
 from longrope.factors import Tiers
-from longrope.patching.families import attention_layers, decoder, window_of
+from longrope.patching.families import attention_layers, decoder, family_of, window_of
 from longrope.patching.settings import rope_settings
 
 #: Rope types that factors replace without a word: none at all, or an earlier LongRoPE export.
@@ -52,12 +52,24 @@ def warn_of_window(model: Any, length: int) -> None:
         warn(notice)
 
 
+def warn_of_untested(model: Any) -> None:
+    """Warn of a model whose family no test holds; `longrope.apply` has tried it."""
+    family = family_of(decoder(model))
+    if not family.tested:
+        warn(
+            f'the model type "{family.name}" is in none of the families that longrope is tested '
+            "with: a tiny random model of its class has passed the same trial"
+            + ("" if family.tiers else ', but for tiers by position, which only tiers="row" gives')
+        )
+
+
 def warn_of_factors(model: Any, tiers: Tiers, *, as_loaded: bool) -> None:
     """Warn of what keeps tiers from doing what they were made for in a model, each cause once.
 
     A scaling of its own, which they replace (`as_loaded`: the first of them is the model with it);
     a window other than the one they count from; sliding windows shorter than their target.
     """
+    warn_of_untested(model)
     settings, original = rope_settings(model), tiers[0].original_length
     if settings.rope_type not in _REPLACED_SILENTLY and not as_loaded:
         warn(

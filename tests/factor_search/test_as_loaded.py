@@ -24,7 +24,7 @@ SCALED = {
     "none": None,
 }
 #: The least of a search.
-ONCE = {"population": 3, "mutations": 0, "crossovers": 0, "iterations": 1, "parents": 2}
+ONCE = {"population": 3, "mutations": 1, "crossovers": 1, "iterations": 1, "parents": 2}
 
 
 def build(rope=None):
