@@ -25,7 +25,7 @@ FLOORS = (
     ("documents",),
     ("ops",),
     ("_native",),
-    ("_validation", "_files"),
+    ("_validation", "_files", "_warnings"),
     ("errors",),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(FLOORS)) for name in names}

@@ -64,12 +64,14 @@ def search(
     yarn = {}  # what a ladder is compared with has tiers of its own
     if not options.ladder:
         yarn = {e.role: e.perplexity for e in result.history if e.origin == "yarn"}
+    loaded = {e.role: e.perplexity for e in result.loaded}
     for role, name, reached in (
         ("search", "search", result.perplexity),
         ("validation", "held-out", result.validation_perplexity),
     ):
         if reached is not None:
             compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
+            compared += f", {loaded[role]:.4f} as loaded" if role in loaded else ""
             print(f"perplexity {reached:.4f} on the {name} windows{compared}")
     if len(result.stages) > 1:
         first, second = result.stages

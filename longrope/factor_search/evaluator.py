@@ -62,6 +62,7 @@ class PopulationEvaluator:
         self.last_tokens = last_tokens
         self.to_factors = to_factors
         self.rows = rows
+        self.chunk = chunk
         with evaluating(model):
             self._score = NextTokenNLL(model, chunk)
 

@@ -31,10 +31,11 @@ def write_results(
     history: Sequence[Evaluation],
     baselines: Mapping[str, RescaleFactors],
     tiers: Tiers | None = None,
+    loaded: Sequence[Evaluation] = (),
 ) -> None:
     """Write the factors, the tiers of a ladder, the history as a table, and the plot.
 
-    The plot of a ladder is that of its last tier.
+    The plot shows the model as loaded, where it was measured; that of a ladder is its last tier's.
     """
     if tiers is not None:
         tiers.save(out / TIERS)
@@ -56,7 +57,8 @@ def write_results(
         writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
     write_text(out / HISTORY, table.getvalue())
     last = history[-1].tier
-    plot(out / PLOT, factors, [e for e in history if e.tier == last], baselines)
+    shown = [e for e in history if e.tier == last]
+    plot(out / PLOT, factors, shown, baselines, loaded)
 
 
 def summary(out: Path) -> dict[str, Any]:

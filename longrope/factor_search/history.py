@@ -10,6 +10,8 @@ from longrope.factors import RescaleFactors, Tiers
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
 BASELINES = ("pi", "ntk", "yarn")
+#: The origin of the model as loaded, which is no candidate.
+AS_LOADED = "model as loaded"
 
 
 class Role(str, enum.Enum):
@@ -44,7 +46,8 @@ class Evaluation:
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
         `"finalist"`. On top of a stage `"stage pi"` and so on: the rules for what is left of the
         ratio. In a ladder also `"tier below"` and `"stretched"`, what the tier below leads to, and
-        `"yarn by position"`, behind tiers of YaRN.
+        `"yarn by position"`, behind tiers of YaRN. `"model as loaded"`: no candidate, but what
+        there was before.
     lambdas, start_tokens, attention_factor
         The factors that were measured; on the grid except in a step.
     nll
@@ -112,6 +115,11 @@ class SearchResult:
         What `factors` are the product of: the factors of the model as the search found it, applied
         or in its config, and what the search put on top; `factors` alone where there were none, or
         with `scaling="ignore"`.
+    loaded
+        The model as loaded, with the scaling of its config or the factors that were applied: an
+        `Evaluation` on the search windows, and one on the validation windows where there are any.
+        At the end of `history` too, where there is such a scaling. Empty where it was not measured,
+        as for a ladder.
     """
 
     factors: RescaleFactors
@@ -120,3 +128,4 @@ class SearchResult:
     history: tuple[Evaluation, ...]
     tiers: Tiers | None = None
     stages: tuple[RescaleFactors, ...] = ()
+    loaded: tuple[Evaluation, ...] = ()

@@ -23,7 +23,7 @@ from longrope.evaluation.memory import (
     plan_batches,
 )
 from longrope.evaluation.start import bos_token
-from longrope.factor_search import folder
+from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
@@ -38,6 +38,7 @@ from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.factor_search.stage import stage_of, tiers_as_found
 from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.patching import rope_settings
+from longrope.patching.notices import warn_of_untested, warn_of_window
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay
 from longrope.runs.options import about, from_keywords
@@ -81,7 +82,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     step of a descent sees: one window of each document in `validation`, or, without it, up to
     `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
     and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
-    worse there than YaRN. With too little text for both, the search windows choose.
+    worse there than YaRN. The model as loaded is measured beside them, and a warning says so where
+    it is better. With too little text for both, the search windows choose.
 
     With `ladder=True` the result is tiers by position (`longrope.Tiers`): one for each doubling of
     the window of the model as loaded, searched one after another from the shortest on. Each has the
@@ -231,6 +233,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     above = None if ladder is None else ladder.as_fields()
     head = header(options, problem, fingerprint(model), data, job.size, above)
     job.check_same({**head, **options.limits})
+    if job.first:
+        warn_of_untested(model)
+        warn_of_window(model, problem.target_length)
     notes = _notes(model, options, job)
     if ladder is not None:
         keeps = job.gather(ladder.keeps(model, drawn))
@@ -265,8 +270,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
             ).run()
         if options.out is not None and job.first:
             folder.write_results(
-                out, result.factors, result.history, problem.baselines(), result.tiers
-            )
+                out, result.factors, result.history, problem.baselines(), result.tiers,
+                result.loaded,
+            )  # fmt: skip
     return result
 
 
@@ -316,6 +322,7 @@ def _search(
         stages=problem.stage_parts(factors),
     )
     measurer.finish()
+    result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
     return result
 
 
