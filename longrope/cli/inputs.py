@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope.cli.folders import checked_model
+
 
 def rank() -> int:
     """Return the number of this process in its job, 0 where there is none."""
@@ -121,13 +123,11 @@ def load_weights(name: str) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
+    name = checked_model("MODEL", name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", trust_remote_code=False
+        ).eval()
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
         raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
 
@@ -149,7 +149,9 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     tokenizer = None
     if model.config.vocab_size != 256:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                os.path.expanduser(name), trust_remote_code=False
+            )
         except Exception as error:
             raise ValueError(
                 f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"

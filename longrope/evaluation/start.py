@@ -11,6 +11,7 @@ from torch import nn
 
 from longrope.documents import Documents
 from longrope.evaluation.modes import vocabulary
+from longrope.patching.wrappers import language_model
 
 #: Rows of an embedding of bytes, which have no room for a token that is no byte.
 _BYTES = 256
@@ -68,7 +69,7 @@ def bos_token(bos: str | bool | int, model: nn.Module, documents: Iterable[Any])
 
 
 def _of_config(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config = getattr(language_model(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     token = getattr(config, "bos_token_id", None)

@@ -18,6 +18,7 @@ from longrope.patching.rotation import accept_rotations
 from longrope.patching.settings import RopeSettings, rope_settings
 from longrope.patching.tier_cache import stays_as_loaded
 from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.patching.wrappers import device_of
 
 #: Rope types that factors replace without a word: none at all, or an earlier LongRoPE export.
 _REPLACED_SILENTLY = ("default", "longrope", "su")
@@ -98,8 +99,11 @@ def apply(
         )
     else:
         rotary = RescaledRotaryEmbedding(base.rotary_emb, several)
-    device = next(base.parameters()).device
-    base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
+    device = device_of(model)
+    if device.type != "meta":
+        # Only its own buffers: those of the model's module may be offloaded.
+        rotary._apply(lambda buffer: buffer.to(device), recurse=False)
+    base.rotary_emb = rotary
     (tiered if by_position else row_tiers).install(base, rotary)
     if len(several) == 1:
         rotary.hooks += cache_guard.install(base, several[0])
