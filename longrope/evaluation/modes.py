@@ -8,7 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from longrope.patching.wrappers import is_offloaded, is_sharded, language_model
+from longrope.patching.wrappers import (
+    is_offloaded,
+    is_sharded,
+    language_model,
+    running_eagerly,
+)
 
 
 @contextlib.contextmanager
@@ -19,7 +24,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         # Weights that are put back after a pass must not be inference tensors.
         moving = is_offloaded(model) or is_sharded(model)
-        with torch.no_grad() if moving else torch.inference_mode():
+        without_gradients = torch.no_grad() if moving else torch.inference_mode()
+        with without_gradients, running_eagerly(model):
             yield
     finally:
         for module in training:

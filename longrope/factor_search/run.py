@@ -172,8 +172,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         refused and named. False: move an earlier search to a folder `previous-1` (and so on) of
         `out`, and start again.
     progress
-        True: show a progress bar; or a function that is called with the new evaluations after every
-        batch, including those from the journal of an earlier run.
+        True: show a progress bar, in logs and notebooks without widgets a line every half minute;
+        or a function that is called with the new evaluations after every batch, including those
+        from the journal of an earlier run.
 
     Returns
     -------

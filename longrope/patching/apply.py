@@ -15,6 +15,7 @@ from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
 from longrope.patching.rotation import accept_rotations
+from longrope.patching.saving import warn_on_save
 from longrope.patching.settings import RopeSettings, rope_settings
 from longrope.patching.tier_cache import stays_as_loaded
 from longrope.patching.tiered import TieredRotaryEmbedding
@@ -34,8 +35,9 @@ def apply(
     """Make a Hugging Face model use rescale factors, in place.
 
     Weights, state dict keys and configuration stay as they are, so `save_pretrained` afterwards
-    writes the model without the factors. Other models of the same class are not affected. Applying
-    again replaces the factors; `remove` takes them out.
+    writes the model without the factors, and warns of it (`longrope.export` writes them). Other
+    models of the same class are not affected. Applying again replaces the factors; `remove` takes
+    them out.
 
     One set of factors holds for every length. Several are tiers, by position unless `tiers` says
     otherwise: the token at position `p` attends under the first tier with `p < target_length`, the
@@ -88,6 +90,7 @@ def apply(
     accept_rotations(attention_layers(base)[0])
     by_position = tiers == "position" and len(several) > 1
     remove(model)
+    warn_on_save()
     first_by_model = by_position and tiered.loaded_tier(settings, several)
     if not first_by_model:
         _warn_of_replaced(settings)

@@ -8,6 +8,8 @@ forward pass runs in, where weights may lie on the disk or be packed.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,6 +99,20 @@ def device_of(model: nn.Module) -> torch.device:
             if tensor.device.type != "meta":
                 return tensor.device
     return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def running_eagerly(model: nn.Module) -> Iterator[None]:
+    """Leave compiled parts of a model uncompiled inside the block.
+
+    Measuring changes factors, shapes and gradient modes all the time, and each would be compiled.
+    """
+    compiled = any(
+        "_orig_mod" in part._modules or part._compiled_call_impl is not None
+        for part in model.modules()
+    )
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
 
 
 def is_offloaded(model: nn.Module) -> bool:

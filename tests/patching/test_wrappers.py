@@ -169,10 +169,10 @@ def test_an_offloaded_model_is_measured_and_searched_as_it_is(place, documents, 
 
 def test_an_adapter_counts(documents):
     model = lora(build_model())
-    before = fingerprint(model), longrope.perplexity(model, documents, length=32)
+    before = fingerprint(model), longrope.perplexity(model, documents, length=32, stride=32)
     with torch.no_grad():
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.fill_(0.1)
-    after = fingerprint(model), longrope.perplexity(model, documents, length=32)
+    after = fingerprint(model), longrope.perplexity(model, documents, length=32, stride=32)
     assert after[0] != before[0] and after[1] != pytest.approx(before[1], rel=1e-4)
 
 
@@ -185,7 +185,9 @@ def test_layers_that_torch_has_quantised(documents):
     ids = documents[0][None, :32]
     logits = model(ids).logits[0, :-1].float()
     expected = nn.functional.cross_entropy(logits, ids[0, 1:]).exp().item()
-    assert longrope.perplexity(model, [ids[0]], length=32) == pytest.approx(expected, rel=1e-5)
+    assert longrope.perplexity(model, [ids[0]], length=32, stride=32) == pytest.approx(
+        expected, rel=1e-5
+    )
     assert fingerprint(model) == fingerprint(build()) != fingerprint(build_model())
     longrope.search(model, documents, **EVOLUTION)
     with pytest.raises(ValueError, match="model: expected layers that gradients pass through, got"):
@@ -235,7 +237,7 @@ def test_a_model_without_a_head_is_refused_in_one_sentence(kind, documents):
     name = type(model).__name__
     expected = rf"model: expected .* language model .*, got {name} without a head"
     with pytest.raises(ValueError, match=expected):
-        longrope.perplexity(model, documents, length=32)
+        longrope.perplexity(model, documents, length=32, stride=32)
     with pytest.raises(ValueError, match=expected):
         longrope.search(nn.DataParallel(model), documents, **EVOLUTION)
 
