@@ -81,7 +81,7 @@ def load_factors(
     `length` is the target length where the file states none. What was taken is said in one line on
     standard error.
     """
-    from longrope import RescaleFactors, Tiers
+    from longrope import Tiers
     from longrope.cli.options import value_of
     from longrope.factors.files import states_settings
     from longrope.patching import rope_settings
@@ -100,14 +100,14 @@ def load_factors(
         "rotary_dim": rope.rotary_dim,
         "attention_factor": value_of(attention_factor or "su", [str, float]),
     }
-    factors = RescaleFactors.load(path, **settings)
+    (factors,) = tiers = Tiers.load(path, **settings)
     rule = settings["attention_factor"]
     say(
         f"{path} holds factors alone: with rope theta {factors.rope_theta:g}, original length "
         f"{factors.original_length}, target length {factors.target_length}, attention factor "
         f"{factors.attention_factor:.6g}" + f" ({rule})" * isinstance(rule, str)
     )
-    return factors
+    return tiers
 
 
 def say(line: str) -> None:

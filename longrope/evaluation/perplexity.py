@@ -135,7 +135,7 @@ def perplexity(
         raise ValueError(f"stride: expected at most the length {length}, got {stride}")
     if batch_size is not None:
         batch_size = _validation.integer("batch_size", batch_size, 1)
-    seed = _validation.integer("seed", seed, 0)
+    seed = _validation.seed("seed", seed)
     if not callable(progress) and progress not in (True, False):
         raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
     start = bos_token(bos, model, documents)
