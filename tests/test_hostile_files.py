@@ -255,5 +255,5 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 def test_journal_errors_are_journal_errors(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(journal_text(tmp_path).replace("1.5", "1.25"))
-    with pytest.raises(JournalError, match="line 2 of .* is damaged"):
+    with pytest.raises(JournalError, match=r"line 2 of .* is damaged"):
         journal.read(path)

@@ -86,7 +86,8 @@ class Options:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"{path}: {key}: there is no such option{meant}")
+                named = key if key.isidentifier() and len(key) <= 40 else repr(key[:40])
+                raise ValueError(f"{path}: {named}: there is no such option{meant}")
             try:
                 _checked(known[key], value)
             except ValueError as error:
