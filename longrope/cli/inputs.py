@@ -140,6 +140,7 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
+    from longrope.checkpoints.source import TOKENIZER_FILES
     from longrope.evaluation.memory import native_dtype
 
     device = choose_device(device)
@@ -148,6 +149,9 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         model = model.to(native_dtype())  # others are slower in 16 bits than in 32
     tokenizer = None
     if model.config.vocab_size != 256:
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"MODEL: expected a folder with a tokenizer, got {name!r} without one")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 os.path.expanduser(name), trust_remote_code=False

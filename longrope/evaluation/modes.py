@@ -41,7 +41,7 @@ def vocabulary(model: nn.Module) -> int | None:
     if not isinstance(inner, nn.Module) or _has_no_head(inner):
         without = " without a head that predicts tokens" * isinstance(inner, nn.Module)
         raise ValueError(
-            "model: expected a Hugging Face causal language model (AutoModelForCausalLM), "
+            "model: expected a Hugging Face causal language model, "
             f"got {type(inner).__name__}{without}"
         )
     embedding = getattr(inner, "get_input_embeddings", lambda: None)()
