@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from longrope.cli.common import one_sentence_errors
+from longrope.cli.folders import check_config
 
 
 @one_sentence_errors
@@ -57,7 +58,8 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         raise ValueError(
             f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
         )
-    config = AutoConfig.from_pretrained(what)
+    check_config("WHAT", Path(what))
+    config = AutoConfig.from_pretrained(what, trust_remote_code=False)
     if runtime:
         import torch
         from transformers import AutoModelForCausalLM

@@ -15,6 +15,7 @@ from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
 from longrope.patching.tier_pass import cache_argument
 from longrope.patching.window_cache import differentiable_cache, rewind, window_cache
+from longrope.patching.wrappers import called_model, device_of, is_plain, is_sharded
 
 
 class NextTokenNLL:
@@ -33,10 +34,10 @@ class NextTokenNLL:
     """
 
     def __init__(self, model: nn.Module, chunk: int | None = None):
-        self.model = model
+        self.model = called_model(model)
         self.chunk = chunk
-        self.device = next(model.parameters()).device
-        self.base, self.head = _base_and_head(model)
+        self.device = device_of(model)
+        self.base, self.head = _base_and_head(self.model)
 
     def __call__(self, ids: torch.Tensor, scored: int, cache: Any = None) -> torch.Tensor:
         """Return the NLL of the last `scored` tokens of each row, float32 `[B, scored]`.
@@ -114,8 +115,12 @@ class NextTokenNLL:
         """Return the NLL of `targets` `[T]` under outputs of `forward` `[B, n, ...]`, `B n = T`."""
         output = output.flatten(0, 1)
         if self.base is None:
-            return nn.functional.cross_entropy(output.float(), targets, reduction="none")
-        return ops.linear_nll(output, self.head.weight, targets)
+            at = targets.to(output.device)
+            nll = nn.functional.cross_entropy(output.float(), at, reduction="none")
+        else:
+            weight = self.head.weight  # of a model on several devices maybe on another one
+            nll = ops.linear_nll(output.to(weight.device), weight, targets.to(weight.device))
+        return nll.to(targets.device)
 
     def feed(self, ids: torch.Tensor, end: int, cache: Any) -> None:
         """Put the tokens of windows `[B, N]` up to `end`, behind those it holds, into a cache."""
@@ -196,16 +201,18 @@ def _base_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if base is None or base is model or not isinstance(head, nn.Linear):
         return None, None
-    probe = torch.arange(4, device=next(model.parameters()).device)[None]
+    if is_sharded(model) or not is_plain(head.weight):
+        return None, None  # the weights are there, and floats, inside the model's forward alone
+    probe = torch.arange(4, device=device_of(model))[None]
     try:
         expected = model(input_ids=probe, use_cache=False).logits
         hidden = base(input_ids=probe, use_cache=False).last_hidden_state
-        actual = nn.functional.linear(hidden, head.weight)
+        actual = nn.functional.linear(hidden.to(head.weight.device), head.weight)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, AttributeError, RuntimeError):
         return None, None
     same = expected.shape == actual.shape and torch.allclose(
-        expected.float(), actual.float(), rtol=1e-3, atol=1e-3, equal_nan=True
+        expected.float(), actual.to(expected.device).float(), rtol=1e-3, atol=1e-3, equal_nan=True
     )
     return (base, head) if same else (None, None)

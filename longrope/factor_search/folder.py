@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longrope.factor_search.history import Evaluation, Role
 from longrope.factor_search.plot import plot
+from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors, Tiers
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_text
@@ -87,11 +90,27 @@ def summary(out: Path) -> dict[str, Any]:
         facts["ladder"] = f"tiers up to {ends} tokens; the figures are of the last one begun"
         last = max((entry["tier"] for entry in entries), default=1)
         entries = [entry for entry in entries if entry["tier"] == last]
+    chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
     for role, name in ((Role.SEARCH, "search windows"), (Role.VALIDATION, "held-out windows")):
         found = [e for e in entries if e["role"] == role and e["nll"] is not None]
         if found:
             best = min(found, key=lambda e: e["nll"])
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
             compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
-            facts[f"best on the {name}"] = f"perplexity {math.exp(best['nll']):.4f}{compared}"
+            # A margin may have kept another point than the best.
+            kept = [e for e in found if chosen is not None and _is(e, chosen)]
+            if kept and kept[-1]["nll"] > best["nll"]:
+                compared += f", {math.exp(best['nll']):.4f} at best"
+            shown, what = (kept[-1], "chosen, on") if kept else (best, "best on")
+            facts[f"{what} the {name}"] = f"perplexity {math.exp(shown['nll']):.4f}{compared}"
     return facts
+
+
+def _is(entry: Mapping[str, Any], factors: RescaleFactors) -> bool:
+    """Say whether an entry of the journal has measured these factors."""
+    own = entry["attention_factor"]  # None: that of the search
+    return (
+        np.array_equal(np.array(entry["hundredths"]) / STEPS, factors.lambdas)
+        and entry["start_tokens"] == factors.start_tokens
+        and (own is None or own == factors.attention_factor)
+    )

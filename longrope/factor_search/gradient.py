@@ -20,6 +20,7 @@ from longrope.factor_search.windows import scored_tokens
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.families import decoder
+from longrope.patching.wrappers import running_eagerly
 
 
 class GradientEvaluator:
@@ -114,7 +115,7 @@ def differentiating(model: nn.Module) -> Iterator[None]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), running_eagerly(model):
             yield
     finally:
         for module in training:

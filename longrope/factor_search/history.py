@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import html
 import math
 from dataclasses import dataclass
 
@@ -129,3 +130,41 @@ class SearchResult:
     tiers: Tiers | None = None
     stages: tuple[RescaleFactors, ...] = ()
     loaded: tuple[Evaluation, ...] = ()
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was found; the history may be megabytes."""
+        return "\n  ".join(["SearchResult(", *(f"{k}: {v}" for k, v in self._rows())]) + "\n)"
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, for notebooks."""
+        rows = (
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._rows()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        found = self.factors
+        least, most = found.lambdas.min(), found.lambdas.max()
+        yarn = {e.role: e.perplexity for e in self.history if e.origin == "yarn"}
+        if self.tiers is not None:
+            yarn = {}  # what a ladder is compared with has tiers of its own
+        loaded = {e.role: e.perplexity for e in self.loaded}
+        rows = [
+            ("window", f"{found.original_length} to {found.target_length} tokens"),
+            ("lambdas", f"{len(found.lambdas)}, from {least:.4g} to {most:.4g}"),
+            ("start tokens", str(found.start_tokens)),
+            ("attention factor", f"{found.attention_factor:.4g}"),
+        ]
+        if self.tiers is not None:
+            ends = ", ".join(str(limit) for limit in self.tiers.limits)
+            rows.insert(1, ("tiers by position", f"up to {ends} tokens"))
+        for role, name, reached in (
+            (Role.SEARCH, "search windows", self.perplexity),
+            (Role.VALIDATION, "held-out windows", self.validation_perplexity),
+        ):
+            if reached is not None:
+                compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
+                compared += f", {loaded[role]:.4f} as loaded" if role in loaded else ""
+                rows.append((f"perplexity, {name}", f"{reached:.4f}{compared}"))
+        passes = sum(e.forward_equivalents for e in self.history)
+        return [*rows, ("cost", f"{passes:.6g} forward passes of a window")]

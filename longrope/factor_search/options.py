@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from longrope._validation import choice, count, integer, natural, positive, probability, switch
-from longrope.evaluation.start import checked_bos
+from longrope import _validation
+from longrope._validation import (
+    checked_bos,
+    choice,
+    count,
+    integer,
+    natural,
+    positive,
+    probability,
+    switch,
+)
 from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS
@@ -96,7 +105,7 @@ class SearchOptions(Options):
         _one_of(PRESETS), None, "Settings: paper, paper-long (above 512k) or official-code.",
         "paper",
     )  # fmt: skip
-    seed: int = _option(natural, None, "Seed of every random choice.", 0)
+    seed: int = _option(_validation.seed, None, "Seed of every random choice.", 0)
     objective: str = _option(
         _one_of(OBJECTIVES), PROBLEM,
         "perplexity, or needle: the loss of answers far from their needle.", "perplexity",

@@ -18,13 +18,13 @@ from longrope.distributed import ranks
 from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     BackwardPlan,
-    device_of,
     plan_backward,
     plan_batches,
 )
 from longrope.evaluation.start import bos_token
 from longrope.factor_search import as_loaded, folder
-from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
+from longrope.factor_search.evaluator import PopulationEvaluator
+from longrope.factor_search.fingerprint import fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.history import Evaluation, Role, SearchResult
@@ -39,6 +39,12 @@ from longrope.factor_search.stage import stage_of, tiers_as_found
 from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.patching import rope_settings
 from longrope.patching.notices import warn_of_untested, warn_of_window
+from longrope.patching.wrappers import (
+    device_of,
+    is_quantized,
+    is_sharded,
+    language_model,
+)
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay
 from longrope.runs.options import about, from_keywords
@@ -190,8 +196,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         difference is refused and named. False: move an earlier search to a folder `previous-1` (and
         so on) of `out`, and start again.
     progress
-        True: show a progress bar; or a function that is called with the new evaluations after every
-        batch, including those from the journal of an earlier run.
+        True: show a progress bar, in logs and notebooks without widgets a line every half minute;
+        or a function that is called with the new evaluations after every batch, including those
+        from the journal of an earlier run.
 
     Returns
     -------
@@ -216,10 +223,20 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     problem = Problem.of(rope, options, bos, stage_of(found))
     ladder = Ladder.of(model, rope, options, problem, found) if options.ladder else None
     options.check_ranks(job.size)
+    if job.size > 1 and is_sharded(model):
+        raise ValueError(
+            "model: expected whole weights on every rank of the job, which measure different "
+            "candidates at once, got weights that FSDP shares out"
+        )
     if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "model: expected parameters that were made outside torch.inference_mode(), "
             "got inference tensors, which take no part in gradients"
+        )
+    if options.has_steps and is_quantized(model):
+        raise ValueError(
+            "model: expected layers that gradients pass through, got torch's quantised ones; "
+            'method="evolution" needs none'
         )
     randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(options.seed).spawn(5)]
     drawn = WindowsByRole.draw(
@@ -250,7 +267,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 Journal(out / JOURNAL, head, notes, kind=folder.KIND, explain=explain)
             )
             notes = journal.notes
-            name = getattr(getattr(model, "config", None), "_name_or_path", "")
+            config = getattr(language_model(model), "config", None)
+            name = getattr(config, "_name_or_path", "")
             asked = {"options": options.as_dict(), "model_name": name, "notes": notes}
             write_config(out, {**head, **options.limits, **asked})
         notes, journal = _everywhere(job, notes, journal)

@@ -111,8 +111,15 @@ class Tiers(Sequence[RescaleFactors]):
         files.write_json(Path(path), files.TIERS, {"tiers": fields})
 
     @classmethod
-    def load(cls, path: str | Path) -> Tiers:
+    def load(cls, path: str | Path, **settings) -> Tiers:
         """Read a file written by `save`; a file of one set of factors gives one tier.
+
+        Parameters
+        ----------
+        path
+            JSON, or a CSV file of the official LongRoPE code.
+        **settings
+            For CSV, which holds the factors alone, as for `RescaleFactors.load`.
 
         Raises
         ------
@@ -121,7 +128,12 @@ class Tiers(Sequence[RescaleFactors]):
         """
         content = files.read(Path(path))
         if not isinstance(content[0], dict):
-            return cls([RescaleFactors.load(path)])
+            return cls([RescaleFactors.load(path, **settings)])
+        if settings:
+            raise ValueError(
+                f"{next(iter(settings))}: expected no settings beside {path}, a JSON file that "
+                "states them itself"
+            )
         try:
             return cls([RescaleFactors(**fields) for fields in content])
         except ValueError as error:
