@@ -151,7 +151,7 @@ def perplexity(
     total, count = 0.0, 0
     range_sums, range_counts = np.zeros(len(ranges)), np.zeros(len(ranges), np.int64)
     layout = plan_batches(
-        model, length, len(windows), rows=batch_size, cut=_may_be_cut(model), name="length"
+        model, length, len(windows), rows=batch_size, cut=may_be_cut(model), name="length"
     )
     with evaluating(model), kernel_attention(model), inplace_mlps(model):
         score = NextTokenNLL(model, layout.chunk)
@@ -239,7 +239,7 @@ def _batches(windows: list[Window], rows: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _may_be_cut(model: nn.Module) -> bool:
+def may_be_cut(model: nn.Module) -> bool:
     """Say whether chunks of a window turn by the angles of the whole window.
 
     The rope types of transformers that look at the longest position so far turn the first chunks of

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,9 +16,6 @@ from longrope.factors import RescaleFactors
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
-
-#: Elements of each tensor that the fingerprint reads, evenly spread.
-_FINGERPRINT_SAMPLES = 4096
 
 
 class PopulationEvaluator:
@@ -142,21 +137,3 @@ def tokens_of_blocks(scored: int, blocks: int) -> torch.Tensor:
     if not 1 <= blocks <= scored:
         raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
     return torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the model's config and of a spread sample of every parameter and buffer."""
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    settings.pop("_name_or_path", None)  # the same model may lie elsewhere today
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        spread = torch.linspace(
-            0, max(flat.numel() - 1, 0), min(flat.numel(), _FINGERPRINT_SAMPLES),
-            dtype=torch.float64,
-        )  # fmt: skip
-        sample = flat[spread.long().to(flat.device)].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

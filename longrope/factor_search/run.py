@@ -15,6 +15,7 @@ from torch import nn
 
 from longrope._validation import switch
 from longrope.distributed import ranks
+from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     BackwardPlan,
@@ -24,7 +25,7 @@ from longrope.evaluation.memory import (
 )
 from longrope.evaluation.start import bos_token
 from longrope.factor_search import folder
-from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
+from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.history import Evaluation, Role, SearchResult
@@ -34,7 +35,7 @@ from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.factor_search.windows import WindowsByRole, digest
+from longrope.factor_search.windows import WindowsByRole
 from longrope.patching import rope_settings
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay

@@ -9,15 +9,22 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bar(
-    total: int, measure: str, clock: Callable[[], float] = time.monotonic
+    total: int,
+    measure: str,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    shown: bool = True,
 ) -> Iterator[Callable[[int, int, str | None], None]]:
     """Show units of work done, the latest value of a measure, tokens per second, time so far, left.
 
     Yields a function of the units done since the last call, the tokens computed for them (0 where
     they came from a journal) and the value of `measure` to show from now on (None: as before). The
     speed is the mean since the bar appeared. `total` is the most units that there can be: where the
-    run ends earlier, the bar ends full.
+    run ends earlier, the bar ends full. Where it is not to be `shown`, the function does nothing.
     """
+    if not shown:
+        yield lambda done, tokens, value: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
