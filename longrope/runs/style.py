@@ -51,9 +51,7 @@ def heat() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     ends = [STYLES["gradient"].color, "white", STYLES["yarn"].color]
-    made = LinearSegmentedColormap.from_list("share", ends)
-    made.set_bad(MUTED)
-    return made
+    return LinearSegmentedColormap.from_list("share", ends).with_extremes(bad=MUTED)
 
 
 def tidy(*axes: Any) -> None:
