@@ -131,6 +131,12 @@ def long_perplexity(
         _cut(model, documents, length, text, start, samples, seed), start, short, block
     )
     full = _full(model, windows)
+    most, known = int(windows.ids.max()), None if evaluator is None else vocabulary(evaluator)
+    if known is not None and most >= known:
+        raise ValueError(
+            f"evaluator: expected a model with the same tokenizer, got a vocabulary of {known} "
+            f"beside the token {most}"
+        )
     if keys is None:
         judged = full if evaluator is None else _full(evaluator, windows)
         gain = _short(model if evaluator is None else evaluator, windows) - judged

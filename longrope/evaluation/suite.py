@@ -75,8 +75,8 @@ def evaluate(
         `passkey.png`.
     tasks
         Of `"perplexity"` (windows that do not overlap), `"passkey"`, `"ruler"` and `"longppl"`,
-        whose key tokens are, for all rows, those of the first set of `factors` (of the model
-        itself, without factors). It says nothing at lengths within the original window.
+        whose key tokens are, for all rows, those of the first set of `factors` that has enough of
+        them (of the model itself, without factors); nothing at lengths within the original window.
     trials
         Passkey prompts of each length.
     samples
@@ -117,7 +117,7 @@ def evaluate(
         remove(model)
         header = {
             "tasks": tasks, "lengths": wanted, "tiers": tiers, **asked,
-            "factors": {name: _fields(each) for name, each in sets.items()},
+            "sets": list(sets), "factors": {name: _fields(each) for name, each in sets.items()},
             "model": fingerprint(model), "documents": [digest(text) for text in texts],
         }  # fmt: skip
         folder = prepare(out, KIND, suite_report.FILES, resume)

@@ -138,6 +138,10 @@ def test_the_defaults_are_the_papers_for_a_large_window(monkeypatch):
         ({"length": 101}, "documents[0]: "),
         ({"short": 0}, "short: expected an integer of at least 1"),
         ({"block": 0}, "block: expected an integer of at least 1"),
+        (
+            {"evaluator": build(vocab_size=32)},
+            "evaluator: expected a model with the same tokenizer",
+        ),
         ({"samples": 4}, "samples: expected at most 3 windows, got 4"),
         ({"keys": [[40]]}, "keys: expected those of 3 windows, got 1"),
         ({"keys": [[40], [31], [50]]}, "keys: expected places from 32 to 99, got 31 to 31"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import re
+import sys
 import types
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_common_words_by_hand(length, often, seldom):
 def test_more_common_words_than_the_language_has():
     prompt, _ = sample("cwe", len(ruler_words.single_words()) + 5)
     assert prompt.count("-") >= 5
+
+
+def test_rulers_own_words_where_they_are_installed(monkeypatch):
+    known = {"adjectives": ["red"], "nouns": ["fox", "owl"], "verbs": ["sit"], "noun": ["other"]}
+    package = types.SimpleNamespace(RandomWord=lambda: types.SimpleNamespace(_categories=known))
+    monkeypatch.setitem(sys.modules, "wonderwords", package)
+    ruler_words.words.cache_clear()
+    assert ruler_words.words() == (("red",), ("fox", "owl"), ("sit",))
+    assert re.search("for red-(fox|owl) is:", sample("niah_single_1", 3).prompt)
+    ruler_words.words.cache_clear()
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    assert len(ruler_words.words()[1]) > 200
+    ruler_words.words.cache_clear()
 
 
 def test_frequent_words_by_hand():

@@ -96,7 +96,9 @@ def test_a_killed_run_resumes_and_measures_nothing_twice(tmp_path, monkeypatch):
     [
         ({"trials": 3}, "trials: 2 there, 3 here"),
         ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"factors": {}}, "factors.yarn"),
+        ({"factors": {}}, "sets: "),
+        ({"factors": dict(reversed(sets().items()))}, "sets: "),
+        ({"factors": sets() | {"cope": sets()["yarn"]}}, "factors.cope"),
         ({"documents": documents(330)}, "documents"),
         ({"model": tiny_models.build("qwen2", vocab_size=256, pad_token_id=None)}, "model: "),
     ],
