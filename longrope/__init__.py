@@ -24,7 +24,12 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope.checkpoints.load import load
     from longrope.documents import load_data
     from longrope.evaluation.exported import measure_export
+    from longrope.evaluation.long_perplexity import long_perplexity
+    from longrope.evaluation.passkey import passkey
     from longrope.evaluation.perplexity import perplexity
+    from longrope.evaluation.ruler import ruler
+    from longrope.evaluation.ruler_tasks import RULER_TASKS
+    from longrope.evaluation.suite import evaluate
     from longrope.factor_search.history import SearchResult
     from longrope.factor_search.run import search
     from longrope.factors import (
@@ -40,21 +45,26 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
 
 #: Where a public name is defined.
 _HOMES = {
+    "RULER_TASKS": "longrope.evaluation.ruler_tasks",
     "RescaleFactors": "longrope.factors",
     "SearchResult": "longrope.factor_search.history",
     "Tiers": "longrope.factors",
     "_C": "longrope._native",
     "apply": "longrope.patching.apply",
+    "evaluate": "longrope.evaluation.suite",
     "export": "longrope.checkpoints.export",
     "load": "longrope.checkpoints.load",
     "load_data": "longrope.documents",
+    "long_perplexity": "longrope.evaluation.long_perplexity",
     "measure_export": "longrope.evaluation.exported",
+    "passkey": "longrope.evaluation.passkey",
     "perplexity": "longrope.evaluation.perplexity",
     "published": "longrope.factors",
     "published_names": "longrope.factors",
     "remove": "longrope.patching.apply",
     "rope_settings": "longrope.patching.settings",
     "row_lengths": "longrope.patching.apply",
+    "ruler": "longrope.evaluation.ruler",
     "search": "longrope.factor_search.run",
     "su_attention_factor": "longrope.factors",
     "yarn_attention_factor": "longrope.factors",
@@ -73,21 +83,26 @@ _MODULES = (
 )
 
 __all__ = [
+    "RULER_TASKS",
     "RescaleFactors",
     "SearchResult",
     "Tiers",
     "__version__",
     "apply",
+    "evaluate",
     "export",
     "load",
     "load_data",
+    "long_perplexity",
     "measure_export",
+    "passkey",
     "perplexity",
     "published",
     "published_names",
     "remove",
     "rope_settings",
     "row_lengths",
+    "ruler",
     "search",
     "su_attention_factor",
     "yarn_attention_factor",

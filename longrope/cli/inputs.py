@@ -110,6 +110,14 @@ def load_factors(
     return tiers
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers that `512,1024` names; `ValueError` with the name of the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers like 512,1024, got {text!r}") from None
+
+
 def say(line: str) -> None:
     """Write a line to standard error, by the first process of a job; nothing where it is empty."""
     if line and rank() == 0:

@@ -11,8 +11,10 @@ import typer
 
 import longrope
 from longrope.cli.demo import demo
+from longrope.cli.evaluate import evaluate
 from longrope.cli.export import export
 from longrope.cli.info import info
+from longrope.cli.passkey import passkey
 from longrope.cli.perplexity import perplexity
 from longrope.cli.search import search
 
@@ -38,7 +40,7 @@ def common(
     """Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753)."""
 
 
-for command in (demo, search, perplexity, export, info):
+for command in (demo, search, perplexity, passkey, evaluate, export, info):
     app.command()(command)
 
 

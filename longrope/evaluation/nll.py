@@ -53,6 +53,24 @@ class NextTokenNLL:
             parts.append(self.nll(output, targets.flatten()).view_as(targets))
         return torch.cat(parts, dim=1)
 
+    def answers(self, ids: torch.Tensor, scored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the NLL of the last tokens of each row, and whether each is the likeliest one.
+
+        float32 and bool, `[B, scored]`. Greedy generation gives exactly these tokens where all of
+        them are the likeliest: as long as it agrees with them, it has the same tokens before it.
+        """
+        ids = ids.to(self.device)
+        losses, likeliest = [], []
+        for first, output in self._outputs(ids, scored):
+            targets = ids[:, first : first + output.shape[1]]
+            losses.append(self.nll(output, targets.flatten()).view_as(targets))
+            likeliest.append(self.logits(output).argmax(-1) == targets)
+        return torch.cat(losses, dim=1), torch.cat(likeliest, dim=1)
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the logits of outputs of `forward`, `[B, n, V]`."""
+        return output if self.base is None else self.head(output)
+
     def sums(
         self, ids: torch.Tensor, scored: int, blocks: int = 1, cache: Any = None
     ) -> torch.Tensor:
@@ -94,7 +112,7 @@ class NextTokenNLL:
         first = length - scored - 1
         starts = range(begin, length - 1, self.chunk)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._planned(length):
+        with self.planned(length):
             with torch.no_grad():
                 for start in starts[:-1]:
                     self._chunk(ids, start, cache)
@@ -142,7 +160,7 @@ class NextTokenNLL:
             return
         cache = window_cache(self.model, length - 1) if cache is None else cache
         first = length - scored - 1  # the token whose output predicts the first scored one
-        with self._planned(length):
+        with self.planned(length):
             # The last token predicts none.
             for start in range(begin, length - 1, self.chunk or length):
                 output = self._chunk(ids, start, cache)
@@ -153,9 +171,13 @@ class NextTokenNLL:
     def _chunk(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
         """Return the output of the chunk that begins at `start`; the last token predicts none."""
         end = min(start + (self.chunk or ids.shape[1]), ids.shape[1] - 1)
+        return self.append(ids[:, start:end], start, cache)
+
+    def append(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
+        """Return the output of tokens `[B, n]` from position `start` on, through a cache."""
         return self.forward(
-            ids[:, start:end],
-            position_ids=torch.arange(start, end, device=self.device)[None],
+            ids,
+            position_ids=torch.arange(start, start + ids.shape[1], device=self.device)[None],
             use_cache=True,
             **{cache_argument(decoder(self.model)): cache},
         )
@@ -166,7 +188,7 @@ class NextTokenNLL:
             return self.model(input_ids=ids, **arguments).logits
         return self.base(input_ids=ids, **arguments).last_hidden_state
 
-    def _planned(self, length: int) -> contextlib.AbstractContextManager:
+    def planned(self, length: int) -> contextlib.AbstractContextManager:
         """Choose tiers by the whole window, which its first chunks do not show."""
         if isinstance(decoder(self.model).rotary_emb, RescaledRotaryEmbedding):
             return row_lengths(self.model, length)

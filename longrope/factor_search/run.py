@@ -15,6 +15,7 @@ from torch import nn
 
 from longrope._validation import switch
 from longrope.distributed import ranks
+from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     BackwardPlan,
@@ -24,7 +25,6 @@ from longrope.evaluation.memory import (
 from longrope.evaluation.start import bos_token
 from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.factor_search.fingerprint import fingerprint
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.history import Evaluation, Role, SearchResult
@@ -36,7 +36,7 @@ from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
 from longrope.factor_search.stage import stage_of, tiers_as_found
-from longrope.factor_search.windows import WindowsByRole, digest
+from longrope.factor_search.windows import WindowsByRole
 from longrope.patching import rope_settings
 from longrope.patching.notices import warn_of_untested, warn_of_window
 from longrope.patching.wrappers import (

@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from longrope.documents import as_documents
+from longrope.evaluation.identity import digest
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.needles import plant
 from longrope.evaluation.start import with_bos, without_bos
 from longrope.factor_search.history import Role
-
-#: Tokens that are hashed at a time: a document may be most of the memory.
-_HASHED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -269,15 +267,3 @@ def scored_tokens(windows: torch.Tensor, last_tokens: int | None) -> int:
     """Return how many tokens at the end of each window are scored: at most all but the first."""
     most = windows.shape[1] - 1
     return most if last_tokens is None else min(last_tokens, most)
-
-
-def digest(windows: torch.Tensor) -> str:
-    """Return a hash of the tokens of windows or a document, for the header of a journal.
-
-    The same for every type that holds them.
-    """
-    found = hashlib.sha256(repr(tuple(windows.shape)).encode())
-    flat = windows.flatten()
-    for start in range(0, len(flat), _HASHED):
-        found.update(flat[start : start + _HASHED].to(torch.int64).numpy().tobytes())
-    return found.hexdigest()[:16]
