@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from longrope import _validation
-from longrope.checkpoints.hf import with_rope
 from longrope.evaluation.memory import CPU_TOKENS_PER_BATCH, GPU_TOKENS_PER_CHUNK
 from longrope.factors import RescaleFactors, Tiers
-from longrope.model import blocks, extension, files, training
+from longrope.model import blocks, checks, extension, files, training
 from longrope.patching import apply, remove, rope_settings
-from longrope.patching.attention import LARGEST_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
     from transformers.modeling_outputs import CausalLMOutput
-
-#: A label that is not scored, as in `ops.linear_nll` and transformers.
-IGNORED = -100
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LongRoPEModel(nn.Module):
@@ -87,36 +81,12 @@ class LongRoPEModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        given = {"d_model": d_model, "n_heads": n_heads, "num_layers": num_layers}
-        given |= {"base_length": base_length, "vocab_size": vocab_size}
-        given |= {"n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads}
-        given |= {"d_ff": 64 * -(-8 * d_model // 192) if d_ff is None else d_ff}
-        for name, value in given.items():
-            given[name] = _validation.count(name, value)
-        theta = _validation.positive("theta", theta, above=1)
-        head_dim, rest = divmod(d_model, n_heads)
-        if rest or head_dim % 2 or head_dim > LARGEST_HEAD_DIM:
-            raise ValueError(
-                "n_heads: expected a number that divides d_model into heads of an even number of "
-                f"channels, at most {LARGEST_HEAD_DIM}, got {n_heads} for d_model {d_model}"
-            )
-        if n_heads % given["n_kv_heads"]:
-            raise ValueError(
-                f"n_kv_heads: expected a divisor of n_heads, {n_heads}, got {given['n_kv_heads']}"
-            )
-        if dtype not in DTYPES:
-            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise ValueError(f"dtype: expected a torch dtype of {known}, got {dtype!r}")
-        config = {
-            "model_type": "llama", "hidden_size": d_model, "intermediate_size": given["d_ff"],
-            "num_hidden_layers": num_layers, "num_attention_heads": n_heads,
-            "num_key_value_heads": given["n_kv_heads"], "head_dim": head_dim,
-            "vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None,
-        }  # fmt: skip
-        rope = {"rope_type": "default", "rope_theta": theta}
-        config = LlamaConfig.from_dict(with_rope(config, rope, base_length, None))
+        config = checks.llama_config(
+            d_model, n_heads, num_layers, base_length, vocab_size, n_kv_heads, d_ff, theta
+        )
+        checks.dtype(dtype)
         # Made in its dtype rather than cast: a cast would round the rotary frequencies too.
         with torch.device(device):
             llama = LlamaForCausalLM._from_config(config, dtype=dtype)
@@ -231,7 +201,7 @@ class LongRoPEModel(nn.Module):
         ValueError
             Where a shape, a type, a token id or an argument is not as above.
         """
-        _check_inputs(inputs, labels, self.llama.config)
+        checks.inputs(inputs, labels, self.llama.config)
         default = GPU_TOKENS_PER_CHUNK if self.device.type == "cuda" else CPU_TOKENS_PER_BATCH
         block = default if block is None else _validation.count("block", block)
         embedded = inputs.is_floating_point()
@@ -412,38 +382,3 @@ class LongRoPEModel(nn.Module):
         `longrope.load` gives it its tiers back.
         """
         return files.export(self, path, options)
-
-
-def _check_inputs(inputs: Any, labels: Any, config: Any) -> None:
-    """Refuse inputs and labels that the model cannot take."""
-    expected = f"token ids [B, N] or embeddings [B, N, {config.hidden_size}], B and N at least 1"
-    if not isinstance(inputs, Tensor):
-        raise ValueError(f"inputs: expected {expected}, got {type(inputs).__name__}")
-    integer = not (inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool)
-    fits = inputs.dim() == 2 if integer else inputs.dim() == 3
-    if not integer:
-        fits = fits and inputs.is_floating_point() and inputs.shape[2] == config.hidden_size
-    if not fits or not inputs.numel():
-        raise ValueError(f"inputs: expected {expected}, got {_shown(inputs)}")
-    if integer:
-        _check_ids("inputs", inputs, config.vocab_size)
-    if labels is None:
-        return
-    shape = list(inputs.shape[:2])
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or list(labels.shape) != shape:
-        shown = _shown(labels) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: expected int64 {shape}, got {shown}")
-    _check_ids("labels", labels, config.vocab_size, ignored=IGNORED)
-
-
-def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
-    if ignored is not None:
-        ids = ids.masked_fill(ids == ignored, 0)
-    low, high = (int(edge) for edge in torch.aminmax(ids))
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"{name}: expected token ids below {vocab_size}, got {wrong}")
-
-
-def _shown(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

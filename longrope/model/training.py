@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def fit(
     documents = as_documents(data, min_length=0, vocab_size=vocabulary, name="data")
     documents = long_enough(documents, length, "data")
 
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     settings = {
         "max_steps": steps, "per_device_train_batch_size": batch_size, "seed": seed,
@@ -62,9 +63,13 @@ def fit(
         "disable_tqdm": not progress, "logging_strategy": "steps" if progress else "no",
         "logging_steps": max(1, steps // 20), "dataloader_pin_memory": model.device.type == "cuda",
     }  # fmt: skip
-    settings |= {"remove_unused_columns": False} | arguments
-    Trainer(
-        model=model,
-        args=TrainingArguments(**settings),
-        train_dataset=_Windows(documents, length, seed),
-    ).train()
+    with tempfile.TemporaryDirectory() as nowhere:  # the Trainer makes its folder in any case
+        settings |= {"remove_unused_columns": False, "output_dir": nowhere} | arguments
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**settings),
+            train_dataset=_Windows(documents, length, seed),
+        )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
+        trainer.train()
