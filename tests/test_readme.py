@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.byte_tokenizer import byte_tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -19,14 +18,6 @@ def blocks():
     found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(found) == 3
     return found
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def test_your_model(blocks, tmp_path, monkeypatch, capsys, one_thread):
