@@ -71,7 +71,7 @@ class Reader:
 
     @torch.no_grad()
     def step(self, ids: list[int], cache: Any = None, keep: int = 1) -> tuple[torch.Tensor, Any]:
-        """Run tokens behind a cache, None for a new one; return logits `[keep, V]` and the cache."""
+        """Run tokens behind a cache (None: a new one); return logits `[keep, V]` and the cache."""
         tokens = torch.tensor([ids], device=self.model.device)
         given = {} if cache is None else {cache_argument(self.model): cache}
         out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=keep, **given)

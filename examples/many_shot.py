@@ -67,7 +67,7 @@ def balanced(task: list[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
 
 
 def likelihood(reader: common.Reader, cache, ids: list[int], scored: int) -> float:
-    """Return the mean log-likelihood of the last `scored` tokens of `ids` after a prompt's cache."""
+    """Return the mean log-likelihood of the last `scored` tokens of `ids` behind a cache."""
     logits, _ = reader.step(ids, copy.deepcopy(cache), keep=scored + 1)
     found = logits[:-1].float().log_softmax(-1)
     return float(found.gather(-1, torch.tensor(ids[-scored:])[:, None].to(found.device)).mean())

@@ -10,6 +10,7 @@ from torch import Tensor
 from longrope import _validation
 from longrope.checkpoints.hf import with_rope
 from longrope.patching.attention import LARGEST_HEAD_DIM
+from longrope.patching.rotation import DEVICES_WITH_KERNELS
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -55,6 +56,15 @@ def dtype(value: Any) -> None:
     if value not in DTYPES:
         known = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise ValueError(f"dtype: expected a torch dtype of {known}, got {value!r}")
+
+
+def device(found: torch.device) -> None:
+    """Refuse weights where the kernels do not run."""
+    if found.type not in DEVICES_WITH_KERNELS:
+        raise ValueError(
+            f"device: expected weights on {' or '.join(DEVICES_WITH_KERNELS)}, where this build "
+            f"has kernels, got {found}"
+        )
 
 
 def inputs(inputs: Any, labels: Any, config: Any) -> None:

@@ -11,8 +11,11 @@ import torch
 from longrope._files import new_folder
 from longrope.checkpoints.export import export as export_factors
 from longrope.checkpoints.export import free_folder
+from longrope.checkpoints.hf import ABOUT
+from longrope.checkpoints.load import load as load_export
 from longrope.factors import Tiers
-from longrope.patching import rope_settings
+from longrope.patching import rope_settings, rotary_of
+from longrope.patching.settings import LENGTH_DEPENDENT
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -24,13 +27,17 @@ TIERS = "tiers.json"
 TRAINED = "longrope_trained"
 
 
-def check_llama(config: Any) -> None:
-    """Refuse the configuration of a model that `LongRoPEModel` does not compute."""
-    kind = getattr(config, "model_type", None) or type(config).__name__
-    if kind != "llama":
-        raise ValueError(f'llama: expected a LlamaForCausalLM, got "{kind}"')
-    if rope_settings(config).loaded is None:
-        raise ValueError('llama: expected angles that no length changes, got rope type "dynamic"')
+def check_llama(llama: Any) -> None:
+    """Refuse a model that `LongRoPEModel` does not compute."""
+    from transformers import LlamaForCausalLM
+
+    if not isinstance(llama, LlamaForCausalLM):
+        raise ValueError(f"llama: expected a LlamaForCausalLM, got {type(llama).__name__}")
+    rope_type = rope_settings(llama).rope_type
+    if rope_type in LENGTH_DEPENDENT:
+        raise ValueError(
+            f'llama: expected angles that no length changes, got rope type "{rope_type}"'
+        )
 
 
 def save(model: LongRoPEModel, path: str | os.PathLike) -> Path:
@@ -50,22 +57,18 @@ def read(
     path: str | os.PathLike, dtype: torch.dtype | None, device: Any
 ) -> tuple[LlamaForCausalLM, Tiers | None, bool]:
     """Return the weights of a folder, its tiers if it names any, and whether it is trained."""
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(path)
+    path, options = Path(path), {"dtype": "auto" if dtype is None else dtype}
+    if (path / ABOUT).is_file():
+        llama, _ = load_export(path, **options)
+        return llama.to(device), rotary_of(llama).tiers, True
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path: expected a folder with a config.json, got {str(path)!r}")
     config = AutoConfig.from_pretrained(path)
-    check_llama(config)
-    trained = getattr(config, TRAINED, True)
-    llama = LlamaForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype
-    )
-    if hasattr(llama.config, TRAINED):
-        delattr(llama.config, TRAINED)  # of the folder, not of the weights
+    trained = vars(config).pop(TRAINED, True)  # of the folder, not of the weights
+    llama = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     tiers = Tiers.load(path / TIERS) if (path / TIERS).is_file() else None
-    if tiers is not None and len(tiers) == 1 and tiers[0] == rope_settings(config).loaded:
-        tiers = None  # not extended
     return llama.to(device), tiers, trained
 
 

@@ -109,7 +109,7 @@ class LongRoPEModel(nn.Module):
         ValueError
             Where it is another model, or its angles depend on the length of the sequence.
         """
-        files.check_llama(llama.config if isinstance(llama, nn.Module) else llama)
+        files.check_llama(llama)
         made = cls.__new__(cls)
         made._init_around(remove(llama), trained)
         return made
@@ -201,6 +201,7 @@ class LongRoPEModel(nn.Module):
         ValueError
             Where a shape, a type, a token id or an argument is not as above.
         """
+        checks.device(self.device)
         checks.inputs(inputs, labels, self.llama.config)
         default = GPU_TOKENS_PER_CHUNK if self.device.type == "cuda" else CPU_TOKENS_PER_BATCH
         block = default if block is None else _validation.count("block", block)

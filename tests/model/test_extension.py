@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from support import tiny_models
 from support.small_model import BASE, build, ids
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import longrope
 from longrope import LongRoPEModel, RescaleFactors
@@ -154,7 +154,7 @@ def test_recovery_of_random_weights_says_that_it_is_none(documents):
         (lambda m, d: m.fit(d, length=10**6), "data holds no document of at least 1000000"),
         (lambda m, d: m.fit([], steps=1), "data: expected at least one document"),
         (lambda m, d: m.load("nowhere"), "path: expected a folder with a config.json"),
-        (lambda m, d: LongRoPEModel.from_llama(3), 'llama: expected a LlamaForCausalLM, got "int"'),
+        (lambda m, d: LongRoPEModel.from_llama(3), "llama: expected a LlamaForCausalLM, got int"),
     ],
 )  # fmt: skip
 def test_bad_calls(call, message, documents, trained):
@@ -194,6 +194,8 @@ def test_an_export_has_the_logits_of_plain_transformers(tmp_path, one_thread):
     torch.testing.assert_close(
         by_position(tokens).logits.detach(), model(tokens), rtol=1e-4, atol=1e-4
     )
+    back = LongRoPEModel.load(folder)
+    assert back.tiers == model.tiers and torch.equal(back(tokens), model(tokens))
     plain = AutoModelForCausalLM.from_pretrained(folder)
     model.set_tiers(model.tiers[-1])
     torch.testing.assert_close(plain(tokens).logits.detach(), model(tokens), rtol=1e-4, atol=1e-4)
@@ -202,13 +204,9 @@ def test_an_export_has_the_logits_of_plain_transformers(tmp_path, one_thread):
 
 
 def test_any_llama_is_taken_with_its_own_scaling(tmp_path, one_thread):
-    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, max_position_embeddings=2 * BASE,
-        rope_scaling=scaling,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    llama = tiny_models.build(rope=scaling, max_position_embeddings=2 * BASE)
+    llama.save_pretrained(tmp_path / "llama")
     model, tokens = LongRoPEModel.load(tmp_path / "llama"), ids(length=2 * BASE)
     assert model.trained and model.base_length == 2 * BASE
     theirs = model.llama(tokens).logits.detach()
@@ -218,11 +216,12 @@ def test_any_llama_is_taken_with_its_own_scaling(tmp_path, one_thread):
 
 
 def test_other_models_are_refused(tmp_path):
-    folder = tmp_path / "mistral"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MistralConfig().to_dict()))
-    with pytest.raises(ValueError, match='llama: expected a LlamaForCausalLM, got "mistral"'):
-        LongRoPEModel.load(folder)
+    tiny_models.build("mistral").save_pretrained(tmp_path / "mistral")
+    with pytest.raises(ValueError, match="llama: expected a LlamaForCausalLM, got MistralFor"):
+        LongRoPEModel.load(tmp_path / "mistral")
+    dynamic = tiny_models.build(rope={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ValueError, match='got rope type "dynamic"'):
+        LongRoPEModel.from_llama(dynamic)
 
 
 def test_generation_crosses_tiers_as_one_prefill(one_thread):

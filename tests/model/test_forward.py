@@ -102,6 +102,11 @@ def test_short_rows_share_a_pass(one_thread, monkeypatch):
     torch.testing.assert_close(model(states), together, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_without_kernels_are_refused():
+    with pytest.raises(ValueError, match="device: expected weights on cpu"):
+        build().to("meta")(torch.zeros(1, 8, WIDTH))
+
+
 def test_inputs_stay_as_they_are(one_thread):
     model, states = build(), torch.randn(2, BASE, WIDTH)
     before = states.clone()
