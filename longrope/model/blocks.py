@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longrope import ops
 from longrope.factors import Tiers
+from longrope.model.checks import IGNORED
 
 #: Gives the rotation of queries at tokens `begin` to before `end`, and of all keys before `end`.
 Rotations = Callable[[int, int], ops.Rotation]
@@ -77,10 +78,9 @@ class Pass:
         for rows in self.rows:
             states = self._states(rows)[:, :-1]
             targets = labels[rows].to(states.device)
-            total = (
-                total + ops.linear_nll(states.flatten(0, 1), self.weight, targets.flatten()).sum()
-            )
-        return total / (labels != -100).sum().to(total.device)
+            nll = ops.linear_nll(states.flatten(0, 1), self.weight, targets.flatten(), IGNORED)
+            total = total + nll.sum()
+        return total / (labels != IGNORED).sum().to(total.device)
 
     def _empty(self, width: int, dtype: torch.dtype) -> Tensor:
         return self.inputs.new_empty((*self.inputs.shape[:2], width), dtype=dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longrope import _validation
@@ -36,6 +37,10 @@ def tiers_for(
         )
     if method is not None:
         _validation.choice("method", method, (*METHODS, "yarn"))
+    if method == "yarn" and options:
+        raise ValueError(
+            f"{next(iter(options))}: expected no options of a search with method='yarn'"
+        )
     if method is None and not model.trained:
         if data is not None:
             _checked(model, data)
@@ -80,7 +85,9 @@ def recovered(
     tiers = model.tiers
     for length in sorted(lengths):
         documents = _long_documents(model, data, length)
-        found = _search(model, documents, length, options)
+        out = options.get("out")
+        run = options if out is None else options | {"out": Path(out) / str(length)}
+        found = _search(model, documents, length, run)
         others = [tier for tier in tiers if tier.target_length != length]
         begin = max(tier.target_length for tier in others if tier.target_length < length)
         with_it = Tiers([*others, found])

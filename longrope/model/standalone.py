@@ -145,7 +145,7 @@ class LongRoPEModel(nn.Module):
     ) -> LongRoPEModel:
         """Use other tiers, or one set of factors for every position; None: the base window alone.
 
-        In place; returns the model. Raises `ValueError` for factors of another model.
+        In place; returns the model, in eval mode. Raises `ValueError` for factors of another model.
         """
         base = Tiers([self.rope.loaded])
         if factors is None or factors == base:
@@ -328,7 +328,7 @@ class LongRoPEModel(nn.Module):
         lengths
             In tokens, above `base_length` and below the extended window; None: twice the base.
         **options
-            Further arguments of `longrope.search`.
+            Further arguments of `longrope.search`; `out` gets a folder for each length.
 
         Returns
         -------

@@ -104,7 +104,7 @@ def test_a_search_that_fails_leaves_the_tiers(documents, trained):
     assert longrope.patching.rotary_of(trained.llama).tiers == before
 
 
-def test_recovery_replaces_a_tier_that_is_worse(documents, trained, one_thread):
+def test_recovery_replaces_a_tier_that_is_worse(documents, trained, one_thread, tmp_path):
     model = trained.extend_context(None, TARGET, method="yarn")
     first, _, last = model.tiers
     bad = RescaleFactors.none(**model.rope.lengths(2 * BASE)).replace(attention_factor=9.0)
@@ -116,7 +116,8 @@ def test_recovery_replaces_a_tier_that_is_worse(documents, trained, one_thread):
 
     model.set_tiers([first, bad, last])
     before = perplexity()
-    assert model.recover_short_context(documents, **QUICK) is model
+    assert model.recover_short_context(documents, out=tmp_path, **QUICK) is model
+    assert (tmp_path / str(2 * BASE) / "factors.json").is_file()
     assert [model.tiers[0], model.tiers[2]] == [first, last]
     assert model.tiers[1] != bad and model.tiers.limits == (BASE, 2 * BASE, TARGET)
     after = perplexity()
@@ -144,6 +145,10 @@ def test_recovery_of_random_weights_says_that_it_is_none(documents):
         (lambda m, d: m.extend_context([[64]], TARGET), "data[0]: token id 64 is outside"),
         (lambda m, d: m.extend_context("text", TARGET), "data: expected a list of documents"),
         (lambda m, d: m.extend_context(None, TARGET), "data: expected a list of documents"),
+        (
+            lambda m, d: m.extend_context(d, TARGET, method="yarn", steps=3),
+            "steps: expected no options of a search with method='yarn'",
+        ),
         (lambda m, d: m.recover_short_context(d), "model: expected tiers by position"),
         (
             lambda m, d: m.set_tiers(m.extend_context(None, TARGET, method="yarn").tiers)
