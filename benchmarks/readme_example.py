@@ -82,7 +82,9 @@ def measured(args: argparse.Namespace, dtype: torch.dtype, block: int) -> Pace:
     """Time one layer over one row of 1 and 4 blocks, after a pass that warms up."""
     model = longrope.LongRoPEModel(
         args.d_model, args.n_heads, 1, args.base_length, dtype=dtype, device=args.device
-    ).extend_context(None, args.length, method="yarn")
+    )
+    if args.length > args.base_length:
+        model.extend_context(None, args.length, method="yarn")
     lengths, seconds = (block, 4 * block), []
     for length in (block, *lengths):
         seconds.append(timed(model, 1, length, block)[1])
@@ -132,6 +134,9 @@ def peak_bytes(device: torch.device) -> int:
 def main(argv: list[str] | None = None) -> tuple[int, ...]:
     """Estimate, run, and return the shape of the output."""
     args = parser().parse_args(argv)
+    for name in ("length", "batch", "seconds"):
+        if getattr(args, name) <= 0:
+            parser().error(f"--{name}: expected more than 0, got {getattr(args, name)}")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     default = GPU_TOKENS_PER_CHUNK if args.device == "cuda" else CPU_TOKENS_PER_BATCH
     block = args.block or default
@@ -143,8 +148,10 @@ def main(argv: list[str] | None = None) -> tuple[int, ...]:
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = model.extend_context(data, args.length)
-    print(*(warning.message for warning in caught), sep="\n")
+        if args.length > args.base_length:
+            model = model.extend_context(data, args.length)
+    for warning in caught:
+        print(warning.message)
     print(model.tiers)
 
     pace = measured(args, dtype, block)

@@ -36,9 +36,14 @@ class Reader:
     tokenizer: Any
     window: int
 
+    @property
+    def chats(self) -> bool:
+        """Whether the model is for chats: its tokenizer knows how their turns are written."""
+        return getattr(self.tokenizer, "chat_template", None) is not None
+
     def prompt(self, text: str) -> list[int]:
         """Return the token ids of a request: of a user's turn where the model is for chats."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
+        if not self.chats:
             return list(self.tokenizer.encode(text))
         return list(
             self.tokenizer.apply_chat_template(
@@ -73,9 +78,10 @@ class Reader:
     def step(self, ids: list[int], cache: Any = None, keep: int = 1) -> tuple[torch.Tensor, Any]:
         """Run tokens behind a cache (None: a new one); return logits `[keep, V]` and the cache."""
         tokens = torch.tensor([ids], device=self.model.device)
-        given = {} if cache is None else {cache_argument(self.model): cache}
+        name = cache_argument(self.model)  # transformers has renamed it
+        given = {} if cache is None else {name: cache}
         out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=keep, **given)
-        return out.logits[0], out.past_key_values
+        return out.logits[0], getattr(out, name)
 
     def costs(self, tokens: int) -> str:
         """Say what a prefill of so many tokens takes."""

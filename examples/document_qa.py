@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> str:
     ids = reader.fitted(document, question, args.new_tokens)
     print(reader.costs(len(ids)))
     found = reader.complete(ids, args.new_tokens)
-    print(f"{question}{found}")
+    print(f"{question}\n{found}" if reader.chats else f"{question}{found}")
     if answer is not None:
         print("right" if answer in found else f"wrong: expected {answer}")
     return found

@@ -36,6 +36,14 @@ def test_a_small_budget_gets_the_largest_length_that_fits(example, capsys, monke
     assert "The largest length that fits memory and 2 s: 448" in capsys.readouterr().out
 
 
+def test_a_length_within_the_base_needs_no_tiers(example, capsys, one_thread):
+    assert example.main([*SMALL, "--device", "cpu", "--length", "50"]) == (2, 50, 64)
+    assert "random weights" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        example.main(["--length", "0"])
+    assert "--length: expected more than 0, got 0" in capsys.readouterr().err
+
+
 def test_memory_bounds_the_length(example, monkeypatch, one_thread):
     args = example.parser().parse_args([*SMALL, "--length", "100000"])
     model = example.longrope.LongRoPEModel(64, 8, 2, 64)
