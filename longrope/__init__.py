@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope import evaluation as evaluation
     from longrope import factor_search as factor_search
     from longrope import factors as factors
+    from longrope import model as model
     from longrope import ops as ops
     from longrope import patching as patching
     from longrope._native import _C as _C
@@ -40,12 +41,14 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
         su_attention_factor,
         yarn_attention_factor,
     )
+    from longrope.model import LongRoPEModel
     from longrope.patching.apply import apply, remove, row_lengths
     from longrope.patching.settings import rope_settings
 
 #: Where a public name is defined.
 _HOMES = {
     "RULER_TASKS": "longrope.evaluation.ruler_tasks",
+    "LongRoPEModel": "longrope.model",
     "RescaleFactors": "longrope.factors",
     "SearchResult": "longrope.factor_search.history",
     "Tiers": "longrope.factors",
@@ -78,12 +81,14 @@ _MODULES = (
     "evaluation",
     "factor_search",
     "factors",
+    "model",
     "ops",
     "patching",
 )
 
 __all__ = [
     "RULER_TASKS",
+    "LongRoPEModel",
     "RescaleFactors",
     "SearchResult",
     "Tiers",
