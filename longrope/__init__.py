@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope import demo as demo
     from longrope import errors as errors
     from longrope import evaluation as evaluation
+    from longrope import extension as extension
     from longrope import factor_search as factor_search
     from longrope import factors as factors
     from longrope import ops as ops
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope.documents import load_data
     from longrope.evaluation.exported import measure_export
     from longrope.evaluation.perplexity import perplexity
+    from longrope.extension.config import FinetuneConfig
+    from longrope.extension.recover import RecoverResult, recover
+    from longrope.extension.run import ExtendResult, extend
     from longrope.factor_search.history import SearchResult
     from longrope.factor_search.run import search
     from longrope.factors import (
@@ -40,18 +44,23 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
 
 #: Where a public name is defined.
 _HOMES = {
+    "ExtendResult": "longrope.extension.run",
+    "FinetuneConfig": "longrope.extension.config",
+    "RecoverResult": "longrope.extension.recover",
     "RescaleFactors": "longrope.factors",
     "SearchResult": "longrope.factor_search.history",
     "Tiers": "longrope.factors",
     "_C": "longrope._native",
     "apply": "longrope.patching.apply",
     "export": "longrope.checkpoints.export",
+    "extend": "longrope.extension.run",
     "load": "longrope.checkpoints.load",
     "load_data": "longrope.documents",
     "measure_export": "longrope.evaluation.exported",
     "perplexity": "longrope.evaluation.perplexity",
     "published": "longrope.factors",
     "published_names": "longrope.factors",
+    "recover": "longrope.extension.recover",
     "remove": "longrope.patching.apply",
     "rope_settings": "longrope.patching.settings",
     "row_lengths": "longrope.patching.apply",
@@ -66,6 +75,7 @@ _MODULES = (
     "demo",
     "errors",
     "evaluation",
+    "extension",
     "factor_search",
     "factors",
     "ops",
@@ -73,18 +83,23 @@ _MODULES = (
 )
 
 __all__ = [
+    "ExtendResult",
+    "FinetuneConfig",
+    "RecoverResult",
     "RescaleFactors",
     "SearchResult",
     "Tiers",
     "__version__",
     "apply",
     "export",
+    "extend",
     "load",
     "load_data",
     "measure_export",
     "perplexity",
     "published",
     "published_names",
+    "recover",
     "remove",
     "rope_settings",
     "row_lengths",

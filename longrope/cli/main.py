@@ -12,8 +12,10 @@ import typer
 import longrope
 from longrope.cli.demo import demo
 from longrope.cli.export import export
+from longrope.cli.extend import extend
 from longrope.cli.info import info
 from longrope.cli.perplexity import perplexity
+from longrope.cli.recover import recover
 from longrope.cli.search import search
 
 app = typer.Typer(
@@ -38,7 +40,7 @@ def common(
     """Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753)."""
 
 
-for command in (demo, search, perplexity, export, info):
+for command in (demo, search, extend, recover, perplexity, export, info):
     app.command()(command)
 
 
