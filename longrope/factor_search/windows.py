@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class WindowsByRole:
         The random numbers that plant needles; None: windows of plain text.
     bos
         The token in front of every window; None: windows of text alone.
+    shown
+        Random windows are cut to their first `shown` tokens of text; None: they stay whole.
     """
 
     windows: dict[Role, torch.Tensor]
@@ -48,6 +51,7 @@ class WindowsByRole:
     length: int
     needles: np.random.Generator | None = None
     bos: int | None = None
+    shown: int | None = None
 
     @classmethod
     def draw(
@@ -100,8 +104,21 @@ class WindowsByRole:
     def random(self, random: np.random.Generator) -> RandomWindows:
         """Return random windows that share no text with a validation window."""
         return RandomWindows(
-            self.documents, self.length, self.held_out, random, self.needles, self.bos
+            self.documents, self.length, self.held_out, random, self.needles, self.bos, self.shown
         )
+
+    def first(self, length: int, needles: np.random.Generator | None = None) -> WindowsByRole:
+        """Return the first `length` tokens of each window of plain text, with `needles` planted."""
+        front = 0 if self.bos is None else 1
+        windows = {role: whole[:, :length] for role, whole in self.windows.items()}
+        if needles is not None:
+            for role in (Role.SEARCH, Role.VALIDATION):
+                if role in windows:
+                    planted = plant(windows[role][:, front:], needles)
+                    windows[role] = with_bos(planted, self.bos)
+            if Role.SCREEN in windows:
+                windows[Role.SCREEN] = windows[Role.SEARCH][: len(windows[Role.SCREEN])]
+        return dataclasses.replace(self, windows=windows, needles=needles, shown=length - front)
 
     def digest(self) -> str:
         """Return a hash of the documents."""
@@ -164,6 +181,8 @@ class RandomWindows:
         Random numbers that plant needles; None: plain text.
     bos
         The token in front of every window; None: none.
+    shown
+        What is given of a window are its first `shown` tokens; None: all.
     """
 
     def __init__(
@@ -174,8 +193,10 @@ class RandomWindows:
         random: np.random.Generator,
         needles: np.random.Generator | None = None,
         bos: int | None = None,
+        shown: int | None = None,
     ):
         self.length = length
+        self.shown = length if shown is None else shown
         self.needles = needles
         self.bos = bos
         self.random = random
@@ -197,7 +218,7 @@ class RandomWindows:
                 self._order = [int(i) for i in self.random.permutation(len(self._documents))]
             document, starts = self._documents[self._order.pop()]
             start = int(starts[self.random.integers(len(starts))])
-            windows.append(document[start : start + self.length].to(torch.int64))
+            windows.append(document[start : start + self.shown].to(torch.int64))
         drawn = torch.stack(windows)
         drawn = drawn if self.needles is None else plant(drawn, self.needles)
         return with_bos(drawn, self.bos)

@@ -171,10 +171,32 @@ def rows(
         if not patched:
             remove(model)
         if under_tiers is not None:
-            apply(
-                model, under_tiers.tiers,
-                cached_keys="unrotated" if under_tiers.keeps_unrotated else "turned",
-            )  # fmt: skip
+            _apply_again(model, under_tiers)
+
+
+@contextlib.contextmanager
+def without_factors(model: nn.Module) -> Iterator[nn.Module]:
+    """Take applied factors out for the time of a block; yields the decoder."""
+    base = decoder(model)
+    rotary = base.rotary_emb
+    remove(model)
+    try:
+        yield base
+    finally:
+        _apply_again(model, rotary)
+
+
+def _apply_again(model: nn.Module, rotary: nn.Module) -> None:
+    """Apply what a rotary module, which was taken out, had applied."""
+    if isinstance(rotary, TieredRotaryEmbedding):
+        apply(
+            model, rotary.tiers,
+            cached_keys="unrotated" if rotary.keeps_unrotated else "turned",
+        )  # fmt: skip
+    elif isinstance(rotary, RescaledRotaryEmbedding):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it was said when they were applied
+            apply(model, rotary.tiers, tiers="row")
 
 
 @contextlib.contextmanager
