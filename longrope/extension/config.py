@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: `FinetuneConfig`."""
+"""How a model is fine-tuned, `FinetuneConfig`, and how its short texts are recovered."""
 
 from __future__ import annotations
 
@@ -120,3 +120,18 @@ class FinetuneConfig(Options):
             raise ValueError(
                 "packed: expected False with tiers='row', whose rows have one length, got True"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(Options):
+    """What `longrope.recover`, which explains them, can be asked for beside its lengths."""
+
+    steps: int = field(default=40, metadata=about(count, "Steps of the descent at each length."))
+    samples: int = field(default=5, metadata=about(count, "Search windows of each length."))
+    max_lambda: float | None = field(
+        default=None,
+        metadata=about(
+            partial(positive, above=1), "Upper bound of the factors; default: that of the long set."
+        ),
+    )
+    seed: int = field(default=0, metadata=about(natural, "Seed of every random choice."))

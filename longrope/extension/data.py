@@ -82,6 +82,8 @@ class TrainingRows(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:  # what ends a loop over rows
+            raise IndexError(f"row: expected 0 to {self.count - 1}, got {index}")
         ids, positions, targets = [], [], []
         for piece in self.pieces(index):
             tokens = self._tokens(piece)

@@ -98,10 +98,11 @@ def _of_stage(model: nn.Module, plan: Plan, stage: Stage) -> tuple[int, float, i
         return stage.length, rows * (1 + _BACKWARD + bool(recompute)), memory
     if isinstance(stage, RecoverStage):
         length = stage.lengths[-1]
-        steps = stage.options.get("steps", 40)
+        steps = stage.options.steps
         passes = len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
         return length, passes, weights + cache_bytes(model, length)
     assert isinstance(stage, SearchStage)
+    # A ladder costs at most one search at its target.
     options = SearchOptions(target_length=stage.length, **stage.options)
     problem = Problem.of(rope_settings(model), options)
     most = most_evaluations(problem, options, True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longrope._validation import choice, integer, natural, positive
-from longrope.extension.config import FinetuneConfig
+from longrope._validation import choice, integer
+from longrope.extension.config import FinetuneConfig, RecoverOptions
 from longrope.factor_search.options import SearchOptions
+from longrope.runs.options import Options
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,9 +24,10 @@ else:
 _SEARCH_KEYS = tuple(
     f.name
     for f in dataclasses.fields(SearchOptions)
-    if f.name not in ("target_length", "original_length", "shard_sequence")
+    if f.name not in ("target_length", "original_length", "shard_sequence", "ladder")
 )
 _FINETUNE_KEYS = tuple(f.name for f in dataclasses.fields(FinetuneConfig))
+_RECOVER_KEYS = tuple(f.name for f in dataclasses.fields(RecoverOptions))
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ class RecoverStage:
     lengths
         The ends of the tiers, in tokens.
     options
-        Keyword arguments of `longrope.recover`.
+        What `longrope.recover` is asked for.
     """
 
     name: str
     lengths: tuple[int, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: RecoverOptions = field(default_factory=RecoverOptions)
 
     kind = "recover"
 
@@ -100,7 +102,7 @@ Stage = SearchStage | FinetuneStage | RecoverStage
 _KEYS = {
     "search": ("length", "tiers", *_SEARCH_KEYS),
     "finetune": ("length", "factors", *_FINETUNE_KEYS),
-    "recover": ("lengths", "steps", "samples", "seed", "max_lambda"),
+    "recover": ("lengths", *_RECOVER_KEYS),
 }
 
 
@@ -130,19 +132,15 @@ def stage_of(table: Mapping[str, Any], number: int, defaults: FinetuneConfig, se
             lengths = given.pop("lengths", None)
             if not isinstance(lengths, Sequence) or isinstance(lengths, str) or not lengths:
                 raise ValueError(f"lengths: expected a list of lengths, got {lengths!r}")
-            lengths = tuple(integer("lengths", length, 2) for length in lengths)
-            for key, check in (
-                ("seed", natural), ("steps", natural), ("samples", natural), ("max_lambda", positive)
-            ):  # fmt: skip
-                if key in given:
-                    check(key, given[key])
-            return RecoverStage(name or f"recover-{number}", lengths, {"seed": seed, **given})
+            lengths = tuple(integer("lengths", length, 4) for length in lengths)
+            options = RecoverOptions(**{"seed": seed, **given})
+            return RecoverStage(name or f"recover-{number}", lengths, options)
         length = integer("length", given.pop("length", None), 2)
         name = name or f"{kind}-{number}"
         if kind == "search":
             tiers = choice("tiers", given.pop("tiers", "position"), ("position", "one"))
             options = {"seed": seed, **given}
-            SearchOptions(target_length=length, **options)
+            SearchOptions(target_length=length, ladder=tiers == "position", **options)
             return SearchStage(name, length, tiers, options)
         factors = given.pop("factors", None)
         config = dataclasses.replace(defaults, **given)
@@ -227,8 +225,11 @@ class Plan:
         stages = []
         for stage in self.stages:
             fields = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
-            if isinstance(stage, FinetuneStage):
-                fields["config"] = dataclasses.asdict(stage.config)
+            fields |= {
+                name: dataclasses.asdict(value)
+                for name, value in fields.items()
+                if isinstance(value, Options)
+            }
             stages.append({"kind": stage.kind, **fields})
         return {**vars(self), "stages": stages}
 

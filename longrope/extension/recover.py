@@ -13,35 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from longrope._validation import count, integer, natural, positive, switch
+from longrope._validation import integer, switch
 from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import perplexity
 from longrope.evaluation.start import bos_token
+from longrope.extension.config import RecoverOptions
 from longrope.extension.folder import weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
 from longrope.patching.apply import rotary_of
 from longrope.runs.folder import write_text
-from longrope.runs.options import Options, about, from_keywords
+from longrope.runs.options import about, from_keywords
 
 TIERS, TABLE = "tiers.json", "recovery.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoverOptions(Options):
-    """What `recover` can be asked for beside its lengths."""
-
-    steps: int = field(default=40, metadata=about(count, "Steps of the descent at each length."))
-    samples: int = field(default=5, metadata=about(count, "Search windows of each length."))
-    max_lambda: float | None = field(
-        default=None,
-        metadata=about(
-            partial(positive, above=1), "Upper bound of the factors; default: that of the long set."
-        ),
-    )
-    seed: int = field(default=0, metadata=about(natural, "Seed of every random choice."))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +67,7 @@ class RecoverResult:
     weights: str
 
     def table(self) -> str:
-        """Return a Markdown table, a row for each way to run the model, a column for each length."""
+        """Return a Markdown table, a row for each way to run the model, a column a length."""
         head = ["perplexity of windows of", *map(str, self.lengths)]
         lines = [head, ["---", *["---:"] * len(self.lengths)]]
         lines += [[name, *(f"{v:.3f}" for v in row)] for name, row in self.perplexities.items()]
@@ -213,10 +199,7 @@ def _measured(
     search: ShortSearch,
 ) -> float:  # fmt: skip
     """Return the perplexity of windows of a length under factors; None: the model as loaded."""
-    if test is None:
-        windows = search.held_out(length)
-    else:
-        windows = [document[:length] for document in test]
+    windows = search.held_out(length) if test is None else [text[:length] for text in test]
     if factors is None:
         with _factors_kept(model):
             remove(model)

@@ -222,8 +222,8 @@ def _held_out(
     long = [index for index, document in enumerate(documents) if len(document) >= target]
     if len(long) < 2:
         raise ValueError(
-            f"documents: expected at least 2 of {target} tokens or more, one of them for the table, "
-            f"got {len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
+            f"documents: expected at least 2 of {target} tokens or more, one for the table, got "
+            f" {len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
         )
     random = np.random.default_rng([seed, 2])
     chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())

@@ -182,7 +182,7 @@ class ShortSearch:
         return settings.loaded.replace(target_length=length)
 
     def _starts(self, length: int) -> list[RescaleFactors]:
-        """Return what a search begins with, without start tokens; the model as loaded first."""
+        """Return what a search begins with: the model as loaded, and what is within the bound."""
         long, loaded = self.had[-1], self._loaded(length)
         starts = [loaded]
         if np.isfinite(long.lambdas).all():
@@ -194,7 +194,9 @@ class ShortSearch:
             ]
         own = next(tier for tier in self.had if tier.target_length >= length)
         starts.append(own.replace(target_length=length, start_tokens=0))
-        return [s.replace(original_length=loaded.original_length, start_tokens=0) for s in starts]
+        starts = [s.replace(original_length=loaded.original_length) for s in starts]
+        within = [s for s in starts[1:] if s.lambdas.max() <= self.max_lambda]
+        return list(dict.fromkeys([starts[0].replace(start_tokens=0), *within]))
 
 
 def _itself(factors: RescaleFactors) -> RescaleFactors:

@@ -140,25 +140,15 @@ def _search(work: Work, stage: SearchStage, state: State, place: Path) -> dict[s
             state.model,
             work.long_enough(stage.length),
             target_length=stage.length,
+            ladder=stage.tiers == "position",
             out=place / "search",
             progress=work.progress,
             **stage.options,
         )
     finally:
         remove(state.model)
-    tiers = Tiers([found.factors])
-    if stage.tiers == "position":
-        tiers = found.factors.ladder(loaded=rope_settings(state.model).loaded)
-        tiers = _continued(state.trained, tiers)
-    state.tiers = state.found[stage.name] = tiers
+    state.tiers = state.found[stage.name] = found.tiers or Tiers([found.factors])
     return {"perplexity": found.perplexity, "validation_perplexity": found.validation_perplexity}
-
-
-def _continued(trained: Tiers | None, tiers: Tiers) -> Tiers:
-    """Return the tiers that the weights were trained under, and those that go beyond them."""
-    if trained is None or len(trained) == 1:
-        return tiers
-    return Tiers([*trained, *(t for t in tiers if t.target_length > trained[-1].target_length)])
 
 
 def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> dict[str, Any]:
@@ -199,7 +189,7 @@ def _recover(work: Work, stage: RecoverStage, state: State, place: Path) -> dict
             original=work.original,
             test=work.held_out,
             out=place / "search",
-            **stage.options,
+            **vars(stage.options),
         )
     finally:
         remove(state.model)
