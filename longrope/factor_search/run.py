@@ -185,8 +185,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
         `iterations` and `max_evaluations` may be larger than before, but for a ladder; any other
-        difference is refused and named. False: move an earlier search to a folder `previous-1` (and so on) of
-        `out`, and start again.
+        difference is refused and named. False: move an earlier search to a folder `previous-1` (and
+        so on) of `out`, and start again.
     progress
         True: show a progress bar; or a function that is called with the new evaluations after every
         batch, including those from the journal of an earlier run.

@@ -8,12 +8,11 @@ import longrope
 from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
 from longrope.patching import rope_settings
-from longrope.patching.families import SUPPORTED_MODEL_TYPES, decoder, family_of
+from longrope.patching.families import FAMILIES, decoder
 from longrope.patching.ranges import joined, range_cache, ranges, turned_as_loaded
 
 ORIGINAL, MIDDLE, TARGET = 32, 64, 128
-BUILT = [t for t in SUPPORTED_MODEL_TYPES if families.VERSION_5 or family_of(
-    type("C", (), {"model_type": t})).since < 5]  # fmt: skip
+BUILT = [t for f in FAMILIES if f.since < 5 or families.VERSION_5 for t in f.model_types]
 
 
 def tiers_of(model, start_tokens=2):
