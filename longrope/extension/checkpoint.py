@@ -66,6 +66,6 @@ def last_complete(folder: Path) -> Path | None:
 def forget(folder: Path, keep: int) -> None:
     """Remove all complete checkpoints but the last `keep`."""
     complete = [path for path in checkpoints(folder) if is_complete(path)]
-    for path in complete[: len(complete) - keep]:
+    for path in complete[:-keep]:
         (path / MARKER).unlink()  # first, so that half a checkpoint has none
         shutil.rmtree(path)

@@ -7,10 +7,11 @@ journal, fine-tuning by its last complete checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from longrope.factor_search.windows import digest
 from longrope.runs import folder
 from longrope.runs.journal import Journal
 
-KIND = "extension"
+KIND = "context extension"
 STAGES, MODEL, TIERS, TABLE = "stages", "model", "tiers.json", "table.md"
 #: The weights that a stage of fine-tuning leaves in its own folder.
 WEIGHTS = "weights"
@@ -77,6 +78,20 @@ def weights_hash(model: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Let transformers show no progress bars of its own inside the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

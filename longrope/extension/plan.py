@@ -221,16 +221,16 @@ class Plan:
             seen[stage.name] = stage
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values: what a run must share to be resumed."""
-        stages = []
-        for stage in self.stages:
+        """Return the plan as JSON values, stages by name: what a resumed run must share."""
+        stages = {}
+        for number, stage in enumerate(self.stages, 1):
             fields = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
             fields |= {
                 name: dataclasses.asdict(value)
                 for name, value in fields.items()
                 if isinstance(value, Options)
             }
-            stages.append({"kind": stage.kind, **fields})
+            stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
 
     def trains(self) -> bool:

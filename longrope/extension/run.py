@@ -154,7 +154,7 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     head = folder.header(plan, model, kept, held_out)
     work = Work(plan, model, kept, held_out, out, options.progress)
     state = State(model)
-    with folder.open_journal(out, head) as journal:
+    with folder.no_bars(), folder.open_journal(out, head) as journal:
         folder.write_config(out, head)
         rows = []
         if journal.pending:
@@ -223,7 +223,7 @@ def _held_out(
     if len(long) < 2:
         raise ValueError(
             f"documents: expected at least 2 of {target} tokens or more, one for the table, got "
-            f" {len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
+            f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
         )
     random = np.random.default_rng([seed, 2])
     chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())

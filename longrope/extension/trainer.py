@@ -35,11 +35,14 @@ def giving_loss(model: nn.Module) -> Iterator[None]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with evaluating(inner):
         scorer = NextTokenNLL(inner)
+    before = inner.__dict__.get("forward")
     inner.forward = functools.partial(_loss, scorer, inner.forward)
     try:
         yield
     finally:
         del inner.forward
+        if before is not None:
+            inner.forward = before
 
 
 def _loss(

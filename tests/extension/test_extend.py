@@ -129,9 +129,15 @@ def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stages": [STAGES[0] | {"steps": 3}, *STAGES[1:]]}, r"another extension \(stages"),
-        ({"seed": 5}, r"another extension \(seed: 0 there, 5 here\)"),
-        ({"test_windows": 1, "held_out": [torch.arange(64) % 40]}, r"extension \(documents"),
+        (
+            {"stages": [STAGES[0] | {"steps": 3}, *STAGES[1:]]},
+            r"another context extension \(stages.search-1.options.steps: 2 there, 3 here\)",
+        ),
+        ({"seed": 5}, r"\(stages.search-1.options.seed: 0 there, 5 here\)"),
+        (
+            {"test_windows": 1, "held_out": [torch.arange(64) % 40]},
+            r"another context extension \(documents: ",
+        ),
     ],
 )
 def test_the_folder_of_another_plan_is_refused(finished, changes, message):
@@ -187,7 +193,7 @@ def test_models_and_arguments_that_are_refused(tmp_path):
     refused("out: expected a path, got int", out=3)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    refused("holds config.json and no journal of a extension", out=tmp_path / "other")
+    refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def test_the_commands_extend_and_recover(files, tmp_path):
     ).stdout  # fmt: skip
     assert "| finetune-2: 2 steps of 32 tokens |" in shown
     said = json.loads((out / "config.json").read_text())["options"]
-    assert (said["seed"], said["stages"][1]["config"]["batch_size"]) == (3, 2)
+    assert (said["seed"], said["stages"]["finetune-2"]["config"]["batch_size"]) == (3, 2)
     shown = call(
         "recover", out / "model", files / "texts", "--lengths", 16, "--out", tmp_path / "short",
         "--steps", 2, "--samples", 1, "--original", files / "model", "--device", "cpu",
