@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from longrope.cli.common import DEVICE, Data, TextField, TokenDtype, one_sentence_errors
-from longrope.cli.inputs import load_documents, load_model
+from longrope.cli.inputs import choose_device, load_documents, load_model, on_device
 from longrope.cli.options import takes
 from longrope.extension.recover import RecoverOptions
 
@@ -38,18 +38,18 @@ def recover(
 ) -> None:
     """Search tiers for short texts on an extended model, by search alone."""
     import longrope
-    from longrope.cli.inputs import choose_device
 
     device = choose_device(device)
-    if (Path(model) / "longrope.json").is_file():
-        network, tokenizer = longrope.load(model)
-        network = network.to(device)
-    else:
+    if not (Path(model) / "longrope.json").is_file():
         raise ValueError(
             f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
         )
+    network, tokenizer = longrope.load(model)
+    network = on_device(network, device)
     if network.config.vocab_size == 256:
         tokenizer = None
+    elif tokenizer is None:
+        raise ValueError(f"MODEL: expected a tokenizer in the folder {model!r}, got none")
     reading = {"text_field": text_field, "token_dtype": token_dtype}
     judged = None
     if test:

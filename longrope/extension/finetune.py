@@ -21,7 +21,7 @@ from longrope.extension import checkpoint
 from longrope.extension.config import FinetuneConfig
 from longrope.extension.data import TrainingRows, check_enough, eos_token
 from longrope.extension.plan import FinetuneStage
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.runs.folder import write_text
 from longrope.runs.progress import bar
@@ -71,9 +71,11 @@ def rows_of(
     """Return the rows of text of a stage; `ValueError` where there is too little."""
     config = stage.config
     texts = without_bos(documents, bos)
-    text = stage.length - (bos is not None)
-    check_enough(texts, text, config.packed, stage.name)
-    short = config.short_length or rope_settings(model).loaded_length
+    before = int(bos is not None)
+    check_enough(texts, stage.length - before, config.packed, stage.name)
+    short = min(config.short_length or rope_settings(model).loaded_length, stage.length)
+    if config.short_share:
+        check_enough(texts, short - before, False, stage.name)
     return TrainingRows(
         texts,
         stage.length,
@@ -81,7 +83,7 @@ def rows_of(
         config.seed,
         packed=config.packed,
         short_share=config.short_share,
-        short_length=min(short, stage.length),
+        short_length=short,
         bos=bos,
         eos=eos_token(config.eos, model, vocabulary(model)),
     )
@@ -124,22 +126,23 @@ def finetune(
     """
     config = stage.config
     rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents))
-    dtype = model.dtype
+    dtypes = [parameter.dtype for parameter in model.parameters()]
     trained = _trainable(model, config)
     with _factors(model, tiers, config.tiers):
         _train(trained, model, rows, stage, out, progress)
     if config.lora_rank:
         trained.merge_and_unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-            model._hf_peft_config_loaded = False
-    return model.to(dtype).requires_grad_(True).eval()
+    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(True).eval()
 
 
 def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
     """Return what is trained: the model in float32, or adapters around it."""
     if not config.lora_rank:
-        return model.to(torch.float32).requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float32)
+        return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed)
@@ -164,16 +167,11 @@ def _factors(model: nn.Module, tiers: Tiers, how: str) -> Iterator[None]:
     elif how == "one":
         apply(model, last)
     else:
-        apply(model, [_original(model, last), last], tiers="row")
+        apply(model, [rope_settings(model).loaded, last], tiers="row")
     try:
         yield
     finally:
         remove(model)
-
-
-def _original(model: nn.Module, last: RescaleFactors) -> RescaleFactors:
-    loaded = rope_settings(model).loaded
-    return last.replace(lambdas=last.lambdas**0, attention_factor=1.0) if loaded is None else loaded
 
 
 def _train(
@@ -216,6 +214,7 @@ def _train(
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process: no nn.DataParallel over all of them
     with giving_loss(trained), contextlib.ExitStack() as stack:
         trainer = RowTrainer(trained, arguments, train_dataset=rows, name=stage.name)
         trainer.keep = config.keep

@@ -60,6 +60,16 @@ def explain(difference: str) -> str:
     return difference.removeprefix("plan.")
 
 
+def clear(out: Path) -> None:
+    """Remove what a killed process was writing, which has a hidden name until it is whole."""
+    for place in (out, *(out / STAGES).glob("*")):
+        for half in place.glob(".*.*"):
+            if half.is_dir():
+                shutil.rmtree(half)
+            else:
+                half.unlink()
+
+
 def open_journal(out: Path, head: Mapping[str, Any]) -> Journal:
     """Open the journal; `JournalError` where it is that of another plan, model or documents."""
     return Journal(out / folder.JOURNAL, dict(head), kind=KIND, explain=explain)
@@ -96,10 +106,14 @@ def no_bars() -> Iterator[None]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's weights as transformers does, in safetensors; whole or not at all."""
-    if path.exists():
-        shutil.rmtree(path)
-    with new_folder(path) as temporary:
-        model.save_pretrained(temporary)
+    from safetensors import SafetensorError
+
+    try:
+        with new_folder(path) as temporary:
+            model.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:  # the second's I/O errors are no OSError
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"out: cannot write {path} ({reason})") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -155,6 +155,7 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     work = Work(plan, model, kept, held_out, out, options.progress)
     state = State(model)
     with folder.no_bars(), folder.open_journal(out, head) as journal:
+        folder.clear(out)
         folder.write_config(out, head)
         rows = []
         if journal.pending:

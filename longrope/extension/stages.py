@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -155,8 +154,12 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
     last = next(reversed(state.found))
     tiers = state.found[stage.factors or last]
     _own_copy(work, state)
-    state.model = finetune(state.model, work.documents, tiers, stage, place, work.progress)
-    folder.save_weights(state.model, place / folder.WEIGHTS)
+    weights = place / folder.WEIGHTS
+    if weights.is_dir():  # trained, but killed before the journal said so
+        folder.load_weights(state.model, weights)
+    else:
+        state.model = finetune(state.model, work.documents, tiers, stage, place, work.progress)
+        folder.save_weights(state.model, weights)
     for path in checkpoint.checkpoints(place):  # the weights are safe: room for the next stage
         shutil.rmtree(path)
     state.tiers = state.trained = _trained_under(state.model, tiers, stage.config.tiers)
@@ -198,7 +201,5 @@ def _recover(work: Work, stage: RecoverStage, state: State, place: Path) -> dict
 
 
 def for_every_position(factors: RescaleFactors, window: int) -> Tiers:
-    """Return one set of factors as two tiers, so that it holds for every position."""
-    if factors.start_tokens >= window or not np.isfinite(factors.lambdas).all():
-        return Tiers([factors])
+    """Return one set of factors as two tiers, which an export keeps as they are."""
     return Tiers([factors.replace(target_length=window), factors])
