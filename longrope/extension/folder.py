@@ -62,12 +62,11 @@ def explain(difference: str) -> str:
 
 def clear(out: Path) -> None:
     """Remove what a killed process was writing, which has a hidden name until it is whole."""
-    for place in (out, *(out / STAGES).glob("*")):
-        for half in place.glob(".*.*"):
-            if half.is_dir():
-                shutil.rmtree(half)
-            else:
-                half.unlink()
+    for half in [*out.glob(".*.*"), *(out / STAGES).rglob(".*.*")]:
+        if half.is_dir():
+            shutil.rmtree(half)
+        else:
+            half.unlink(missing_ok=True)  # it may have been in a folder before it
 
 
 def open_journal(out: Path, head: Mapping[str, Any]) -> Journal:
