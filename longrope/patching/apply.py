@@ -188,14 +188,12 @@ def without_factors(model: nn.Module) -> Iterator[nn.Module]:
 
 def _apply_again(model: nn.Module, rotary: nn.Module) -> None:
     """Apply what a rotary module, which was taken out, had applied."""
-    if isinstance(rotary, TieredRotaryEmbedding):
-        apply(
-            model, rotary.tiers,
-            cached_keys="unrotated" if rotary.keeps_unrotated else "turned",
-        )  # fmt: skip
-    elif isinstance(rotary, RescaledRotaryEmbedding):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it was said when they were applied
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it was said when they were applied
+        if isinstance(rotary, TieredRotaryEmbedding):
+            cached_keys = "unrotated" if rotary.keeps_unrotated else "turned"
+            apply(model, rotary.tiers, cached_keys=cached_keys)
+        elif isinstance(rotary, RescaledRotaryEmbedding):
             apply(model, rotary.tiers, tiers="row")
 
 
