@@ -128,7 +128,7 @@ def finetune(
     rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents))
     dtypes = [parameter.dtype for parameter in model.parameters()]
     trained = _trainable(model, config)
-    with _factors(model, tiers, config.tiers):
+    with _factors(model, tiers, config.tiers), _own_precision():
         _train(trained, model, rows, stage, out, progress)
     if config.lora_rank:
         trained.merge_and_unload()
@@ -155,6 +155,23 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
             target_modules="all-linear",
         ),
     )
+
+
+@contextlib.contextmanager
+def _own_precision() -> Iterator[None]:
+    """Let the configuration alone decide about autocast, inside the block.
+
+    transformers 4 hands it to accelerate in a variable of the environment, from where the next
+    stage would take it.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
@@ -190,6 +207,7 @@ def _train(
     if recompute is None:
         recompute = plan_backward(model, stage.length) != plan_backward(model, stage.length, False)
     _checkpoint_activations(model, recompute)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
@@ -202,7 +220,7 @@ def _train(
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",
-        bf16=config.precision == "bf16" or (config.precision == "auto" and not cpu),
+        bf16=bf16,
         use_cpu=cpu,
         save_strategy="steps",
         save_steps=config.save_steps,

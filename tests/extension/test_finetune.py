@@ -199,10 +199,14 @@ def test_activation_checkpoints_change_nothing(tmp_path, documents, whole):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3)
 
 
-def test_weights_of_a_model_in_16_bits_stay_in_16_bits(tmp_path, documents):
-    model = train(tmp_path, documents, build_model().bfloat16(), precision="bf16", packed=True)
+def test_weights_of_a_model_in_16_bits_stay_in_16_bits(tmp_path, documents, whole):
+    model = train(
+        tmp_path / "a", documents, build_model().bfloat16(), precision="bf16", packed=True
+    )
     assert model.dtype == torch.bfloat16
     assert not same(model, build_model().bfloat16())
+    # Nothing of it is left in the process for the next stage.
+    assert same(train(tmp_path / "b", documents), whole[1])
 
 
 def test_adapters_train_and_are_merged(tmp_path, documents):
