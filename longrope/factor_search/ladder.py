@@ -31,7 +31,7 @@ from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
 from longrope.factor_search.space import Candidate
-from longrope.factor_search.windows import WindowsByRole
+from longrope.factor_search.windows import WindowPool, WindowsByRole
 from longrope.factors import Tiers
 from longrope.factors.tiers import ladder_targets
 from longrope.patching import RopeSettings
@@ -43,6 +43,11 @@ from longrope.runs.journal import Replay
 #: Prefixes of windows are kept where those of all windows take no more than this share of the
 #: memory that is free; else they are computed whenever a window is measured on.
 KEPT_SHARE = 0.25
+#: Windows that the steps of a tier take turns with, so that each needs its prefix once.
+POOL = 24
+#: Steps of the last tier, which has half of all tokens, and of those below, in `steps`: so that a
+#: ladder takes no more passes than the search of one set.
+LAST_STEPS, LOWER_STEPS = 1.5, 0.75
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,23 @@ class Ladder:
 
     def most_evaluations(self, options: SearchOptions, held_out: bool) -> int:
         """Return how many evaluations and steps there are at most."""
-        each = sum(most_evaluations(problem, options, held_out) for problem in self.problems)
-        return each + 2 * len(self.problems)  # and those of YaRN by position
+        each = [
+            most_evaluations(problem, self.options_of(number, options), held_out)
+            for number, problem in enumerate(self.problems, 1)
+        ]
+        return sum(each) + 2 * len(each)  # and those of YaRN by position
+
+    def options_of(self, number: int, options: SearchOptions) -> SearchOptions:
+        """Return the options of a tier, with steps of its own."""
+        if not options.has_steps:
+            return options
+        share = LAST_STEPS if number == len(self.problems) else LOWER_STEPS
+        steps = max(1, round(share * options.descent.steps))
+        return dataclasses.replace(options, steps=steps)
 
     def keeps(self, model: nn.Module, windows: WindowsByRole) -> list[bool]:
         """Say of each tier whether the prefixes of all windows are kept."""
-        count = sum(len(w) for role, w in windows.windows.items() if role != Role.SCREEN)
+        count = POOL + sum(len(w) for role, w in windows.windows.items() if role != Role.SCREEN)
         free = free_memory(device_of(model))
         begins = [self.fixed.limits[-1], *self.targets[:-1]]
         needed = [count * cache_bytes(model, begin, sliding=False) for begin in begins]
@@ -163,10 +179,13 @@ class LadderSearch:
             chosen = METHODS[self.options.method](task)
             task.measure(Role.SEARCH, [chosen], "finalist")
             searched.append((task, chosen))
+            if number > 1:
+                _forget(task)
             rule = problem.rules()["yarn"]
             other = task if number == 1 else self._task(number, problem, self._tiers(yarn))
             _measure_rule(other, rule, other.judge)
             yarn.append((other, rule))
+            _forget(other)
             for done in dict.fromkeys([task.measurer, other.measurer]):
                 history += done.history
             below = chosen, problem.target_length
@@ -207,9 +226,9 @@ class LadderSearch:
         if self.options.has_steps:
             differentiate = RangeGradient(
                 self.model, problem.unit_inv_freq(), BackwardPlan(*self.notes["gradient"]),
-                problem.last_tokens, self.ranks, below,
+                problem.last_tokens, self.ranks, below, keep,
             )  # fmt: skip
-            random_windows = windows.random(for_windows)
+            random_windows = WindowPool(windows.random(for_windows), POOL, for_windows)
         measurer = Measurer(
             RangeEvaluator(
                 self.model, problem.factors, rows, problem.last_tokens, self.notes["chunk"], below,
@@ -224,7 +243,15 @@ class LadderSearch:
             absolute=problem.absolute,
             tier=TierCost(number, begin, end, target, keep),
         )  # fmt: skip
-        return Task(problem, self.options, measurer, for_method, random_windows)
+        options = self.ladder.options_of(number, self.options)
+        return Task(problem, options, measurer, for_method, random_windows)
+
+
+def _forget(task: Task) -> None:
+    """Free the prefixes that a task keeps; what it measures later computes them again."""
+    task.measurer.differentiate = None
+    task.measurer.evaluator.forget()
+    task.measurer.tier.forget()
 
 
 def _measure_rule(task: Task, rule: Candidate, role: Role) -> None:

@@ -49,17 +49,21 @@ class TierCost:
     def __init__(self, number: int, prefix: int, end: int, target: int, kept: bool):
         self.number = number
         self._prefix, self._range, self._kept = prefix / target, (end - prefix) / target, kept
-        self._seen: set[bytes] = set()
+        #: The windows of steps, True, and of candidates, which keep prefixes of their own.
+        self._seen: set[tuple[bool, bytes]] = set()
 
-    def of_windows(self, windows: torch.Tensor) -> float:
-        """Return the cost of a candidate on windows: what was not seen before has its prefix."""
-        new = {window.numpy().tobytes() for window in windows} - self._seen
+    def forget(self) -> None:
+        """Take it that prefixes that were kept are no longer."""
+        self._seen.clear()
+
+    def of(self, windows: torch.Tensor, step: bool = False) -> float:
+        """Return the cost of a candidate on windows, or of a step, whose way back counts twice.
+
+        A window that was not seen before has its prefix computed.
+        """
+        new = {(step, window.numpy().tobytes()) for window in windows} - self._seen
         self._seen |= new if self._kept else set()
-        return len(windows) * self._range + len(new) * self._prefix
-
-    def of_step(self, windows: int) -> float:
-        """Return the cost of a step, whose windows are new."""
-        return windows * (self._prefix + 3 * self._range)
+        return len(windows) * self._range * (3 if step else 1) + len(new) * self._prefix
 
 
 class _On(NamedTuple):
@@ -206,7 +210,7 @@ class Measurer:
             point.attention_factor, len(windows),
         )  # fmt: skip
         if self.tier is not None:
-            passes = self.tier.of_step(len(windows))
+            passes = self.tier.of(windows, step=True)
             done = dataclasses.replace(done, tier=self.tier.number, passes=passes)
         self.history.append(done)
         self.on_batch([done], 0 if replayed else windows.numel())
@@ -243,7 +247,7 @@ class Measurer:
                 candidate.start_tokens, loss, factors.attention_factor, len(on.windows),
             )  # fmt: skip
             if self.tier is not None:
-                passes = self.tier.of_windows(on.windows)
+                passes = self.tier.of(on.windows)
                 evaluation = dataclasses.replace(evaluation, tier=self.tier.number, passes=passes)
             done.append(evaluation)
             self._losses[on.role][candidate] = loss

@@ -19,7 +19,7 @@ from longrope.factor_search.problem import Problem
 from longrope.factor_search.racing import Race
 from longrope.factor_search.ramps import ramps
 from longrope.factor_search.space import STEPS, Candidate
-from longrope.factor_search.windows import RandomWindows
+from longrope.factor_search.windows import RandomWindows, WindowPool
 
 #: How many of the best candidates the validation windows choose from, besides the baselines.
 FINALISTS = 8
@@ -47,7 +47,7 @@ class Task:
     measurer: Measurer
     random: np.random.Generator
     #: The windows of steps; None with `"evolution"`, which makes none.
-    random_windows: RandomWindows | None = None
+    random_windows: RandomWindows | WindowPool | None = None
 
     @property
     def few(self) -> Role:
@@ -112,9 +112,10 @@ def gradient(task: Task) -> Candidate:
     yarn = rules["yarn"]
     starts = task.measure(Role.SEARCH, [*screened[:STARTS], yarn], "ramp", 0)
     chosen, loss = _descended(task, starts)
-    variants = [
-        dataclasses.replace(chosen, start_tokens=n) for n in task.problem.space.start_tokens
-    ]
+    numbers = task.problem.space.start_tokens
+    if task.problem.below is not None:  # a sweep like that of the tier below gained nothing
+        numbers = (numbers[0], task.problem.below[0].start_tokens)
+    variants = [dataclasses.replace(chosen, start_tokens=n) for n in numbers]
     screened = task.measure(task.few, [chosen, *variants], "start tokens")
     better = [c for c in _ranked(screened) if screened[c] < screened[chosen]]
     judged = task.measure(task.judge, better[:START_TOKEN_FINALISTS], "start tokens")

@@ -58,8 +58,21 @@ class Prefix:
         """Return an empty cache for windows of `length` tokens."""
         return range_cache(self.model, length - 1, self.below.limits[0], differentiable)
 
-    def feed(self, window: torch.Tensor, rotary: RangeRotaryEmbedding, cache: Any) -> Any:
-        """Put the prefix of a window `[1, N]` into an empty cache, tier by tier; returns it."""
+    def of_window(
+        self, window: torch.Tensor, rotary: RangeRotaryEmbedding, kept: dict[bytes, Any]
+    ) -> Any:
+        """Return a cache that holds the prefix of a window `[1, N]`, and keep it in `kept`.
+
+        The window goes through the model by itself, whatever else is measured with it: so a search
+        that is resumed finds the same bits.
+        """
+        name = window.cpu().numpy().tobytes()
+        if name not in kept:
+            kept[name] = self._feed(window, rotary, self.cache(self.end + 1))
+        return kept[name]
+
+    def _feed(self, window: torch.Tensor, rotary: RangeRotaryEmbedding, cache: Any) -> Any:
+        """Put the prefix of a window into an empty cache, tier by tier; returns it."""
         for number, tier in enumerate(self.below):
             if number == 0 and self.first_by_model:
                 rotary.turn_as_loaded()
@@ -100,6 +113,10 @@ class RangeEvaluator(PopulationEvaluator):
         self._prefix = Prefix(model, below, self._score)
         self._kept: dict[bytes, Any] = {}
 
+    def forget(self) -> None:
+        """Free the prefixes that are kept."""
+        self._kept.clear()
+
     @contextlib.contextmanager
     def _turning(self) -> Iterator[Callable[..., None]]:
         with ranges(self.model) as self._rotary:
@@ -109,19 +126,10 @@ class RangeEvaluator(PopulationEvaluator):
         if not self.keep:
             self._kept.clear()
         settings = self._rotary.settings
-        prefixes = [self._of_window(row[None]) for row in ids]
+        prefixes = [self._prefix.of_window(row[None], self._rotary, self._kept) for row in ids]
         self._rotary.settings = settings
         cache = joined(prefixes, self._prefix.cache(ids.shape[1]))
         return self._score.sums(ids, scored, blocks, cache)
-
-    def _of_window(self, window: torch.Tensor) -> Any:
-        """Return a cache that holds the prefix of a window `[1, N]`."""
-        # By itself whatever else is in the batch: the same bits in a search that is resumed.
-        name = window.cpu().numpy().tobytes()
-        if name not in self._kept:
-            cache = self._prefix.cache(self._prefix.end + 1)
-            self._kept[name] = self._prefix.feed(window, self._rotary, cache)
-        return self._kept[name]
 
 
 class RangeGradient(GradientEvaluator):
@@ -133,6 +141,8 @@ class RangeGradient(GradientEvaluator):
         As for `GradientEvaluator`.
     below
         The tiers below the range.
+    keep
+        Whether the prefixes of windows are kept from one call to the next.
     """
 
     def __init__(
@@ -143,9 +153,12 @@ class RangeGradient(GradientEvaluator):
         last_tokens: int,
         ranks: Ranks,
         below: Tiers,
+        keep: bool = True,
     ):
         super().__init__(model, base_inv_freq, plan, last_tokens, ranks)
+        self.keep = keep
         self._prefix = Prefix(model, below, self._score)
+        self._kept: dict[bytes, Any] = {}
 
     def _backward(
         self, window: torch.Tensor, inv_freq: torch.Tensor, start_tokens: int, factor: torch.Tensor
@@ -153,6 +166,8 @@ class RangeGradient(GradientEvaluator):
         with ranges(self.model) as rotary:
             cache = self._prefix.cache(window.shape[1], differentiable=True)
             with torch.no_grad():
-                self._prefix.feed(window, rotary, cache)
+                if not self.keep:
+                    self._kept.clear()
+                joined([self._prefix.of_window(window, rotary, self._kept)], cache)
             rotary.turn_by(inv_freq, start_tokens, factor)
             return self._score.backward(window, scored_tokens(window, self.last_tokens), cache)

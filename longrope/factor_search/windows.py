@@ -224,6 +224,38 @@ class RandomWindows:
         return with_bos(drawn, self.bos)
 
 
+class WindowPool:
+    """Random windows of which the first `size` come again and again, in ever new random order.
+
+    Parameters
+    ----------
+    windows
+        Where the first `size` windows come from.
+    size
+        How many there are.
+    random
+        Random numbers for the order.
+    """
+
+    def __init__(self, windows: RandomWindows, size: int, random: np.random.Generator):
+        self.windows, self.size, self.random = windows, size, random
+        self._pool: list[torch.Tensor] = []
+        self._order: list[int] = []
+
+    def draw(self, count: int) -> torch.Tensor:
+        """Return the next `count` windows: int64 `[count, length]`."""
+        drawn = []
+        for _ in range(count):
+            if len(self._pool) < self.size:
+                self._pool.append(self.windows.draw(1)[0])
+                drawn.append(self._pool[-1])
+                continue
+            if not self._order:
+                self._order = [int(i) for i in self.random.permutation(self.size)]
+            drawn.append(self._pool[self._order.pop()])
+        return torch.stack(drawn)
+
+
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
     """Place as many windows as fit, the spare tokens spread at random, in random order."""
     fitting = size // length
