@@ -99,7 +99,8 @@ def _of_stage(model: nn.Module, plan: Plan, stage: Stage) -> tuple[int, float, i
     if isinstance(stage, RecoverStage):
         length = stage.lengths[-1]
         steps = stage.options.steps
-        passes = len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
+        # By the length of a row, then by position.
+        passes = 2 * len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
         return length, passes, weights + cache_bytes(model, length)
     assert isinstance(stage, SearchStage)
     # A ladder costs at most one search at its target.

@@ -82,9 +82,10 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
     An extended model loses on short texts: its factors crowd their positions. As in LongRoPE, one
     more search at each of `lengths` finds factors for them, with a smaller upper bound, and weights
     stay as they are. Each search begins with the model as loaded, powers of the long set and the
-    tier that the model has, and descends from the best. The sets that are found become tiers by
-    position, from the shortest on, where held-out windows say that they are better there than the
-    tier that the model has and than the model as loaded.
+    tier that the model has, and descends from the best. That is the paper's recovery, by the length
+    of a row. For tiers by position, another search goes on from it for each range of positions
+    alone, behind the tiers below, from the shortest on. Held-out windows decide for each range
+    between what was found either way, the tiers that the model has, and the model as loaded.
 
     Parameters
     ----------

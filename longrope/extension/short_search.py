@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope.distributed.ranks import Ranks
 from longrope.evaluation.memory import plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
 from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.history import Role
+from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
 from longrope.factor_search.windows import WindowsByRole, digest
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, rope_settings
+from longrope.patching.attention import has_kernel_attention
 from longrope.runs import folder
 from longrope.runs.journal import Journal
 
@@ -102,18 +105,21 @@ class ShortSearch:
         windows = self.windows(length).windows
         return list(windows.get(Role.VALIDATION, windows[Role.SEARCH]))
 
-    def at(self, length: int) -> RescaleFactors:
-        """Return the best set for whole windows of a length."""
+    def at(
+        self, length: int, below: Tiers | None = None, more: Sequence[RescaleFactors] = ()
+    ) -> RescaleFactors:
+        """Return the best set for windows of a length, or for what is behind tiers `below`.
+
+        `more` are starts beside the usual ones.
+        """
         drawn = self.windows(length)
-        plan = plan_batches(self.model, length, name="lengths")
-        evaluate = PopulationEvaluator(self.model, _itself, plan.rows, None, plan.chunk)
+        evaluate, differentiate = self._evaluators(length, below)
         windows = drawn.windows[Role.SEARCH]
-        starts = self._starts(length)
+        starts = [*self._starts(length), *more]
         losses = self.recorded(lambda: evaluate(starts, windows))
         least, best = min(zip(losses, starts, strict=True), key=lambda pair: pair[0])
         settings = rope_settings(self.model)
         base = best.base_inv_freq()
-        differentiate = GradientEvaluator(self.model, base, plan_backward(self.model, length))
         random = drawn.random(np.random.default_rng([self.seed, length, 2]))
         turns = settings.original_length * base / (2 * np.pi)
         lambdas = np.clip(best.lambdas, 1, self.max_lambda)
@@ -149,16 +155,22 @@ class ShortSearch:
     def better_tier(
         self, below: Sequence[RescaleFactors], found: RescaleFactors, begin: int, length: int
     ) -> list[RescaleFactors]:
-        """Return the tiers for positions `begin` to before `length`: found, as they were, or plain.
+        """Return the tiers for positions `begin` to before `length`, behind the tiers `below`.
 
-        `below` are those before `begin`. Held-out windows decide, by the tokens of the range.
+        Those that were there; else one: the model as loaded, what was found for whole windows, or
+        what a search of the range alone makes of it. Held-out windows decide, by the tokens of the
+        range.
         """
+        ways = [[found]]
+        # The last token of a range predicts none, and one must be left.
+        if below and length - begin > 2 and has_kernel_attention(self.model):
+            ways.append([self.at(length, Tiers(below), [found])])
         as_it_was = [t for t in self.had if begin < t.target_length <= length]
         if not as_it_was or as_it_was[-1].target_length < length:
             next_one = next(t for t in self.had if t.target_length > length)
             as_it_was.append(next_one.replace(target_length=length))
         loaded = self._loaded(length)
-        ways = [as_it_was, [loaded], [found]]
+        ways = [as_it_was, [loaded], *ways]
         beyond = [t for t in self.had if t.target_length > length]
 
         def measure() -> list[float]:
@@ -174,6 +186,23 @@ class ShortSearch:
 
         losses = self.recorded(measure)
         return ways[int(np.argmin(losses))]
+
+    def _evaluators(
+        self, length: int, below: Tiers | None
+    ) -> tuple[PopulationEvaluator, GradientEvaluator]:
+        plan = plan_batches(self.model, length, name="lengths")
+        backward = plan_backward(self.model, length)
+        base = self.had[-1].base_inv_freq()
+        if below is None:
+            return (
+                PopulationEvaluator(self.model, _itself, plan.rows, None, plan.chunk),
+                GradientEvaluator(self.model, base, backward),
+            )
+        scored = length - below.limits[-1] - 1
+        return (
+            RangeEvaluator(self.model, _itself, plan.rows, scored, plan.chunk, below),
+            RangeGradient(self.model, base, backward, scored, Ranks(), below, keep=False),
+        )
 
     def _loaded(self, length: int) -> RescaleFactors:
         settings = rope_settings(self.model)
