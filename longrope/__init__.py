@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope import demo as demo
     from longrope import errors as errors
     from longrope import evaluation as evaluation
+    from longrope import extension as extension
     from longrope import factor_search as factor_search
     from longrope import factors as factors
     from longrope import model as model
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope.evaluation.ruler import ruler
     from longrope.evaluation.ruler_tasks import RULER_TASKS
     from longrope.evaluation.suite import evaluate
+    from longrope.extension.config import FinetuneConfig
+    from longrope.extension.recover import RecoverResult, recover
+    from longrope.extension.run import ExtendResult, extend
     from longrope.factor_search.history import SearchResult
     from longrope.factor_search.run import search
     from longrope.factors import (
@@ -49,6 +53,9 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
 _HOMES = {
     "RULER_TASKS": "longrope.evaluation.ruler_tasks",
     "LongRoPEModel": "longrope.model",
+    "ExtendResult": "longrope.extension.run",
+    "FinetuneConfig": "longrope.extension.config",
+    "RecoverResult": "longrope.extension.recover",
     "RescaleFactors": "longrope.factors",
     "SearchResult": "longrope.factor_search.history",
     "Tiers": "longrope.factors",
@@ -56,6 +63,7 @@ _HOMES = {
     "apply": "longrope.patching.apply",
     "evaluate": "longrope.evaluation.suite",
     "export": "longrope.checkpoints.export",
+    "extend": "longrope.extension.run",
     "load": "longrope.checkpoints.load",
     "load_data": "longrope.documents",
     "long_perplexity": "longrope.evaluation.long_perplexity",
@@ -64,6 +72,7 @@ _HOMES = {
     "perplexity": "longrope.evaluation.perplexity",
     "published": "longrope.factors",
     "published_names": "longrope.factors",
+    "recover": "longrope.extension.recover",
     "remove": "longrope.patching.apply",
     "rope_settings": "longrope.patching.settings",
     "row_lengths": "longrope.patching.apply",
@@ -79,6 +88,7 @@ _MODULES = (
     "demo",
     "errors",
     "evaluation",
+    "extension",
     "factor_search",
     "factors",
     "model",
@@ -88,7 +98,10 @@ _MODULES = (
 
 __all__ = [
     "RULER_TASKS",
+    "ExtendResult",
+    "FinetuneConfig",
     "LongRoPEModel",
+    "RecoverResult",
     "RescaleFactors",
     "SearchResult",
     "Tiers",
@@ -96,6 +109,7 @@ __all__ = [
     "apply",
     "evaluate",
     "export",
+    "extend",
     "load",
     "load_data",
     "long_perplexity",
@@ -104,6 +118,7 @@ __all__ = [
     "perplexity",
     "published",
     "published_names",
+    "recover",
     "remove",
     "rope_settings",
     "row_lengths",
