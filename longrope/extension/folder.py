@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from longrope._files import new_folder
-from longrope.evaluation.identity import fingerprint
+from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
-from longrope.factor_search.windows import digest
 from longrope.runs import folder
 from longrope.runs.journal import Journal
 

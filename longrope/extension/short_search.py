@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from longrope.distributed.ranks import Ranks
+from longrope.evaluation.identity import digest
 from longrope.evaluation.memory import plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
 from longrope.factor_search.descent import Descent, DescentSettings, Point
@@ -20,7 +21,7 @@ from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.history import Role
 from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
-from longrope.factor_search.windows import WindowsByRole, digest
+from longrope.factor_search.windows import WindowsByRole
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, rope_settings
 from longrope.patching.attention import has_kernel_attention
