@@ -51,7 +51,7 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
     from transformers import AutoConfig
 
-    from longrope.patching import rope_settings
+    from longrope.cli.doctor import diagnosis
 
     if not (Path(what) / "config.json").is_file():
         raise ValueError(
@@ -66,8 +66,7 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
 
         with torch.device("meta"):
             return runtime_facts(AutoModelForCausalLM.from_config(config))
-    settings = vars(rope_settings(config))
-    return {name: value for name, value in settings.items() if name != "config"}
+    return diagnosis(config, Path(what))
 
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:
