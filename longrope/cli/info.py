@@ -48,7 +48,12 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
 
     if (Path(what) / JOURNAL).is_file():
         found = Path(what) / FACTORS
-        return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
+        said = summary(Path(what))
+        if not found.is_file():
+            return said
+        length = said["target length"]
+        following = f"longrope perplexity MODEL DATA --length {length} --factors {found}"
+        return said | _facts_of_factors(found) | {"next": following}
     from transformers import AutoConfig
 
     from longrope.cli.doctor import diagnosis
