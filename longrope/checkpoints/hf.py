@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longrope._warnings import warn
 from longrope.checkpoints import source
 from longrope.checkpoints.plan import HUGE, Plan
 from longrope.factors import RescaleFactors, files, su_attention_factor
@@ -178,4 +178,4 @@ def warn_of_versions(plan: Plan) -> None:
     """Warn where one version of transformers cannot read an export."""
     reason = only_version_5(plan)
     if reason:
-        warnings.warn(reason, stacklevel=3)
+        warn(reason)

@@ -6,13 +6,13 @@ most that length is turned by the short factors, a longer one by the long factor
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from longrope._validation import switch
+from longrope._warnings import warn
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import RopeSettings, rope_settings
 from longrope.patching.apply import check_fit, check_windows
@@ -84,10 +84,9 @@ def plan_export(
             f"{settings.original_length} tokens, got {last.target_length}"
         )
     if last.original_length not in (settings.original_length, settings.loaded_length):
-        warnings.warn(
+        warn(
             f"the factors are for an original length of {last.original_length} tokens, and the "
             f"model's is {settings.original_length}",
-            stacklevel=3,
         )
     plan = Plan(settings, tiers, *_two(settings, last, short), last.start_tokens)
     check_windows(decoder(model), plan.rule)
@@ -97,11 +96,10 @@ def plan_export(
             f"exports knows, got False and {last.start_tokens} start tokens"
         )
     if plan.crosses:
-        warnings.warn(
+        warn(
             f"a reader changes the factors of all tokens when a sequence grows beyond "
             f"{plan.window} tokens, and keys cached before are wrong then (vLLM keeps one set, by "
             'its max_model_len); short="long" has no such crossing',
-            stacklevel=3,
         )
     return plan
 

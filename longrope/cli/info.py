@@ -49,10 +49,15 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
 
     if (Path(what) / JOURNAL).is_file():
         found = Path(what) / FACTORS
-        return summary(Path(what)) | (_facts_of_factors(found) if found.is_file() else {})
+        said = summary(Path(what))
+        if not found.is_file():
+            return said
+        length = said["target length"]
+        following = f"longrope perplexity MODEL DATA --length {length} --factors {found}"
+        return said | _facts_of_factors(found) | {"next": following}
     from transformers import AutoConfig
 
-    from longrope.patching import rope_settings
+    from longrope.cli.doctor import diagnosis
 
     if not (Path(what) / "config.json").is_file():
         raise ValueError(
@@ -68,8 +73,7 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
 
         with torch.device("meta"):
             return runtime_facts(AutoModelForCausalLM.from_config(config))
-    settings = vars(rope_settings(config))
-    return {name: value for name, value in settings.items() if name != "config"}
+    return diagnosis(config, Path(what))
 
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:

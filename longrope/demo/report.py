@@ -27,7 +27,11 @@ def as_rich_table(table: Table, lengths: Sequence[int]):
     for name, row in table.items():
         cells = [f"{v:.2f}" for v in row]
         marked = zip(cells, row, best, strict=True)
-        shown.add_row(name, *(f"[bold]{c}[/bold]" if v == b else c for c, v, b in marked))
+        # What the model is before anything is done: the baseline of every other row.
+        shown.add_row(
+            name + " (as loaded)" * (name == "none"),
+            *(f"[bold]{c}[/bold]" if v == b else c for c, v, b in marked),
+        )
     return shown
 
 

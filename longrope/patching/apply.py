@@ -50,8 +50,9 @@ def apply(
     Parameters
     ----------
     model
-        A transformers model of a family in `longrope.patching.FAMILIES`, with or without its
-        language model head. Any attention implementation, dtype and device.
+        A transformers model of a family in `longrope.patching.FAMILIES`, or one that works like
+        them in a trial on a tiny copy of its class; with or without its language model head. Any
+        attention implementation, dtype and device.
     factors
         One set, `Tiers`, or a list of sets with different `target_length`.
     tiers
@@ -73,15 +74,15 @@ def apply(
     Raises
     ------
     ValueError
-        Where the model has no rotary embedding or is of another family, where `rope_theta` or
+        Where the model has no rotary embedding or fails the trial, where `rope_theta` or
         `rotary_dim` of the factors are not the model's, or two sets have one target length.
 
     Warns
     -----
     UserWarning
-        Where the model has a scaling of its own, which the factors replace; where its window is not
-        the one from which the factors count; or where every layer has a sliding window shorter than
-        the target.
+        Where the model is of no family that is tested; has a scaling of its own, which the factors
+        replace; has another window than the one from which the factors count; or has a sliding
+        window shorter than the target in every layer.
     """
     if tiers not in ("position", "row"):
         raise ValueError(f'tiers: expected "position" or "row", got {tiers!r}')

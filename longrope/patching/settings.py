@@ -232,7 +232,7 @@ def _named_frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
         arguments["layer_type"] = _extended(by_layer)
     try:
         inv_freq, attention_factor = function(config, **arguments)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f'model: expected a rope scaling "{rope_type}" that transformers '
             f"{transformers.__version__} can compute, got one on which it raises "

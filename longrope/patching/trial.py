@@ -54,8 +54,12 @@ def try_model(model: nn.Module) -> tuple[bool, bool]:
 
     Raises `TrialError` where not even one set of factors does.
     """
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        torch.manual_seed(0)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):
+        torch.random.default_generator.manual_seed(0)  # not those of other devices
         try:
             tiny = _tiny(model)
             ids = torch.randint(1, 64, (2, _TOKENS))
@@ -88,8 +92,7 @@ def _tiny(model: nn.Module) -> nn.Module:
     for name, value in small.items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
-    with torch.device("cpu"):
-        return type(model)(config).float().eval()
+    return type(model)(config).float().eval()
 
 
 def _unscale(config: Any) -> None:

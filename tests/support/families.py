@@ -52,6 +52,8 @@ def build(model_type, **scaling):
     rope = rope_arguments(partial_rotary_factor=partial, **scaling)
     if model_type == "gpt_neox" and not VERSION_5:
         rope |= {"rotary_pct": partial, "rotary_emb_base": 10000}
+    if model_type == "gpt_oss" and not VERSION_5 and not scaling:
+        rope["rope_scaling"] = {"rope_type": "default"}  # else that of the released models
     if model_type in ("gemma3_text", "olmo3") and VERSION_5:
         kinds = ("full_attention", "sliding_attention")
         plain = {"rope_type": "default", "rope_theta": 10000.0}

@@ -1,0 +1,101 @@
+"""`longrope info FOLDER`: what a model's settings mean, what is wrong, what to do next."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from support.families import VERSION_5
+from transformers import AutoConfig
+
+from longrope.cli.doctor import TOLERANCE, diagnosis, float32_limit
+from longrope.patching import rope_settings
+
+TWOS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+def said(folder, **fields):
+    """Return what is said of a configuration on disk."""
+    base = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64,
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(base | fields))
+    return diagnosis(AutoConfig.from_pretrained(folder), folder)
+
+
+def cautions(facts):
+    return [line for name, line in facts.items() if name.startswith("caution")]
+
+
+def test_a_plain_model_is_one_screen_and_names_the_next_step(tmp_path):
+    facts = said(tmp_path)
+    assert facts["model"] == "llama (a family that is tested: Llama)"
+    assert facts["window"] == "256 tokens before scaling, 256 as loaded"
+    assert facts["scaling"].startswith('"default", none')
+    assert "--target-length 2048" in facts["next"]
+    assert cautions(facts) == [] and "attention" not in facts
+    assert len(facts) < 12
+
+
+def test_scalings_say_what_they_do_and_from_which_window(tmp_path):
+    facts = said(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    assert facts["window"] == "64 tokens before scaling, 256 as loaded"
+    assert facts["as loaded"] == "lambda 4 to 4, attention factor 1"
+    (caution,) = cautions(facts)
+    assert "the window before the scaling is taken to be 64" in caution
+    facts = said(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    (caution,) = cautions(facts)
+    assert caution.startswith("no original_max_position_embeddings below max_position_embeddings")
+    named = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert cautions(said(tmp_path, rope_scaling=named)) == []
+
+
+def test_factors_that_are_missing_or_too_few(tmp_path):
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7}
+    facts = said(tmp_path, original_max_position_embeddings=64, rope_scaling=scaling)
+    wrong, switch = cautions(facts)
+    assert wrong == "long_factor: expected 8 numbers (rotary_dim / 2), got 7"
+    assert "chooses the frequencies for the whole batch by its longest row" in switch
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, "every layer sees 64 tokens at most"),
+        ({"model_type": "ministral", "layer_types": ["sliding_attention", "full_attention"]},
+         "1 of 2 layers see 64 tokens at most, the others all"),
+    ],
+)  # fmt: skip
+def test_sliding_windows(tmp_path, fields, sentence):
+    facts = said(tmp_path, **({"model_type": "mistral", "sliding_window": 64} | fields))
+    assert facts["attention"].startswith(sentence)
+
+
+def test_the_position_of_float32_angles_is_the_first_that_is_wrong(tmp_path):
+    said(tmp_path)
+    settings = rope_settings(AutoConfig.from_pretrained(tmp_path))
+    position = float32_limit(settings)
+    exact = 10000.0 ** (-np.arange(0, 16, 2) / 16)
+
+    def error(positions):
+        rounded = exact.astype(np.float32) * positions[:, None].astype(np.float32)
+        return np.abs(rounded - exact * positions[:, None]).max(1)
+
+    assert error(np.array([position])) > TOLERANCE
+    assert (error(np.arange(position)) <= TOLERANCE).all()
+    assert f"position {position} on" in said(tmp_path)["float32 angles"]
+
+
+def test_phi_moe_and_a_family_that_is_not_tested(tmp_path):
+    scaling = {"rope_type": "longrope", **TWOS, "short_mscale": 1.0, "long_mscale": 1.2,
+               "original_max_position_embeddings": 64}  # fmt: skip
+    facts = said(tmp_path, model_type="phimoe", num_local_experts=4, rope_scaling=scaling,
+                 original_max_position_embeddings=64)  # fmt: skip
+    assert "no family that is tested" in facts["model"]
+    never = f"transformers {transformers.__version__} never turns Phi-MoE by the long factors"
+    assert any(line.startswith(never) for line in cautions(facts)) == VERSION_5
