@@ -250,3 +250,10 @@ def test_what_is_read_and_what_is_called():
     adapted = lora(model)
     assert called_model(nn.DataParallel(adapted)) is adapted
     assert language_model(nn.DataParallel(adapted)) is model
+
+
+def test_what_compiled_layers_read_of_tiers_is_no_number_of_numpy():
+    # torch.compile takes numpy's bool for a tensor, and its guards fail in inference mode.
+    model = build_model()
+    tiers = longrope.RescaleFactors.yarn(**rope_settings(model).lengths(32)).ladder()
+    assert rotary_of(longrope.apply(model, tiers)).first_by_model is True
