@@ -13,10 +13,10 @@ PACKAGE = Path(longrope.__file__).parent
 FLOORS = (
     ("cli", "__main__"),
     ("demo", "__init__"),
+    ("model",),
     ("extension",),
     ("factor_search",),
     ("evaluation",),
-    ("model",),
     ("checkpoints",),
     ("patching",),
     ("runs",),
@@ -25,7 +25,7 @@ FLOORS = (
     ("documents",),
     ("ops",),
     ("_native",),
-    ("_validation", "_files"),
+    ("_validation", "_files", "_warnings"),
     ("errors",),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(FLOORS)) for name in names}

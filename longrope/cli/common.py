@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +60,8 @@ def one_sentence_errors(command):
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
+            with _one_sentence_warnings():
+                return command(*args, **kwargs)
         except (ValueError, OSError, ImportError, NotImplementedError) as error:
             # The error that ends all ranks is printed by the first, and by the one that failed.
             if rank() in (0, getattr(error, "failed_rank", rank())):
@@ -80,6 +83,22 @@ def one_sentence_errors(command):
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _one_sentence_warnings() -> Iterator[None]:
+    """Show our warnings as one sentence: the lines that they name are not the user's here."""
+    own = warnings.showwarning
+
+    def show(message, category, *where, **options):
+        if category is not UserWarning:
+            own(message, category, *where, **options)
+        elif rank() == 0:
+            print(f"longrope: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def in_job(command):

@@ -113,6 +113,14 @@ def load_factors(
     return tiers
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers that `512,1024` names; `ValueError` with the name of the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers like 512,1024, got {text!r}") from None
+
+
 def say(line: str) -> None:
     """Write a line to standard error, by the first process of a job; nothing where it is empty."""
     if line and rank() == 0:
@@ -140,16 +148,12 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
 
     16-bit models become float32 on a CPU that has no fast arithmetic for them.
     """
-    import torch
     from transformers import AutoTokenizer
 
     from longrope.checkpoints.source import TOKENIZER_FILES
-    from longrope.evaluation.memory import native_dtype
 
     device = choose_device(device)
-    model = load_weights(name)
-    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
+    model = on_device(load_weights(name), device)
     tokenizer = None
     if model.config.vocab_size != 256:
         folder = Path(os.path.expanduser(name))
@@ -163,7 +167,18 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
             raise ValueError(
                 f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
             ) from None
-    return model.to(device), tokenizer
+    return model, tokenizer
+
+
+def on_device(model: Any, device: str) -> Any:
+    """Move a model; in 16 bits to a CPU that is slower in them, it becomes float32."""
+    import torch
+
+    from longrope.evaluation.memory import native_dtype
+
+    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.to(native_dtype())
+    return model.to(device)
 
 
 def _first_sentence(error: Exception) -> str:

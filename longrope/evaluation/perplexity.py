@@ -21,6 +21,7 @@ from longrope.patching.attention import has_kernel_attention, kernel_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
 from longrope.patching.mlp import inplace_mlps
+from longrope.patching.notices import warn_of_window
 from longrope.patching.settings import LENGTH_DEPENDENT, rope_settings
 from longrope.patching.tiered import TieredRotaryEmbedding
 from longrope.runs.progress import bar
@@ -141,6 +142,7 @@ def perplexity(
     start = bos_token(bos, model, documents)
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
     tokens = without_bos(tokens, start)
+    warn_of_window(model, length)
     chosen = range(len(tokens))
     if samples is not None:
         if _validation.integer("samples", samples, 1) > len(tokens):
@@ -160,7 +162,7 @@ def perplexity(
     total, count = 0.0, 0
     range_sums, range_counts = np.zeros(len(ranges)), np.zeros(len(ranges), np.int64)
     layout = plan_batches(
-        model, length, len(windows), rows=batch_size, cut=_may_be_cut(model), name="length"
+        model, length, len(windows), rows=batch_size, cut=may_be_cut(model), name="length"
     )
     with (
         _shown(progress, len(windows)) as show,
@@ -275,7 +277,7 @@ def _batches(windows: list[Window], rows: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _may_be_cut(model: nn.Module) -> bool:
+def may_be_cut(model: nn.Module) -> bool:
     """Say whether chunks of a window turn by the angles of the whole window.
 
     The rope types of transformers that look at the longest position so far turn the first chunks of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.space import Candidate
 from longrope.factor_search.windows import scored_tokens
 from longrope.factors import RescaleFactors
+from longrope.patching import rope_settings
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
@@ -55,6 +57,7 @@ class PopulationEvaluator:
         self.last_tokens = last_tokens
         self.to_factors = to_factors
         self.rows = rows
+        self.chunk = chunk
         with evaluating(model):
             self._score = NextTokenNLL(model, chunk)
 
@@ -110,19 +113,22 @@ class PopulationEvaluator:
         # Row r is candidate r // S on window r % S.
         rows = torch.arange(len(factors) * len(windows), device=device)
         sums = []
-        with (
-            evaluating(self.model),
-            kernel_attention(self.model, self._attend),
-            inplace_mlps(self.model),
-            rows_with_factors(self.model, inv_freq[0]) as rotary,
-        ):
+        with evaluating(self.model), inplace_mlps(self.model), self._turning() as turn_by:
             for row in rows.split(self.rows):
                 candidate, window = row // len(windows), row % len(windows)
-                rotary.set_rows(
-                    inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
-                )
+                turn_by(inv_freq[candidate], start_tokens[candidate], attention_factor[candidate])
                 sums.append(self._sums(windows[window], scored, blocks))
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
+
+    @contextlib.contextmanager
+    def _turning(self) -> Iterator[Callable[..., None]]:
+        """Yield what gives the rows of the passes to come their factors, inside a block."""
+        plain = torch.ones(rope_settings(self.model).rotary_dim // 2, dtype=torch.float64)
+        with (
+            kernel_attention(self.model, self._attend),
+            rows_with_factors(self.model, plain) as rotary,
+        ):
+            yield rotary.set_rows
 
     def _sums(self, ids: torch.Tensor, scored: int, blocks: int) -> torch.Tensor:
         """Return the NLL of windows `[B, N]`, whose factors are in force: float64 `[B, blocks]`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope._files import replacing
-from longrope.factor_search.history import BASELINES, Evaluation, Role
+from longrope.factor_search.history import AS_LOADED, BASELINES, Evaluation, Role
 from longrope.factors import RescaleFactors
 from longrope.runs.style import MUTED, OURS, STYLES, line, tidy
 
@@ -19,6 +19,7 @@ def plot(
     factors: RescaleFactors,
     history: Sequence[Evaluation],
     baselines: Mapping[str, RescaleFactors],
+    loaded: Sequence[Evaluation] = (),
 ) -> None:
     """Plot the convergence, and lambda by dimension beside the factors that need no search.
 
@@ -28,7 +29,10 @@ def plot(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _plot_convergence(left, history)
+    _plot_convergence(left, [e for e in history if e.origin != AS_LOADED], loaded)
+    if loaded:
+        label = "as loaded" + _reached(loaded)
+        right.plot(loaded[0].lambdas, **line("none", label=label, markersize=2.5))
     for name, baseline in baselines.items():
         label = STYLES[name].label + _reached([e for e in history if e.origin == name])
         right.plot(baseline.lambdas, **line(name, label=label, markersize=2.5))
@@ -47,7 +51,9 @@ def plot(
         figure.savefig(file, dpi=150, format="png")
 
 
-def _plot_convergence(axes: Any, history: Sequence[Evaluation]) -> None:
+def _plot_convergence(
+    axes: Any, history: Sequence[Evaluation], loaded: Sequence[Evaluation]
+) -> None:
     searched = [(n, e) for n, e in enumerate(history, 1) if e.role == Role.SEARCH]
     at, values = [n for n, _ in searched], [e.perplexity for _, e in searched]
     reached = {e.origin: e.perplexity for _, e in searched if e.origin in BASELINES}
@@ -57,9 +63,11 @@ def _plot_convergence(axes: Any, history: Sequence[Evaluation]) -> None:
     axes.plot(at, values, ".", color=MUTED, markersize=4, label="candidates")
     best = [b if b <= top else math.nan for b in itertools.accumulate(values, min)]
     axes.plot(at, best, color=OURS, linewidth=2.5, label="best", drawstyle="steps-post")
+    for e in loaded[:1]:  # on the search windows
+        reached["none"] = e.perplexity
     for n, (name, value) in enumerate(reached.items()):
         if value <= top:
-            style = STYLES[name]
+            style = STYLES[name]._replace(label="as loaded") if name == "none" else STYLES[name]
             axes.axhline(value, color=style.color, linestyle=":", linewidth=style.linewidth)
             # Side by side, since two of them can be alike.
             axes.annotate(style.label, (0.4 + 0.12 * n, value), color=style.color,

@@ -140,6 +140,17 @@ class Tiers(Sequence[RescaleFactors]):
             raise ValueError(f"{path}: {error}") from None
 
 
+def ladder_targets(start: int, target: int, step: float = 2.0) -> list[int]:
+    """Return where the tiers of a ladder from a window of `start` tokens end; the last `target`."""
+    ends = [start]
+    for number in itertools.count(1):
+        end = round(start * step**number)
+        if end >= target:
+            return [*ends[1:], target]
+        if end > ends[-1]:  # else a step of less than a token
+            ends.append(end)
+
+
 def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) -> Tiers:
     """Return the tiers of `RescaleFactors.ladder`."""
     step = positive("step", step, above=1)
@@ -159,12 +170,7 @@ def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) 
         )
     whole = math.log(factors.target_length / loaded.target_length)
     between = []
-    for number in itertools.count(1):
-        target = round(loaded.target_length * step**number)
-        if target >= factors.target_length:
-            break
-        if target <= max([loaded, *between], key=lambda tier: tier.target_length).target_length:
-            continue  # steps of less than a token
+    for target in ladder_targets(loaded.target_length, factors.target_length, step)[:-1]:
         share = math.log(target / loaded.target_length) / whole
         between.append(
             factors.replace(

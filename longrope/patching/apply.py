@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,15 +13,13 @@ from longrope.patching import cache_guard, row_tiers, tiered
 from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
+from longrope.patching.notices import warn_of_factors
 from longrope.patching.rotation import accept_rotations
 from longrope.patching.saving import warn_on_save
 from longrope.patching.settings import RopeSettings, rope_settings
 from longrope.patching.tier_cache import stays_as_loaded
 from longrope.patching.tiered import TieredRotaryEmbedding
 from longrope.patching.wrappers import device_of
-
-#: Rope types that factors replace without a word: none at all, or an earlier LongRoPE export.
-_REPLACED_SILENTLY = ("default", "longrope", "su")
 
 
 def apply(
@@ -78,22 +75,33 @@ def apply(
     ValueError
         Where the model has no rotary embedding or is of another family, where `rope_theta` or
         `rotary_dim` of the factors are not the model's, or two sets have one target length.
+
+    Warns
+    -----
+    UserWarning
+        Where the model has a scaling of its own, which the factors replace; where its window is not
+        the one from which the factors count; or where every layer has a sliding window shorter than
+        the target.
     """
     if tiers not in ("position", "row"):
         raise ValueError(f'tiers: expected "position" or "row", got {tiers!r}')
     if cached_keys not in ("turned", "unrotated"):
         raise ValueError(f'cached_keys: expected "turned" or "unrotated", got {cached_keys!r}')
-    base = decoder(model)
     several = _tiers(factors)
-    settings = rope_settings(model)
+    _install(model, several, tiers == "position", cached_keys)
+    warn_of_factors(model, several, as_loaded=_first_by_model(model))
+    return model
+
+
+def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: str) -> None:
+    """Do what `apply` says, without a word."""
+    base, settings = decoder(model), rope_settings(model)
     check_fit(settings, several)
     accept_rotations(attention_layers(base)[0])
-    by_position = tiers == "position" and len(several) > 1
+    by_position = by_position and len(several) > 1
     remove(model)
     warn_on_save()
     first_by_model = by_position and tiered.loaded_tier(settings, several)
-    if not first_by_model:
-        _warn_of_replaced(settings)
     if by_position:
         check_windows(base, several)
         use_tiered_attention(base)
@@ -102,15 +110,16 @@ def apply(
         )
     else:
         rotary = RescaledRotaryEmbedding(base.rotary_emb, several)
-    device = device_of(model)
-    if device.type != "meta":
-        # Only its own buffers: those of the model's module may be offloaded.
-        rotary._apply(lambda buffer: buffer.to(device), recurse=False)
+    rotary.place(device_of(model))
     base.rotary_emb = rotary
     (tiered if by_position else row_tiers).install(base, rotary)
     if len(several) == 1:
         rotary.hooks += cache_guard.install(base, several[0])
-    return model
+
+
+def _first_by_model(model: nn.Module) -> bool:
+    """Say whether a model's own rotary module turns the first tier that is applied to it."""
+    return getattr(decoder(model).rotary_emb, "first_by_model", False)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -165,9 +174,7 @@ def rows(
     under_tiers = base.rotary_emb if isinstance(base.rotary_emb, TieredRotaryEmbedding) else None
     patched = isinstance(base.rotary_emb, RescaledRotaryEmbedding)
     if not patched:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the rows' frequencies are what is asked for
-            apply(model, _plain(model))
+        _install(model, _plain(model), False, "turned")
     rotary = base.rotary_emb
     before = rotary.rows
     try:
@@ -178,10 +185,27 @@ def rows(
         if not patched:
             remove(model)
         if under_tiers is not None:
-            apply(
-                model, under_tiers.tiers,
-                cached_keys="unrotated" if under_tiers.keeps_unrotated else "turned",
-            )  # fmt: skip
+            _apply_again(model, under_tiers)
+
+
+@contextlib.contextmanager
+def without_factors(model: nn.Module) -> Iterator[nn.Module]:
+    """Take applied factors out for the time of a block; yields the decoder."""
+    base = decoder(model)
+    rotary = base.rotary_emb
+    remove(model)
+    try:
+        yield base
+    finally:
+        _apply_again(model, rotary)
+
+
+def _apply_again(model: nn.Module, rotary: nn.Module) -> None:
+    """Apply what a rotary module, which was taken out, had applied."""
+    if isinstance(rotary, TieredRotaryEmbedding):
+        _install(model, rotary.tiers, True, "unrotated" if rotary.keeps_unrotated else "turned")
+    elif isinstance(rotary, RescaledRotaryEmbedding):
+        _install(model, rotary.tiers, False, "turned")
 
 
 @contextlib.contextmanager
@@ -207,9 +231,9 @@ def row_lengths(model: nn.Module, lengths: Tensor | int) -> Iterator[None]:
         rotary.planned_lengths = before
 
 
-def _plain(model: nn.Module) -> RescaleFactors:
+def _plain(model: nn.Module) -> Tiers:
     settings = rope_settings(model)
-    return RescaleFactors.none(**settings.lengths(settings.original_length))
+    return Tiers([RescaleFactors.none(**settings.lengths(settings.original_length))])
 
 
 def _tiers(factors: RescaleFactors | Tiers | Sequence[RescaleFactors]) -> Tiers:
@@ -242,13 +266,4 @@ def check_windows(base: nn.Module, tiers: Tiers) -> None:
             "model: expected a layer that sees beyond the first tier, "
             f"{tiers.limits[0]} tokens, but every layer has a sliding window within it; set "
             "config.sliding_window to None before loading to extend it"
-        )
-
-
-def _warn_of_replaced(settings: RopeSettings) -> None:
-    if settings.rope_type not in _REPLACED_SILENTLY:
-        warnings.warn(
-            f'the model\'s own rope scaling "{settings.rope_type}" is switched off while rescale '
-            "factors are applied: they count from its unscaled frequencies",
-            stacklevel=3,
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from longrope import ops
 from longrope._native import _C
 from longrope.patching import tier_compiled
-from longrope.patching.families import attention_layers, decoder, file_of
+from longrope.patching.families import attention_layers, decoder, family_of, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
 from longrope.patching.tier_attention import Options, Unturned, attend
@@ -115,6 +115,7 @@ def has_kernel_attention(model: nn.Module) -> bool:
         device in DEVICES_WITH_KERNELS
         and (dtype in DTYPES or (dtype, device) == (torch.float64, "cpu"))
         and head_dim <= LARGEST_HEAD_DIM
+        and family_of(base).kernels
         and all(map(uses_interface, attention_layers(base)))
     )
 
@@ -178,6 +179,12 @@ def use_tiered_attention(base: nn.Module) -> None:
 
     Raises `ValueError` where they do not look their attention up, or the kernels do not take them.
     """
+    family = family_of(base)
+    if not family.tiers:
+        raise ValueError(
+            "model: expected a family whose attention tiers by position can take the place of, got "
+            f'{family.name}, which does more around it; one set of factors, and tiers="row", work'
+        )
     for attention in attention_layers(base):
         if not uses_interface(attention):
             raise ValueError(

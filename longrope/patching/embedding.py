@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope.factors import RescaleFactors
+from longrope.patching.keeping import KeepsNumbers
 from longrope.patching.rotation import (
     DEVICES_WITH_KERNELS,
     KernelRotation,
@@ -26,7 +27,7 @@ def bits(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float64).view(np.int64))
 
 
-class RescaledRotaryEmbedding(nn.Module):
+class RescaledRotaryEmbedding(KeepsNumbers):
     """A model's rotary embedding with rescaled frequencies, chosen for each row of the batch.
 
     Parameters
@@ -42,12 +43,7 @@ class RescaledRotaryEmbedding(nn.Module):
         super().__init__()
         self.original = original
         self.tiers = tuple(tiers)
-        # Non-persistent: the state dict keeps its keys.
-        self._put("inv_freq_bits", bits(np.stack([f.inv_freq() for f in tiers])))
-        self._put("base_bits", bits(tiers[0].base_inv_freq()))
-        self._put("factor_bits", bits(np.array([f.attention_factor for f in tiers])))
-        self._put("start_tokens", torch.tensor([f.start_tokens for f in tiers]))
-        self._put("limits", torch.tensor([f.target_length for f in tiers]))
+        self.put_numbers()
         self.rows: tuple[Tensor, Tensor, Tensor] | None = None
         #: The tier of each row of the batch, `[B]` or `[1]`, where a hook has found it out.
         self.tier: Tensor | None = None
@@ -62,8 +58,16 @@ class RescaledRotaryEmbedding(nn.Module):
         super().__setstate__(state)
         accept_rotations(self.original)
 
-    def _put(self, name: str, values: Tensor) -> None:
-        self.register_buffer(name, values, persistent=False)
+    def numbers(self) -> dict[str, Tensor]:
+        """Return the buffers by name, on the CPU."""
+        tiers = self.tiers
+        return {
+            "inv_freq_bits": bits(np.stack([f.inv_freq() for f in tiers])),
+            "base_bits": bits(tiers[0].base_inv_freq()),
+            "factor_bits": bits(np.array([f.attention_factor for f in tiers])),
+            "start_tokens": torch.from_numpy(np.array([f.start_tokens for f in tiers])),
+            "limits": torch.from_numpy(np.array([f.target_length for f in tiers])),
+        }
 
     def extra_repr(self) -> str:
         """Name the lengths, for `print(model)`."""

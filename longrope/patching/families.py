@@ -9,6 +9,7 @@ the file that pairs channel `i` with `i + R/2`, and attention that is looked up 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,12 @@ class Family:
         The class whose forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`; None: another.
     since
         The first major release of transformers whose file has the usual shape.
+    kernels
+        Whether `ops.attention` computes what its layers do. Attention sinks are no part of it.
+    tiers
+        Whether tiers by position work.
+    tested
+        Whether it is a row below, which the tests hold; else a trial has found it out.
     """
 
     name: str
@@ -42,6 +49,9 @@ class Family:
     attention: str = "self_attn"
     gated_mlp: str | None = None
     since: int = 4
+    kernels: bool = True
+    tiers: bool = True
+    tested: bool = True
 
 
 FAMILIES = (
@@ -61,23 +71,34 @@ FAMILIES = (
     Family("Mixtral", ("mixtral",)),
     Family("Qwen2 MoE", ("qwen2_moe",), since=5),
     Family("Qwen3 MoE", ("qwen3_moe",)),
+    Family("Ministral", ("ministral",), gated_mlp="MinistralMLP"),
+    Family("gpt-oss", ("gpt_oss",), kernels=False, tiers=False),
 )
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
-#: `model_type` of the configurations whose models `longrope.apply` takes.
+#: What trials have found of other models, by the file that defines them.
+_TRIED: dict[str, Family | str] = {}
+
+#: `model_type` of the configurations whose models the tests hold; `longrope.apply` tries others.
 SUPPORTED_MODEL_TYPES = tuple(_BY_TYPE)
 
 
 def family_of(model_or_config: Any) -> Family:
-    """Return the family of a model; `ValueError` in one sentence where it is none of them."""
+    """Return the family of a model, or what a trial finds of one that is of no known family.
+
+    `ValueError` in one sentence where that fails, and for a configuration of no known family.
+    """
     config = text_config(model_or_config)
     family = _BY_TYPE.get(config.model_type)
     if family is None:
         rope_settings(config)  # no rotary embedding at all is the better message
+        found = _tried(model_or_config) if isinstance(model_or_config, nn.Module) else ""
+        if isinstance(found, Family):
+            return found
         raise ValueError(
-            f"model: expected one of the model types {', '.join(SUPPORTED_MODEL_TYPES)}, "
-            f'got "{config.model_type}"'
+            f"model: expected one of the model types {', '.join(SUPPORTED_MODEL_TYPES)}, or one "
+            f'that works like them, got "{config.model_type}"' + (f": {found}" if found else "")
         )
     import transformers
 
@@ -87,6 +108,23 @@ def family_of(model_or_config: Any) -> Family:
             f"{transformers.__version__}"
         )
     return family
+
+
+def _tried(model: nn.Module) -> Family | str:
+    """Return the family of a model that is in no row, by trial, or what speaks against it."""
+    from longrope.patching.trial import TrialError, attention_name, try_model
+
+    file = type(model).__module__
+    if file not in _TRIED:
+        name = text_config(model).model_type
+        try:
+            attention = attention_name(getattr(model, "base_model", model))
+            _TRIED[file] = Family(name, (name,), attention, tested=False)  # while it is tried
+            kernels, tiers = try_model(model)
+            _TRIED[file] = dataclasses.replace(_TRIED[file], kernels=kernels, tiers=tiers)
+        except TrialError as error:
+            _TRIED[file] = str(error)
+    return _TRIED[file]
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -117,12 +155,12 @@ def file_of(attention: nn.Module) -> Any:
 
 def window_of(attention: nn.Module) -> int | None:
     """Return the sliding window of an attention layer, in tokens; None: it sees all before it."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
     config, index = attention.config, attention.layer_idx
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[index] == "full_attention":
-        return None
+        return None  # also where each layer has the window's size as an attribute
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
     return getattr(config, "sliding_window", None)
 
 

@@ -15,6 +15,10 @@ from longrope.patching.wrappers import language_model
 
 #: Rope types of transformers whose angles depend on the length of the whole sequence.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+#: Rope types whose factor stretches the window to what the configuration calls it.
+_STRETCHED = ("linear", "llama3", "proportional")
+#: The field of a configuration that names the window before its scaling.
+ORIGINAL = "original_max_position_embeddings"
 #: Older names of rope types.
 _SAME_AS = {"su": "longrope", "ntk": "dynamic"}
 #: A lambda that is off a whole number by no more is that number: transformers has float32.
@@ -122,13 +126,16 @@ def rope_parameters(config: Any) -> dict:
     the partial rotary factor beside it.
     """
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if found and all(isinstance(value, Mapping) for value in found.values()):
-        found = found.get("full_attention") or next(iter(found.values()))
-    merged = dict(found)
+    by_layer = _by_layer_type(found)
+    merged = dict(by_layer[_extended(by_layer)] if by_layer else found)
+    # The one beside the dict is what transformers computes by, whatever it has put into the dict.
+    original = getattr(config, ORIGINAL, None)
+    if original is not None and not by_layer:
+        merged[ORIGINAL] = original
     beside = {
         "rope_theta": ("rope_theta", "rotary_emb_base"),
         "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
-        "original_max_position_embeddings": ("original_max_position_embeddings",),
+        ORIGINAL: (ORIGINAL,),
     }
     for key, names in beside.items():
         values = [getattr(config, name, None) for name in names]
@@ -138,6 +145,19 @@ def rope_parameters(config: Any) -> dict:
     named = merged.get("rope_type") or merged.get("type") or "default"
     merged["rope_type"] = _SAME_AS.get(named, named)
     return merged
+
+
+def _by_layer_type(found: Mapping) -> dict[str, Mapping]:
+    """Return the settings of each layer type, of those that have any; empty: there is one for all.
+
+    A layer type may have none (without a rotary embedding).
+    """
+    return {kind: value for kind, value in found.items() if isinstance(value, Mapping)}
+
+
+def _extended(by_layer: Mapping) -> str:
+    """Return the layer type that factors are for."""
+    return "full_attention" if "full_attention" in by_layer else next(iter(by_layer))
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -161,20 +181,23 @@ def _windows(config: Any, parameters: dict) -> tuple[int, int]:
             f'got model_type "{config.model_type}" without one'
         )
     loaded, rope_type = int(loaded), parameters["rope_type"]
-    original = parameters.get("original_max_position_embeddings")
+    original = parameters.get(ORIGINAL)
     if rope_type == "default":
         original = None  # of a class that has one whatever the model (Phi-4)
-    factor = float(parameters.get("factor") or 1)
-    if original is not None:
-        original = int(original)
-        if loaded <= original:  # some configurations keep the original window in both places
-            loaded = round(original * max(1.0, factor))
-        return original, loaded
-    if rope_type in ("linear", "yarn", "llama3") and factor > 1:
-        # Stretched by the factor to what the configuration calls its window.
-        return max(1, round(loaded / factor)), loaded
-    # "dynamic" counts from the window that it finds; "proportional" stretches nothing.
-    return loaded, loaded
+    factor = max(1.0, float(parameters.get("factor") or 1))
+    if original is None:
+        # LongChat and Vicuna: the window after their linear scaling stands in a field of its own.
+        further = getattr(config, "max_sequence_length", None) or 0
+        if rope_type == "linear" and further > loaded:
+            return loaded, int(further)
+        if rope_type in _STRETCHED:
+            return max(1, round(loaded / factor)), loaded
+        # "yarn" and "longrope" count from the window of the configuration where none is named.
+        original = loaded
+    original = int(original)
+    if loaded <= original and rope_type in ("yarn", "longrope", *_STRETCHED):
+        loaded = round(original * factor)  # some keep the original window in both places
+    return original, loaded
 
 
 def _loaded(config: Any, rope_type: str, plain: RescaleFactors) -> RescaleFactors | None:
@@ -195,6 +218,7 @@ def _loaded(config: Any, rope_type: str, plain: RescaleFactors) -> RescaleFactor
 
 def _named_frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
     """Return the frequencies `[R/2]` and the attention factor by transformers' own function."""
+    import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     function = ROPE_INIT_FUNCTIONS.get(rope_type)
@@ -203,11 +227,15 @@ def _named_frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
     arguments: dict[str, Any] = {"device": "cpu"}
     if rope_type == "longrope":
         arguments["seq_len"] = 1 << 40  # the long factors
-    kinds = getattr(config, "rope_parameters", None) or {}
-    by_layer = bool(kinds) and all(isinstance(value, Mapping) for value in kinds.values())
+    by_layer = _by_layer_type(getattr(config, "rope_parameters", None) or {})
     if by_layer and "layer_type" in inspect.signature(function).parameters:
-        arguments["layer_type"] = "full_attention" if "full_attention" in kinds else next(
-            iter(kinds)
-        )  # fmt: skip
-    inv_freq, attention_factor = function(config, **arguments)
+        arguments["layer_type"] = _extended(by_layer)
+    try:
+        inv_freq, attention_factor = function(config, **arguments)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'model: expected a rope scaling "{rope_type}" that transformers '
+            f"{transformers.__version__} can compute, got one on which it raises "
+            f"{type(error).__name__}: {error}"
+        ) from None
     return inv_freq.double().numpy(), float(attention_factor)

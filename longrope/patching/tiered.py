@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longrope.factors import Tiers
 from longrope.patching import tier_cache
 from longrope.patching.embedding import bits
+from longrope.patching.keeping import KeepsNumbers
 from longrope.patching.rotation import accept_rotations, original_rotation
 from longrope.patching.settings import LENGTH_DEPENDENT, RopeSettings, text_config
 from longrope.patching.tier_attention import TieredRotation, turning_by
@@ -35,7 +36,7 @@ _TICKETS = itertools.count(1)
 _MODULES: weakref.WeakValueDictionary[int, TieredRotaryEmbedding] = weakref.WeakValueDictionary()
 
 
-class TieredRotaryEmbedding(nn.Module):
+class TieredRotaryEmbedding(KeepsNumbers):
     """A model's rotary embedding under tiers by position (`longrope.Tiers`).
 
     Parameters
@@ -59,16 +60,18 @@ class TieredRotaryEmbedding(nn.Module):
         self.tiers = tiers
         self.first_by_model = first_by_model
         self.keeps_unrotated = keeps_unrotated
-        # Non-persistent, and integers: the state dict and model.to(bfloat16) leave them alone.
-        inv_freq = np.stack([tier.inv_freq() for tier in tiers])
-        self.register_buffer("inv_freq_bits", bits(inv_freq), persistent=False)
-        self.register_buffer("base_bits", bits(tiers[0].base_inv_freq()), persistent=False)
-        self.limits = torch.tensor(tiers.limits)  # on the CPU, where passes are planned
+        self.put_numbers()
+        self.limits = torch.tensor(tiers.limits, device="cpu")  # where passes are planned
         self.hooks: tuple = ()
         # Of the tiers and of the design of the cache: what makes cached keys readable.
         said = repr(([tier.as_fields() for tier in tiers], keeps_unrotated))
         self.signature = hashlib.sha256(said.encode()).hexdigest()
         self._register()
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Return the buffers by name, on the CPU."""
+        inv_freq = np.stack([tier.inv_freq() for tier in self.tiers])
+        return {"inv_freq_bits": bits(inv_freq), "base_bits": bits(self.tiers[0].base_inv_freq())}
 
     def _register(self) -> None:
         """Take a ticket, by which `module_of` finds this module while it lives."""

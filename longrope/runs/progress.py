@@ -20,6 +20,7 @@ def bar(
     *,
     unit: str = "measured",
     ends_with_line: bool = True,
+    shown: bool = True,
 ) -> Iterator[Callable[[int, int, str | None], None]]:
     """Show units of work done, the latest value of a measure, tokens per second, time so far, left.
 
@@ -30,8 +31,12 @@ def bar(
 
     On a terminal this is a bar, and in a notebook with ipywidgets. Elsewhere (a log, a notebook
     without them) it is a line every half minute, with `unit` behind the numbers; and the bar's last
-    state as a line at the end, unless `ends_with_line` is False.
+    state as a line at the end, unless `ends_with_line` is False. Where it is not to be `shown`,
+    the function does nothing.
     """
+    if not shown:
+        yield lambda done, tokens, value: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import longrope
-from longrope.factor_search.fingerprint import fingerprint
+from longrope.evaluation.identity import fingerprint
 from longrope.patching import rope_settings, rotary_of
 from longrope.patching.wrappers import called_model, device_of, dtype_of, language_model
 

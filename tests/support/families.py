@@ -28,7 +28,13 @@ EXTRA = {
         "sliding_window": 16, "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Attention sinks: transformers' own SDPA refuses them.
+    "gpt_oss": MOE | {
+        "num_local_experts": 4, "sliding_window": 16, "attn_implementation": "eager",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {"attention_multiplier": 0.25},
+    "ministral": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo3": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},

@@ -1,4 +1,4 @@
-"""What a resumed search must find again in a model: its weights, and what changes its numbers."""
+"""What a resumed run must find again: a model's weights and what changes its numbers; token ids."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from longrope.patching.settings import rope_parameters, rope_settings, text_config
 from longrope.patching.wrappers import hooks_of, is_sharded, language_model
 
+#: Tokens that are hashed at a time: a document may be most of the memory.
+_HASHED = 1 << 20
 #: Elements of each tensor that the fingerprint reads, evenly spread.
 _SAMPLES = 4096
 #: Parts of a tensor's name that wrappers of modules put in.
@@ -38,15 +40,27 @@ def fingerprint(model: nn.Module) -> str:
     another folder, or under another release of transformers. Of a weight that cannot be read (on
     the meta device) its name and size count.
     """
-    digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
+    found = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     # Sharded weights are whole in the state of what gathers them alone.
     source = model if is_sharded(model) else language_model(model)
     named = ((_name(name), name, value) for name, value in source.state_dict().items())
     for known_as, name, value in sorted(named, key=lambda entry: entry[0]):
-        digest.update(f"{known_as} ".encode())
+        found.update(f"{known_as} ".encode())
         for part in _readable(source, name, value):
-            digest.update(part)
-    return digest.hexdigest()[:16]
+            found.update(part)
+    return found.hexdigest()[:16]
+
+
+def digest(windows: torch.Tensor) -> str:
+    """Return a hash of the tokens of windows or a document, for the header of a journal.
+
+    The same for every type that holds them.
+    """
+    found = hashlib.sha256(repr(tuple(windows.shape)).encode())
+    flat = windows.flatten()
+    for start in range(0, len(flat), _HASHED):
+        found.update(flat[start : start + _HASHED].to(torch.int64).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
