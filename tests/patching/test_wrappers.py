@@ -235,7 +235,9 @@ def test_a_model_without_a_head_is_refused_in_one_sentence(kind, documents):
     factors = longrope.RescaleFactors.yarn(**rope_settings(model).lengths(32))
     assert longrope.apply(model, factors) is model  # a decoder can be extended
     name = type(model).__name__
-    expected = rf"model: expected .* language model .*, got {name} without a head"
+    expected = (
+        rf"model: expected a .* language model, got {name} without a head that predicts tokens"
+    )
     with pytest.raises(ValueError, match=expected):
         longrope.perplexity(model, documents, length=32, stride=32)
     with pytest.raises(ValueError, match=expected):
