@@ -22,7 +22,7 @@ from torch import nn
 
 from longrope.distributed.ranks import Ranks
 from longrope.evaluation import needles
-from longrope.evaluation.memory import BackwardPlan, cache_bytes, device_of, free_memory
+from longrope.evaluation.memory import BackwardPlan, cache_bytes, free_memory
 from longrope.factor_search.evolution import Proposal
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.measurer import Measurer, TierCost
@@ -38,6 +38,7 @@ from longrope.patching import RopeSettings
 from longrope.patching.apply import check_windows
 from longrope.patching.attention import has_kernel_attention
 from longrope.patching.families import decoder
+from longrope.patching.wrappers import device_of, dtype_of
 from longrope.runs.journal import Replay
 
 #: Prefixes of windows are kept where those of all windows take no more than this share of the
@@ -82,7 +83,7 @@ class Ladder:
         if not has_kernel_attention(model):
             raise ValueError(
                 "ladder: expected a model whose attention ops.attention can compute, got "
-                f"{type(model).__name__} in {next(model.parameters()).dtype} on "
+                f"{type(model).__name__} in {dtype_of(model)} on "
                 f"{device_of(model).type}"
             )
         check_windows(decoder(model), fixed)

@@ -1,23 +1,19 @@
 """A run over all kinds of stages, killed again and again: the same bits in the end."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.extension_runs import RESULTS
-
-import longrope
+from support.processes import environment
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    paths = [Path(longrope.__file__).parents[1], Path(__file__).parents[1]]
     done = subprocess.run(
         [sys.executable, "-m", "support.extension_runs", str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

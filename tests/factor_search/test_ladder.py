@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_models
+from support.processes import environment
 from support.threads import threads
 from support.tiny_search import SIZES, build_documents, build_model
 
@@ -252,7 +252,8 @@ def test_resuming_from_any_line_gives_the_uninterrupted_run(
 def test_a_killed_search_resumes(tmp_path, texts, held_out):
     code = textwrap.dedent(f"""
         import os, signal, longrope, torch
-        from support.tiny_search import build_documents, build_model
+        from support.processes import environment
+from support.tiny_search import build_documents, build_model
         torch.set_num_threads(1)
         def progress(evaluations):
             if evaluations[-1].tier == 2 and evaluations[-1].role == "gradient":
@@ -262,7 +263,7 @@ def test_a_killed_search_resumes(tmp_path, texts, held_out):
                         out={str(tmp_path)!r}, **{SMALL | {"progress": None}!r}
                         | {{"progress": progress}})
         """)
-    killed = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
+    killed = subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
     assert killed.returncode == -signal.SIGKILL
     again = search(build_model(), texts[:5], validation=held_out, out=tmp_path)
     assert again == search(build_model(), texts[:5], validation=held_out)

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from support import tiny_search
+from support.processes import environment
 
 #: In batches of two candidates.
 SMALL = {**tiny_search.SMALL, "batch_size": 4}
@@ -204,12 +205,9 @@ class Jobs:
 
     def run(self) -> None:
         """Run all scenarios in a process of its own."""
-        import longrope
-
-        paths = [Path(longrope.__file__).parents[1], Path(__file__).parents[1]]
         process = subprocess.Popen(
             [sys.executable, "-m", "support.jobs", str(self._folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
