@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longrope.evaluation.memory import cache_bytes, device_of, free_memory, plan_backward
+from longrope.evaluation.memory import cache_bytes, free_memory, plan_backward
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.factor_search.methods import most_evaluations
@@ -17,6 +17,7 @@ from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.patching import rope_settings
 from longrope.patching.settings import text_config
+from longrope.patching.wrappers import device_of
 
 #: Bytes of a trained weight beside the model's own: float32 itself, its gradient, two moments.
 _TRAINED_BYTES = 16

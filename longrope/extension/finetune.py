@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from longrope.evaluation.memory import device_of, plan_backward
+from longrope.evaluation.memory import plan_backward
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token, without_bos
 from longrope.extension import checkpoint
@@ -23,6 +23,7 @@ from longrope.extension.data import TrainingRows, check_enough, eos_token
 from longrope.extension.plan import FinetuneStage
 from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
+from longrope.patching.wrappers import device_of
 from longrope.runs.folder import write_text
 from longrope.runs.progress import bar
 

@@ -252,8 +252,7 @@ def test_resuming_from_any_line_gives_the_uninterrupted_run(
 def test_a_killed_search_resumes(tmp_path, texts, held_out):
     code = textwrap.dedent(f"""
         import os, signal, longrope, torch
-        from support.processes import environment
-from support.tiny_search import build_documents, build_model
+        from support.tiny_search import build_documents, build_model
         torch.set_num_threads(1)
         def progress(evaluations):
             if evaluations[-1].tier == 2 and evaluations[-1].role == "gradient":

@@ -9,6 +9,6 @@ import longrope
 
 
 def environment() -> dict[str, str]:
-    """Return an environment in which `import longrope` and `import support` give what tests have."""
+    """Return an environment in which `longrope` and `support` are those of the tests."""
     paths = [Path(longrope.__file__).parents[1], Path(__file__).parents[1]]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
