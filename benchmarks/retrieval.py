@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     rules = {name: BASELINES[name](**rope.lengths(target)) for name in names}
     sets = {"yarn, every position": rules["yarn"]}
     sets |= {name: factors.ladder() for name, factors in rules.items()}
-    sets["position"] = searched(model, target, args.steps, args.out / "search").ladder()
+    sets["searched"] = searched(model, target, args.steps, args.out / "search").ladder()
     result = longrope.evaluate(
         model, [], lengths=[rope.loaded_length * 2**k for k in range(4)], factors=sets,
         out=args.out, tasks=["passkey"], trials=args.trials, progress=True,
