@@ -1,116 +1,113 @@
 #!/usr/bin/env bash
-# One command on a machine with an NVIDIA GPU: build against its torch, run the tests on CUDA, run
-# compute-sanitizer on a short set, and all benchmarks, whose rows go to
-# benchmarks/results/<gpu>.csv.
-#   bash .ci/gpu_check.sh [--quick] [--logs FOLDER] [build|tests|sanitizer|benchmarks ...]
-# Without a list, all four. It builds in place and installs nothing. A step that fails does not stop the next ones; the last lines say what
-# passed. Needs torch with CUDA, transformers, nvcc, ninja, pytest and hypothesis, and no network:
-# what is missing is named before anything runs.
+# One command for a short time on a borrowed GPU: build, check, measure, the most telling things
+# first, each step cut off at its limit or at what is left of the budget, each result in a file the
+# moment it exists. A step that fails does not stop the next ones.
+#   BUDGET=530 OUT=FOLDER bash .ci/gpu_check.sh [STEP ...]
+# BUDGET: seconds in all. OUT: folder for summary.txt, log.txt, results.csv (rows that name GPU,
+# torch and commit), tests.xml, ncu.csv and smollm2.txt. Steps: all of those below, or the named
+# ones, in the same order. MODEL: folder of SmolLM2 (benchmarks/smollm2.py), DATA: a long text; the
+# last step needs both. REHEARSE=1 runs the flow on a CPU, small.
+# It builds in place and installs nothing; an extension that was built elsewhere for this torch and
+# lies in longrope/ is taken. Needs torch with CUDA, transformers, pytest and hypothesis; nvcc to
+# build; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-
-quick=()
-logs=build/gpu_check
-steps=()
-while [ $# -gt 0 ]; do
-  case $1 in
-    --quick) quick=(--quick) ;;
-    --logs) logs=${2:?gpu_check: --logs needs a folder}; shift ;;
-    build | tests | sanitizer | benchmarks) steps+=("$1") ;;
-    *) echo "gpu_check: expected --quick, --logs FOLDER, build, tests, sanitizer or benchmarks," \
-         "got $1" >&2; exit 2 ;;
-  esac
-  shift
-done
-[ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer benchmarks)
-mkdir -p "$logs" || exit 2
-logs=$(realpath "$logs")
+out=${OUT:-build/gpu_check}
+budget=${BUDGET:-530}
+mkdir -p "$out" || exit 2
+out=$(realpath "$out")
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=$(command -v python3 || command -v python) || { echo "gpu_check: no python3" >&2; exit 2; }
+device=cuda quick=()
+[ -z "${REHEARSE:-}" ] || { device=cpu quick=(--quick --rounds 1 --seconds 0.01); }
+wanted=" $* "
+failed=0
 
-echo "== what is here"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
-  echo "(nvidia-smi does not answer)"
-"$python" - << 'END' || exit 2
-import importlib.util, os, sys
+left() { echo $((budget - SECONDS)); }
 
-def stop(sentence):
-    sys.exit(f"gpu_check: {sentence}")
-
-needed = ["torch", "transformers", "numpy", "safetensors", "setuptools", "ninja", "pytest",
-          "hypothesis", "typer", "rich", "matplotlib"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:
-    stop(f"missing packages: run `{sys.executable} -m pip install {' '.join(missing)}` first")
-import torch
-
-print("python", sys.version.split()[0], "torch", torch.__version__, "CUDA", torch.version.cuda)
-if torch.version.cuda is None:
-    stop(f"torch {torch.__version__} was built without CUDA: install a CUDA build of it")
-if not torch.cuda.is_available():
-    stop("torch sees no GPU")
-from torch.utils.cpp_extension import CUDA_HOME as home
-if not home or not os.path.exists(f"{home}/bin/nvcc"):
-    stop("no nvcc: install the CUDA toolkit or set CUDA_HOME")
-major, minor = torch.cuda.get_device_capability()
-print(torch.cuda.get_device_name(), f"sm_{major}{minor}", "nvcc of", home)
-if major < 8:
-    stop(f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}")
-END
-
-capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-passed=()
-failed=()
-
-# step NAME SECONDS COMMAND...: runs it with a log of its own and counts the result.
+# step NAME LIMIT COMMAND...: runs it if it is wanted and there is time, with its output in the log.
 step() {
-  local name=$1 limit=$2
+  local name=$1 limit=$2 begin=$SECONDS status
   shift 2
-  echo "== $name"
-  if timeout "$limit" "$@" 2>&1 | tee "$logs/${name// /-}.log" | tail -n 25; then
-    passed+=("$name")
-  else
-    failed+=("$name")
-    echo "(failed: $logs/${name// /-}.log)"
+  [[ $wanted =~ ^\ *$ || $wanted == *" $name "* ]] || return 0
+  [ "$limit" -le "$(left)" ] || limit=$(left)
+  if [ "$limit" -lt 10 ]; then
+    echo "$name: no time left" | tee -a "$out/summary.txt"
+    return 0
   fi
+  echo "== $name" >> "$out/log.txt"
+  timeout -k 5 "$limit" "$@" >> "$out/log.txt" 2>&1
+  status=$?
+  echo "$name: status $status, $((SECONDS - begin)) s" | tee -a "$out/summary.txt"
+  [ "$status" = 0 ] || failed=$((failed + 1))
+  return "$status"
 }
 
-# Tests whose names say that they run a kernel forward and backward.
-short="cuda and (accuracy or gradients or merged or population)"
+measure() { "$python" "benchmarks/$1.py" --device "$device" --csv "$out/results.csv" "${@:2}" "${quick[@]}"; }
+loads() { "$python" -c 'import longrope, sys; sys.exit(not longrope._C.build_info()["cuda"])'; }
+build() {
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + "a" * (major == 9))')} \
+    LONGROPE_CUDA=1 MAX_JOBS=$(nproc) "$python" setup.py build_ext --inplace
+}
 sanitize() {
+  command -v compute-sanitizer || return 127
   # Without torch's caching allocator, so that an access past a tensor leaves its allocation.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "compute-sanitizer $1" 1200 \
-    compute-sanitizer --tool "$1" --target-processes all --error-exitcode 99 \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/ops -k "$short"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 \
+    "$python" .ci/gpu_smoke.py --small
+}
+profile() {
+  ncu --clock-control none --set basic -c 12 -k 'regex:attention|rope|nll' --csv \
+    --log-file "$out/ncu.csv" "$python" .ci/gpu_smoke.py --large
+}
+facts() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  nvcc --version | tail -2
+  "$python" -c '
+import torch, transformers
+print("torch", torch.__version__, "CUDA", torch.version.cuda, "transformers", transformers.__version__)
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+  command -v compute-sanitizer ncu
 }
 
-for wanted in "${steps[@]}"; do
-  case $wanted in
-    build)
-      LONGROPE_CUDA=1 step "build" 1800 "$python" setup.py build_ext --inplace
-      step "build info" 120 "$python" -c "
-import longrope; info = longrope._C.build_info(); print(info); assert info['cuda']"
-      ;;
-    tests)
-      step "tests of the ops on the GPU" 1200 "$python" -m pytest -q tests/ops -k cuda
-      step "tests of models on the GPU" 1200 "$python" -m pytest -q tests/test_devices.py
-      ;;
-    sanitizer)
-      if command -v compute-sanitizer > /dev/null; then
-        for tool in memcheck racecheck synccheck; do sanitize "$tool"; done
-      else
-        failed+=("compute-sanitizer (not found on the PATH)")
-      fi
-      ;;
-    benchmarks)
-      for script in benchmarks/bench_*.py; do
-        step "$(basename "$script" .py)" 1200 "$python" "$script" --device cuda --save "${quick[@]}"
-      done
-      ;;
-  esac
-done
+# The functions are for the steps, whose commands run under timeout: a shell of their own.
+export python device out
+export -f measure loads build sanitize profile facts
+run() { local name=$1 limit=$2; shift 2; step "$name" "$limit" bash -c 'quick=('"${quick[*]}"'); "$@"' _ "$@"; }
 
-echo "== summary ($logs)"
-printf 'passed: %s\n' "${passed[@]:-none}"
-[ ${#failed[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }
+small=()
+if [ "$device" = cuda ]; then
+  run facts 20 facts
+  loads 2> /dev/null || run build 200 build
+  run import 30 loads || exit 1
+else
+  small=(--small)
+fi
+run smoke 60 "$python" .ci/gpu_smoke.py --device "$device" "${small[@]}"
+run ceilings 30 "$python" .ci/gpu_ceilings.py --device "$device" --csv "$out/results.csv" "${quick[@]}"
+run attention 80 measure bench_attention --rounds 5
+run nll 45 measure bench_perplexity --dtype bfloat16 --shape 8192 4096 32000 --rounds 5
+run rope 45 measure bench_rope --tokens 65536 --graph --rounds 5
+run tests 120 "$python" -m pytest -q -n "$([ "$device" = cuda ] && echo 8 || echo 1)" -p no:cacheprovider \
+  tests/ops tests/test_devices.py -k "$([ "$device" = cuda ] && echo cuda || echo opcheck)" \
+  --junitxml "$out/tests.xml"
+run search 60 measure bench_search --dtype bfloat16 --rounds 3
+if [ "$device" = cuda ]; then
+  for tool in memcheck racecheck synccheck initcheck; do run "$tool" 60 sanitize "$tool"; done
+  run profile 60 profile
+fi
+if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
+  run smollm2 120 bash -c '"$python" -m longrope search "$MODEL" --data "$DATA" --target-length 65536 \
+    --device "$device" --out "$out/run" > "$out/smollm2.txt" 2>&1; status=$?
+    rm -rf "$out/run"; exit $status'
+fi
+
+echo "== $out"
+cat "$out/summary.txt"
+[ ! -e "$out/results.csv" ] || "$python" -c '
+import csv, sys
+for row in csv.reader(open(sys.argv[1])):
+    print(" | ".join(row[:8]))' "$out/results.csv"
+exit $((failed > 0))

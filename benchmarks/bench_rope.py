@@ -63,8 +63,9 @@ def main():
     """Time every shape."""
     p = parser(__doc__)
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--tokens", type=int, default=8192)
     args = p.parse_args()
-    tokens = 512 if args.quick else 8192
+    tokens = 512 if args.quick else args.tokens
     for name in args.dtype or ["float32", "bfloat16"]:
         dtype = getattr(torch, name)
         for token_major in (False, True):

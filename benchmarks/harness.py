@@ -37,6 +37,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         help="count the processor's time: for one thread on a machine that others use too",
     )  # fmt: skip
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    p.add_argument("--csv", type=Path, help="append rows to this file, as they come")
+    p.add_argument(
+        "--graph", action="store_true",
+        help="on CUDA: time replays of a captured graph, without the host's time for a call",
+    )  # fmt: skip
     p.add_argument("--quick", action="store_true", help="small shapes, to try the script")
     return p
 
@@ -85,6 +90,14 @@ def _seconds_per_call(
         calls = max(calls + 1, int(calls * 1.2 * least / max(elapsed, 1e-9)))
 
 
+def _replay(fn: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that replays a CUDA graph of `fn`, which has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
 def compare(
     op: str,
     case: str,
@@ -104,6 +117,8 @@ def compare(
     names = list(implementations)
     for fn in implementations.values():
         fn()  # warm up: caches, compilation
+    if args.graph and args.device == "cuda":
+        implementations = {name: _replay(fn) for name, fn in implementations.items()}
     clock = time.process_time if args.processor_time else time.perf_counter
     rounds = [
         {n: _seconds_per_call(implementations[n], args.device, args.seconds, clock) for n in names}
@@ -134,6 +149,8 @@ def compare(
                 "commit": commit(),
             }
         )
+    if args.csv:
+        append(rows, args.csv)
     if args.save:
         save(rows, args.device)
     return rows
@@ -143,7 +160,11 @@ def save(rows: list[dict], device: str) -> Path:
     """Append rows to `results/<device name>.csv`."""
     RESULTS.mkdir(exist_ok=True)
     name = device_name(device).lower().replace(" ", "-").replace("/", "-")
-    path = RESULTS / f"{name}.csv"
+    return append(rows, RESULTS / f"{name}.csv")
+
+
+def append(rows: list[dict], path: Path) -> Path:
+    """Append rows to a CSV, which gets a header where it is new."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

@@ -49,7 +49,10 @@ def _load(file: Path):
             f"{NAME}: the native extension does not fit torch {torch.__version__} "
             f"({error}): {rebuild}"
         ) from None
-    built = module.build_info()
+    try:
+        built = module.build_info()
+    except ValueError as error:  # of the instruction set, which the environment names
+        raise ValueError(str(error).replace("isa:", "LONGROPE_ISA:", 1)) from None
     if built["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
             f"{NAME}: the native extension was built with torch {built['torch']}, and this is "

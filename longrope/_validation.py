@@ -11,16 +11,23 @@ from typing import Any
 
 import numpy as np
 
+#: The largest number that tensors and kernels take.
+_INT64 = 2**63 - 1
 
-def integer(name: str, value, least: int) -> int:
+
+def integer(name: str, value, least: int, most: int = _INT64) -> int:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {_brief(value)}")
+    if value > most:
+        raise ValueError(f"{name}: expected an integer of at most {most}, got {_brief(value)}")
     return int(value)
 
 
 #: Checks of whole numbers from 0 or 1 on.
 natural, count = functools.partial(integer, least=0), functools.partial(integer, least=1)
+#: The check of a seed, of which numpy takes any number of bits, and a journal 128.
+seed = functools.partial(integer, least=0, most=2**128 - 1)
 
 
 def choice(name: str, value, choices: Collection[str]) -> str:
@@ -63,6 +70,14 @@ def _brief(value) -> str:
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     return repr(value)
+
+
+def checked_bos(name: str, value) -> str | bool | int:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    if isinstance(value, numbers.Integral) and value >= 0:
+        return int(value)
+    raise ValueError(f"{name}: expected 'auto', True, False or a token id, got {value!r}")
 
 
 def lambda_array(values, rotary_dim: int) -> np.ndarray:

@@ -26,6 +26,15 @@ def backend(request):
         yield used
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a test that passes over a backend whose kernels it did not reach."""
+    result = yield
+    if isinstance(used := item.funcargs.get("backend"), backends.Backend):
+        backends.check_used(used)
+    return result
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Start every test from the same random state."""

@@ -121,6 +121,22 @@ def test_search_says_what_yarn_reaches_and_info_what_a_run_is(model_folder, text
     assert "not finished" in call("info", run).stdout
 
 
+def test_search_of_a_ladder_writes_tiers_that_perplexity_takes(model_folder, text, tmp_path):
+    run = tmp_path / "run"
+    options = ("--target-length", 128, "--samples", 1, "--steps", 2, "--device", "cpu")
+    said = call("search", model_folder, text, "--ladder", "--out", run, *options).stdout
+    tiers = longrope.Tiers.load(run / "tiers.json")
+    assert tiers.limits == (32, 64, 128)
+    assert tiers[-1] == longrope.RescaleFactors.load(run / "factors.json")
+    assert str(tiers) in said and "tiers.json" in said
+    assert "64, 128 tokens" in call("info", run).stdout
+    options = ("--length", 128, "--factors", run / "tiers.json", "--device", "cpu")
+    assert float(call("perplexity", model_folder, text, *options).stdout) > 1
+    options = ("--target-length", 128, "--samples", 1, "--steps", 2, "--device", "cpu")
+    refused = call("search", model_folder, text, "--out", run, *options, code=2)
+    assert "another search (ladder: " in refused.stderr
+
+
 def test_short_documents_are_left_out_and_counted(model_folder, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -103,19 +103,12 @@ def test_a_configuration_that_transformers_cannot_read(tmp_path):
     assert facts["window"] == "64 tokens before scaling, 256 as loaded"
 
 
-def test_no_code_of_the_folder_runs(tmp_path):
-    mark = tmp_path / "RAN"
-    (tmp_path / "configuration_own.py").write_text(f"open({str(mark)!r}, 'w').write('x')\n")
-    facts = said(tmp_path, model_type="minicpm_own", auto_map={"AutoConfig": "configuration_own.C"})
-    assert "needs code of its own folder (auto_map)" in cautions(facts)[0]
-    assert not mark.exists()
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("{", "expected JSON"),
-        ("[]", "expected an object that names a model_type"),
+        ("[]", "expected JSON, got something else than an object"),
+        ("{}", "expected one that names a model_type"),
         ('{"model_type": "gpt2"}', 'got model_type "gpt2", which has none'),
         ('{"model_type": "unheard-of"}', "rotary position embeddings"),
     ],

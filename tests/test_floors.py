@@ -13,10 +13,10 @@ PACKAGE = Path(longrope.__file__).parent
 FLOORS = (
     ("cli", "__main__"),
     ("demo", "__init__"),
+    ("model",),
     ("extension",),
     ("factor_search",),
     ("evaluation",),
-    ("model",),
     ("checkpoints",),
     ("patching",),
     ("runs",),

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_models
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.byte_tokenizer import byte_tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -17,16 +16,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 @pytest.fixture
 def blocks():
     found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     return found
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def test_your_model(blocks, tmp_path, monkeypatch, capsys, one_thread):
@@ -55,3 +46,18 @@ def test_kernels(blocks):
     )
     torch.testing.assert_close(names["out"], whole, rtol=1e-4, atol=1e-4)
     assert names["nll"].shape == (99,)
+
+
+def test_a_model_of_your_own(blocks, tmp_path, monkeypatch, one_thread):
+    """At a length for a CPU: benchmarks/readme_example.py runs the whole where it fits."""
+    monkeypatch.chdir(tmp_path)
+    Path("books").mkdir()
+    Path("books/0.txt").write_text("It was a bright cold day in April. " * 20)
+    code, target = blocks[2], "2048 * 1024"
+    assert code.count(target) == 2 and code.count("base_length=4096") == 1
+    code = code.replace(target, "1024").replace("base_length=4096", "base_length=256")
+    names: dict = {}
+    with pytest.warns(UserWarning, match="random weights"):
+        exec(code, names)
+    assert names["output"].shape == (2, 1024, 512)
+    assert names["model"].tiers.limits == (256, 512, 1024)

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attention/attention.h"
+#include "bindings/cuda.h"
 #include "common/cpu/isa.h"
 
 namespace {
@@ -39,6 +40,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "What this extension was built from and for: version, torch, compiler, openmp, cuda "
         "(toolkit version or None), and isa, the CPU instruction set in use.");
+  m.def(
+      "cuda_launches",
+      [] {
+#ifdef LONGROPE_CUDA
+        return longrope::cuda_launches.load();
+#else
+        return int64_t{0};
+#endif
+      },
+      "How often an op has gone to a CUDA device in this process.");
   m.def(
       "isa", [] { return std::string(longrope::isa_name(longrope::isa())); },
       "The CPU instruction set in use: scalar, avx2 or avx512.");

@@ -16,6 +16,7 @@ from longrope.checkpoints import card, gguf, hf, source
 from longrope.checkpoints.measured import Measured
 from longrope.checkpoints.plan import plan_export
 from longrope.factors import RescaleFactors, Tiers
+from longrope.patching.wrappers import is_sharded, unwrapped
 
 FORMATS = ("hf", "gguf")
 
@@ -111,8 +112,9 @@ def export(
 
 def _inner(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile` and data parallelism; refuse what is not exported."""
-    for name in ("_orig_mod", "module"):
-        model = getattr(model, name, model)
+    if is_sharded(model):
+        raise ValueError("model: expected whole weights, got weights that FSDP shares out")
+    model = unwrapped(model)
     if hasattr(model, "get_base_model"):
         raise ValueError(
             "model: expected a model without adapters, got a PEFT model (merge_and_unload first)"

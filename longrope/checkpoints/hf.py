@@ -15,6 +15,7 @@ from longrope._warnings import warn
 from longrope.checkpoints import source
 from longrope.checkpoints.plan import HUGE, Plan
 from longrope.factors import RescaleFactors, files, su_attention_factor
+from longrope.patching.saving import exporting
 from longrope.patching.settings import rope_parameters
 
 ABOUT = "longrope.json"
@@ -33,7 +34,8 @@ def write(model: Any, folder: Path, plan: Plan, tokenizer: Any, found: Mapping |
     """Fill `folder` with weights, configuration, tokenizer, and `longrope.json`."""
     origin = source.source_folder(model)
     size = source.shard_size(origin)
-    model.save_pretrained(folder, **({} if size is None else {"max_shard_size": size}))
+    with exporting():
+        model.save_pretrained(folder, **({} if size is None else {"max_shard_size": size}))
     config = folder / "config.json"
     before = json.loads(config.read_text(encoding="utf-8"))
     for name in ("auto_map", "_name_or_path"):  # code and paths that the folder does not hold

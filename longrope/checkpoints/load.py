@@ -56,8 +56,10 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=CONFIG_MAPPING[raw["model_type"]].from_dict(config),
-        **({"dtype": "auto"} | options),
+        **({"dtype": "auto", "trust_remote_code": False} | options),
     )
     has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    tokenizer = (
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
+    )
     return apply(model.eval(), tiers), tokenizer

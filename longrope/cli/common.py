@@ -109,7 +109,10 @@ def in_job(command):
 
 def _one_line(error: Exception, names: Mapping[str, str]) -> str:
     """Return an error as one line; `names` are the command's of the library's arguments."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:  # without "[Errno 28]"
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    line = " ".join(text.split()) or type(error).__name__
     return re.sub(
         r"^((?:rank \d+: )?)(\w+)(?=(?:\[\d+\])?: )",
         lambda found: found[1] + names.get(found[2], found[2]),

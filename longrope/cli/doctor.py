@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope._files import strict_json
+from longrope.cli.folders import check_config
 from longrope.factors import RescaleFactors, Tiers
 from longrope.factors.rules import base_inv_freq
 from longrope.patching import FAMILIES, RopeSettings, rope_settings
@@ -38,8 +38,8 @@ _MEANINGS = {
 def diagnosis(folder: Path) -> dict[str, str]:
     """Return what a screen says of the model in a folder, in lines by name.
 
-    Also where transformers cannot read its configuration, which is said. No code of the folder runs
-    (`auto_map`). Raises `ValueError` where there is nothing to say.
+    Also where transformers cannot read its configuration, which is said. Raises `ValueError` where
+    it is no model with rotary embeddings, or one that needs code of the folder's own.
     """
     config, unread = _read(folder)
     try:
@@ -79,19 +79,13 @@ def _read(folder: Path) -> tuple[Any, str | None]:
     """Return a folder's configuration, and what transformers says where it cannot read it."""
     import transformers
 
-    path = folder / "config.json"
-    try:
-        raw = strict_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"WHAT: {path}: expected JSON, got a file broken at {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise ValueError(f"WHAT: {path}: expected an object that names a model_type")
+    raw = check_config("WHAT", folder)
+    if not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"WHAT: {folder / 'config.json'}: expected one that names a model_type")
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False), None
     except Exception as error:  # of many kinds: what it validates and how changes by release
         reason = " ".join(str(error.args[0] if error.args else error).split())
-        if "auto_map" in raw:
-            reason = "it needs code of its own folder (auto_map), which longrope does not run"
         said = f"transformers {transformers.__version__} cannot read config.json: {reason[:160]}"
         return SimpleNamespace(**(_defaults(raw["model_type"]) | raw)), said
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longrope._files import strict_json
 from longrope.cli.common import DEVICE, Model, one_sentence_errors
 from longrope.cli.inputs import load_documents, load_model, load_weights
 
@@ -104,5 +104,10 @@ def _found(factors: Path) -> dict[str, Any] | None:
     config = factors.parent / CONFIG
     if not (factors.parent / JOURNAL).is_file() or not config.is_file():
         return None
-    said = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        said = strict_json(config.read_bytes())
+        if not isinstance(said, dict):
+            raise ValueError("something else than an object")
+    except ValueError as error:
+        raise ValueError(f"{config}: expected the config.json of a run, got {error}") from None
     return {key: said[key] for key in ("model_name", "options", "data") if key in said}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from longrope.cli.common import one_sentence_errors
+from longrope.cli.folders import check_config
 
 
 @one_sentence_errors
@@ -70,6 +71,7 @@ def _paths(what: str) -> dict[str, Any]:
 
     from longrope.patching.runtime import runtime_facts
 
+    check_config("WHAT", Path(what))
     config = AutoConfig.from_pretrained(what, trust_remote_code=False)
     with torch.device("meta"):
         return runtime_facts(AutoModelForCausalLM.from_config(config))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longrope.cli.folders import checked_model
+
 
 def rank() -> int:
     """Return the number of this process in its job, 0 where there is none."""
@@ -79,7 +81,7 @@ def load_factors(
     `length` is the target length where the file states none. What was taken is said in one line on
     standard error.
     """
-    from longrope import RescaleFactors, Tiers
+    from longrope import Tiers
     from longrope.cli.options import value_of
     from longrope.factors.files import states_settings
     from longrope.patching import rope_settings
@@ -98,14 +100,22 @@ def load_factors(
         "rotary_dim": rope.rotary_dim,
         "attention_factor": value_of(attention_factor or "su", [str, float]),
     }
-    factors = RescaleFactors.load(path, **settings)
+    (factors,) = tiers = Tiers.load(path, **settings)
     rule = settings["attention_factor"]
     say(
         f"{path} holds factors alone: with rope theta {factors.rope_theta:g}, original length "
         f"{factors.original_length}, target length {factors.target_length}, attention factor "
         f"{factors.attention_factor:.6g}" + f" ({rule})" * isinstance(rule, str)
     )
-    return factors
+    return tiers
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers that `512,1024` names; `ValueError` with the name of the option."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers like 512,1024, got {text!r}") from None
 
 
 def say(line: str) -> None:
@@ -121,13 +131,11 @@ def load_weights(name: str) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"MODEL: expected a folder with a Hugging Face model, got {name!r}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"MODEL: the folder {name!r} has no config.json")
+    name = checked_model("MODEL", name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", trust_remote_code=False
+        ).eval()
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
         raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
 
@@ -137,24 +145,37 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
 
     16-bit models become float32 on a CPU that has no fast arithmetic for them.
     """
-    import torch
     from transformers import AutoTokenizer
 
-    from longrope.evaluation.memory import native_dtype
+    from longrope.checkpoints.source import TOKENIZER_FILES
 
     device = choose_device(device)
-    model = load_weights(name)
-    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.to(native_dtype())  # others are slower in 16 bits than in 32
+    model = on_device(load_weights(name), device)
     tokenizer = None
     if model.config.vocab_size != 256:
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"MODEL: expected a folder with a tokenizer, got {name!r} without one")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(
+                os.path.expanduser(name), trust_remote_code=False
+            )
         except Exception as error:
             raise ValueError(
                 f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
             ) from None
-    return model.to(device), tokenizer
+    return model, tokenizer
+
+
+def on_device(model: Any, device: str) -> Any:
+    """Move a model; in 16 bits to a CPU that is slower in them, it becomes float32."""
+    import torch
+
+    from longrope.evaluation.memory import native_dtype
+
+    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+        model = model.to(native_dtype())
+    return model.to(device)
 
 
 def _first_sentence(error: Exception) -> str:

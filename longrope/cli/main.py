@@ -11,9 +11,13 @@ import typer
 
 import longrope
 from longrope.cli.demo import demo
+from longrope.cli.evaluate import evaluate
 from longrope.cli.export import export
+from longrope.cli.extend import extend
 from longrope.cli.info import info
+from longrope.cli.passkey import passkey
 from longrope.cli.perplexity import perplexity
+from longrope.cli.recover import recover
 from longrope.cli.search import search
 
 app = typer.Typer(
@@ -38,7 +42,9 @@ def common(
     """Extend the context window of RoPE language models (LongRoPE, arXiv 2402.13753)."""
 
 
-for command in (demo, search, perplexity, export, info):
+for command in (
+    demo, search, extend, recover, perplexity, passkey, evaluate, export, info,
+):  # fmt: skip
     app.command()(command)
 
 

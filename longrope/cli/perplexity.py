@@ -81,6 +81,7 @@ def perplexity(
         seed=seed,
         ranges=pairs,
         bos=value_of(bos, [str, bool, int]),
+        progress=True,
     )
     print(f"{value:.4f}")
     for (begin, end), part in zip(pairs, value.by_range, strict=True):

@@ -61,7 +61,9 @@ def search(
     )
     if rank() > 0:
         return
-    yarn = {e.role: e.perplexity for e in result.history if e.origin == "yarn"}
+    yarn = {}  # what a ladder is compared with has tiers of its own
+    if not options.ladder:
+        yarn = {e.role: e.perplexity for e in result.history if e.origin == "yarn"}
     loaded = {e.role: e.perplexity for e in result.loaded}
     for role, name, reached in (
         ("search", "search", result.perplexity),
@@ -71,5 +73,16 @@ def search(
             compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
             compared += f", {loaded[role]:.4f} as loaded" if role in loaded else ""
             print(f"perplexity {reached:.4f} on the {name} windows{compared}")
+    if len(result.stages) > 1:
+        first, second = result.stages
+        ratio = second.target_length / second.original_length
+        print(
+            f"the factors are those that the model had, for {first.target_length} tokens, times a "
+            f"stage of {ratio:g}x"
+        )
+    if result.tiers is not None:
+        print(result.tiers)
+        print(f"tiers in {out / 'tiers.json'}, the last of them alone in {out / 'factors.json'}")
+        return
     print(f"start_tokens {result.factors.start_tokens}")
     print(f"factors in {out / 'factors.json'}")

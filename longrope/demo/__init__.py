@@ -1,1 +1,6 @@
 """`longrope demo`: a packaged tiny model, its text, and the eight-fold extension of its window."""
+
+from pathlib import Path
+
+#: A model of bytes with a window of 512 tokens that finds passkeys: `demo.train_retriever`.
+RETRIEVER = Path(__file__).with_name("retriever")

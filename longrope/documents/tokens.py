@@ -78,6 +78,15 @@ class Encoder:
             parts = [compact(_checked(self._encode("".join(pieces))))]
         return self._completed(np.concatenate(parts) if len(parts) != 1 else parts[0])
 
+    def bare(self, text: str) -> np.ndarray:
+        """Return the token ids of a short text alone, without BOS and EOS: int64, 1-D.
+
+        What a function adds to a text is not known, and stays.
+        """
+        return (
+            self(text).astype(np.int64) if self.tokenizer is None else _checked(self._encode(text))
+        )
+
     def _completed(self, ids: np.ndarray) -> np.ndarray:
         before, after = self._before, self._after
         if not len(ids) or ids[: len(before)].tolist() == before:

@@ -75,7 +75,7 @@ def measure_export(
         return Row(name, found.by_range + missing, math.nan if missing else float(found))
 
     scored: list[Perplexity] = []
-    with _put_back(model):
+    with put_back(model):
         rows = [
             measure("the model as loaded"),
             measure("**this export**, in any reader", plan.rule, "row"),
@@ -99,7 +99,7 @@ def _ranges(plan: Plan) -> tuple[tuple[int, int], ...]:
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+def put_back(model: nn.Module) -> Iterator[None]:
     """Give a model the factors back that are applied to it, after the block."""
     before = decoder(model).rotary_emb
     try:

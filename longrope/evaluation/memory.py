@@ -12,6 +12,7 @@ from torch import nn
 
 from longrope.patching.attention import has_kernel_attention
 from longrope.patching.settings import rope_settings, text_config
+from longrope.patching.wrappers import device_of, dtype_of, language_model
 
 #: Tokens of one forward pass on a CPU. Larger batches fall out of its caches: with the packaged
 #: model and windows of 2048 tokens, 4096 were 2 to 6 % slower, 8192 another 2 to 13 %; chunks of
@@ -176,13 +177,8 @@ def cache_bytes(model: nn.Module, length: int, sliding: bool = True) -> int:
     held = {"sliding_attention": min(length, window)} if window else {}
     tokens = sum(held.get(kind, length) for kind in kinds)
     head_dim = rope_settings(config).head_dim
-    per_token = 2 * config.num_key_value_heads * head_dim * next(model.parameters()).element_size()
+    per_token = 2 * config.num_key_value_heads * head_dim * dtype_of(model).itemsize
     return tokens * per_token
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's parameters lie."""
-    return next(model.parameters()).device
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -207,12 +203,12 @@ def free_memory(device: torch.device) -> int | None:
 
 def _bytes_per_token(model: nn.Module) -> int:
     """Return the bytes alive for each token at the widest point of a layer."""
-    config = getattr(model, "config", None)
+    config = getattr(language_model(model), "config", None)
     hidden = getattr(config, "hidden_size", None) or 4096
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     # The residual, its norm (float32 inside), q, k, v and the output (6 x hidden with the float32
     # copy), and gate, up and their product.
-    return next(model.parameters()).element_size() * (8 * hidden + 3 * inner)
+    return dtype_of(model).itemsize * (8 * hidden + 3 * inner)
 
 
 def _kept_per_token(model: nn.Module) -> int:
@@ -221,7 +217,7 @@ def _kept_per_token(model: nn.Module) -> int:
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_layer = _KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner
-    return config.num_hidden_layers * per_layer * next(model.parameters()).element_size()
+    return config.num_hidden_layers * per_layer * dtype_of(model).itemsize
 
 
 def _power_of_two(tokens: int) -> int:

@@ -8,6 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from longrope.patching.wrappers import (
+    is_offloaded,
+    is_sharded,
+    language_model,
+    running_eagerly,
+)
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -15,7 +22,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        # Weights that are put back after a pass must not be inference tensors.
+        moving = is_offloaded(model) or is_sharded(model)
+        without_gradients = torch.no_grad() if moving else torch.inference_mode()
+        with without_gradients, running_eagerly(model):
             yield
     finally:
         for module in training:
@@ -25,12 +35,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def vocabulary(model: nn.Module) -> int | None:
     """Return the number of rows of the model's token embedding, None where it has none.
 
-    Raises `ValueError` where this is no module at all.
+    Raises `ValueError` where this is no model that predicts the next token.
     """
-    if not isinstance(model, nn.Module):
+    inner = language_model(model)
+    if not isinstance(inner, nn.Module) or _has_no_head(inner):
+        without = " without a head that predicts tokens" * isinstance(inner, nn.Module)
         raise ValueError(
-            f"model: expected a Hugging Face causal language model, got {type(model).__name__}"
+            "model: expected a Hugging Face causal language model, "
+            f"got {type(inner).__name__}{without}"
         )
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = getattr(inner, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     return None if weight is None else weight.shape[0]
+
+
+def _has_no_head(model: nn.Module) -> bool:
+    """Say whether this is a decoder alone, a classifier or the like of transformers."""
+    return (
+        hasattr(getattr(model, "config", None), "model_type")
+        and not getattr(model, "can_generate", lambda: True)()
+        and getattr(model, "get_output_embeddings", lambda: None)() is None
+    )

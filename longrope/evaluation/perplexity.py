@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from longrope.patching.mlp import inplace_mlps
 from longrope.patching.notices import warn_of_window
 from longrope.patching.settings import LENGTH_DEPENDENT, rope_settings
 from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.runs.progress import bar
 
 
 class Window(NamedTuple):
@@ -69,6 +71,7 @@ def perplexity(
     batch_size: int | None = None,
     bos: str | bool | int = "auto",
     ranges: Sequence[tuple[int, int]] | None = None,
+    progress: bool | Callable[[int, int, float], None] = False,
 ) -> Perplexity:
     """Measure the perplexity of documents in sliding windows of `length` tokens.
 
@@ -109,6 +112,10 @@ def perplexity(
         Pairs `(begin, end)`: measure also the tokens at positions `begin` to before `end` of their
         windows. With `stride = length`, as a rule: smaller strides score the last tokens of most
         windows only.
+    progress
+        True: show a progress bar, in logs and notebooks without widgets a line every half minute;
+        or a function that is called after every batch with the windows measured, all windows, and
+        the perplexity so far.
 
     Returns
     -------
@@ -129,7 +136,9 @@ def perplexity(
         raise ValueError(f"stride: expected at most the length {length}, got {stride}")
     if batch_size is not None:
         batch_size = _validation.integer("batch_size", batch_size, 1)
-    seed = _validation.integer("seed", seed, 0)
+    seed = _validation.seed("seed", seed)
+    if not callable(progress) and progress not in (True, False):
+        raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
     start = bos_token(bos, model, documents)
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
     tokens = without_bos(tokens, start)
@@ -155,7 +164,12 @@ def perplexity(
     layout = plan_batches(
         model, length, len(windows), rows=batch_size, cut=may_be_cut(model), name="length"
     )
-    with evaluating(model), kernel_attention(model), inplace_mlps(model):
+    with (
+        _shown(progress, len(windows)) as show,
+        evaluating(model),
+        kernel_attention(model),
+        inplace_mlps(model),
+    ):
         score = NextTokenNLL(model, layout.chunk)
         for batch in _batches(windows, layout.rows):
             ids = [tokens[w.document][w.start : w.end].to(torch.int64) for w in batch]
@@ -179,9 +193,31 @@ def perplexity(
                     )
             total += math.fsum(sums)
             count += scored * len(batch)
+            show(len(batch), ids.numel(), math.exp(min(total / count, 700)))
     with np.errstate(invalid="ignore"):
         by_range = tuple(np.exp(range_sums / range_counts).tolist())
     return Perplexity(math.exp(total / count), by_range, count)
+
+
+@contextlib.contextmanager
+def _shown(
+    progress: bool | Callable[[int, int, float], None], total: int
+) -> Iterator[Callable[[int, int, float], None]]:
+    """Yield a function of the windows of a batch, their tokens, and the perplexity so far."""
+    if callable(progress):
+        done = 0
+
+        def tell(windows: int, tokens: int, value: float) -> None:
+            nonlocal done
+            done += windows
+            progress(done, total, value)
+
+        yield tell
+    elif progress:
+        with bar(total, "perplexity", unit="windows", ends_with_line=False) as update:
+            yield lambda windows, tokens, value: update(windows, tokens, f"{value:.4f}")
+    else:
+        yield lambda windows, tokens, value: None
 
 
 def _checked_ranges(ranges: Sequence[tuple[int, int]] | None, length: int) -> list[tuple[int, int]]:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from longrope._validation import checked_bos
 from longrope.documents import Documents
 from longrope.evaluation.modes import vocabulary
+from longrope.patching.wrappers import language_model
 
 #: Rows of an embedding of bytes, which have no room for a token that is no byte.
 _BYTES = 256
-
-
-def checked_bos(name: str, value: Any) -> str | bool | int:
-    """Return what may be asked for; `ValueError` for anything else."""
-    if isinstance(value, bool) or value == "auto":
-        return value
-    if isinstance(value, numbers.Integral) and value >= 0:
-        return int(value)
-    raise ValueError(f"{name}: expected 'auto', True, False or a token id, got {value!r}")
 
 
 def bos_token(bos: str | bool | int, model: nn.Module, documents: Iterable[Any]) -> int | None:
@@ -68,7 +60,7 @@ def bos_token(bos: str | bool | int, model: nn.Module, documents: Iterable[Any])
 
 
 def _of_config(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config = getattr(language_model(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     token = getattr(config, "bos_token_id", None)

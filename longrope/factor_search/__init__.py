@@ -5,5 +5,7 @@ and is kept), `space` and `critical` (the candidates and their moves), `evolutio
 any loss) and `racing` (which saves measurements there), `descent` and `ramps` (where it can start),
 `windows` (what is measured on), `evaluator`, `sharded` and `gradient` (how), `measurer` (all that
 is measured, taken from the journal or kept there), `history` (as the result has it), `methods` (the
-parts put together in three ways), `folder`, `plot` and `progress` (what users see).
+parts put together in three ways), `stage` (what a model has already, and candidates multiply),
+`ladder` (tier after tier, each by one of the methods) and `range_evaluator` (how a tier is
+measured), `folder`, `plot` and `progress` (what users see).
 """

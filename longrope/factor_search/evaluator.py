@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +14,10 @@ from longrope.evaluation.nll import NextTokenNLL
 from longrope.factor_search.space import Candidate
 from longrope.factor_search.windows import scored_tokens
 from longrope.factors import RescaleFactors
+from longrope.patching import rope_settings
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
-
-#: Elements of each tensor that the fingerprint reads, evenly spread.
-_FINGERPRINT_SAMPLES = 4096
 
 
 class PopulationEvaluator:
@@ -116,19 +113,22 @@ class PopulationEvaluator:
         # Row r is candidate r // S on window r % S.
         rows = torch.arange(len(factors) * len(windows), device=device)
         sums = []
-        with (
-            evaluating(self.model),
-            kernel_attention(self.model, self._attend),
-            inplace_mlps(self.model),
-            rows_with_factors(self.model, inv_freq[0]) as rotary,
-        ):
+        with evaluating(self.model), inplace_mlps(self.model), self._turning() as turn_by:
             for row in rows.split(self.rows):
                 candidate, window = row // len(windows), row % len(windows)
-                rotary.set_rows(
-                    inv_freq[candidate], start_tokens[candidate], attention_factor[candidate]
-                )
+                turn_by(inv_freq[candidate], start_tokens[candidate], attention_factor[candidate])
                 sums.append(self._sums(windows[window], scored, blocks))
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
+
+    @contextlib.contextmanager
+    def _turning(self) -> Iterator[Callable[..., None]]:
+        """Yield what gives the rows of the passes to come their factors, inside a block."""
+        plain = torch.ones(rope_settings(self.model).rotary_dim // 2, dtype=torch.float64)
+        with (
+            kernel_attention(self.model, self._attend),
+            rows_with_factors(self.model, plain) as rotary,
+        ):
+            yield rotary.set_rows
 
     def _sums(self, ids: torch.Tensor, scored: int, blocks: int) -> torch.Tensor:
         """Return the NLL of windows `[B, N]`, whose factors are in force: float64 `[B, blocks]`."""
@@ -143,21 +143,3 @@ def tokens_of_blocks(scored: int, blocks: int) -> torch.Tensor:
     if not 1 <= blocks <= scored:
         raise ValueError(f"blocks: expected 1 to the {scored} scored tokens, got {blocks}")
     return torch.bincount(torch.arange(scored) * blocks // scored, minlength=blocks)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the model's config and of a spread sample of every parameter and buffer."""
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    settings.pop("_name_or_path", None)  # the same model may lie elsewhere today
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        spread = torch.linspace(
-            0, max(flat.numel() - 1, 0), min(flat.numel(), _FINGERPRINT_SAMPLES),
-            dtype=torch.float64,
-        )  # fmt: skip
-        sample = flat[spread.long().to(flat.device)].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -9,19 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longrope.factor_search.history import Evaluation, Role
 from longrope.factor_search.plot import plot
-from longrope.factors import RescaleFactors
+from longrope.factor_search.space import STEPS
+from longrope.factors import RescaleFactors, Tiers
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_text
 
 KIND = "search"
 FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
+TIERS = "tiers.json"
 
 
 def prepare(out: str | Path, resume: bool = True) -> Path:
     """Create or check the folder of a search, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT), resume)
+    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS), resume)
 
 
 def write_results(
@@ -29,19 +33,35 @@ def write_results(
     factors: RescaleFactors,
     history: Sequence[Evaluation],
     baselines: Mapping[str, RescaleFactors],
+    tiers: Tiers | None = None,
     loaded: Sequence[Evaluation] = (),
 ) -> None:
-    """Write the factors, the history as a table, and the plot, which shows the model as loaded."""
+    """Write the factors, the tiers of a ladder, the history as a table, and the plot.
+
+    The plot shows the model as loaded, where it was measured; that of a ladder is its last tier's.
+    """
+    if tiers is not None:
+        tiers.save(out / TIERS)
     factors.save(out / FACTORS)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    names = ["role", "iteration", "origin", "perplexity", "start_tokens", "attention_factor"]
+    names = [
+        "role",
+        *(["tier"] if tiers is not None else []),
+        "iteration",
+        "origin",
+        "perplexity",
+        "start_tokens",
+        "attention_factor",
+    ]
     lambdas = [f"lambda_{i}" for i in range(len(history[0].lambdas))]
     writer.writerow(["evaluation", *names, *lambdas])
     for number, e in enumerate(history):
         writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
     write_text(out / HISTORY, table.getvalue())
-    plot(out / PLOT, factors, history, baselines, loaded)
+    last = history[-1].tier
+    shown = [e for e in history if e.tier == last]
+    plot(out / PLOT, factors, shown, baselines, loaded)
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -65,11 +85,32 @@ def summary(out: Path) -> dict[str, Any]:
         if (out / FACTORS).exists()
         else "not finished; the same command resumes",
     }
+    if header.get("ladder"):
+        ends = ", ".join(str(end) for end in header["ladder"]["targets"])
+        facts["ladder"] = f"tiers up to {ends} tokens; the figures are of the last one begun"
+        last = max((entry["tier"] for entry in entries), default=1)
+        entries = [entry for entry in entries if entry["tier"] == last]
+    chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
     for role, name in ((Role.SEARCH, "search windows"), (Role.VALIDATION, "held-out windows")):
         found = [e for e in entries if e["role"] == role and e["nll"] is not None]
         if found:
             best = min(found, key=lambda e: e["nll"])
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
             compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
-            facts[f"best on the {name}"] = f"perplexity {math.exp(best['nll']):.4f}{compared}"
+            # A margin may have kept another point than the best.
+            kept = [e for e in found if chosen is not None and _is(e, chosen)]
+            if kept and kept[-1]["nll"] > best["nll"]:
+                compared += f", {math.exp(best['nll']):.4f} at best"
+            shown, what = (kept[-1], "chosen, on") if kept else (best, "best on")
+            facts[f"{what} the {name}"] = f"perplexity {math.exp(shown['nll']):.4f}{compared}"
     return facts
+
+
+def _is(entry: Mapping[str, Any], factors: RescaleFactors) -> bool:
+    """Say whether an entry of the journal has measured these factors."""
+    own = entry["attention_factor"]  # None: that of the search
+    return (
+        np.array_equal(np.array(entry["hundredths"]) / STEPS, factors.lambdas)
+        and entry["start_tokens"] == factors.start_tokens
+        and (own is None or own == factors.attention_factor)
+    )

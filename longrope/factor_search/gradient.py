@@ -20,6 +20,7 @@ from longrope.factor_search.windows import scored_tokens
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.families import decoder
+from longrope.patching.wrappers import running_eagerly
 
 
 class GradientEvaluator:
@@ -33,7 +34,7 @@ class GradientEvaluator:
     model
         A causal language model that `longrope.apply` supports.
     base_inv_freq
-        The original frequencies, float64 `[dims]`.
+        The frequencies that lambdas divide, float64 `[dims]`.
     plan
         How windows go through the model (`longrope.evaluation.memory.plan_backward`).
     last_tokens
@@ -86,16 +87,23 @@ class GradientEvaluator:
         factor = torch.tensor(point.attention_factor, dtype=torch.float64)
         inv_freq.requires_grad_()
         factor.requires_grad_()
+        nll = self._backward(window[None], inv_freq, start_tokens, factor).item()
+        # By log lambda, of which the frequencies are exponentials, and by the log of the factor.
+        by_log = (-inv_freq * inv_freq.grad, (factor * factor.grad)[None])
+        return nll, torch.cat(by_log).detach().numpy()
+
+    def _backward(
+        self, window: torch.Tensor, inv_freq: torch.Tensor, start_tokens: int, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of the NLL of a window `[1, N]`, after its backward pass.
+
+        The sum, not the mean: in float16 the gradients of a mean would underflow.
+        """
         with (
             rows_with_factors(self.model, inv_freq, start_tokens, factor),
             checkpointing_layers(self.model, self.plan.checkpointed_layers),
         ):
-            # The sum, not the mean: in float16 the gradients of a mean would underflow.
-            scored = scored_tokens(window[None], self.last_tokens)
-            nll = self._score.backward(window[None], scored).item()
-        # By log lambda, of which the frequencies are exponentials, and by the log of the factor.
-        by_log = (-inv_freq * inv_freq.grad, (factor * factor.grad)[None])
-        return nll, torch.cat(by_log).detach().numpy()
+            return self._score.backward(window, scored_tokens(window, self.last_tokens))
 
 
 @contextlib.contextmanager
@@ -107,7 +115,7 @@ def differentiating(model: nn.Module) -> Iterator[None]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), running_eagerly(model):
             yield
     finally:
         for module in training:

@@ -20,29 +20,38 @@ _WORDS = {
     "problem.space.start_tokens:": "start_tokens:",
     "problem.space.upper:": "max_lambda, in hundredths:",
     "problem.learn_attention:": "attention_factor, learned:",
+    "problem.stage.": "model, its own scaling: ",
+    "problem.stage:": "model, its own scaling:",
 }
 
 
 def header(
-    options: SearchOptions, problem: Problem, model: str, data: dict[str, str], ranks: int
+    options: SearchOptions,
+    problem: Problem,
+    model: str,
+    data: dict[str, str],
+    ranks: int,
+    ladder: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the header; the first difference from that of a journal is what a refusal names.
 
-    `model` and the values of `data` are hashes; `ranks` is the number of processes.
+    `model` and the values of `data` are hashes; `ranks` is the number of processes; `ladder` says
+    which tiers are searched above which.
     """
     asked: dict[str, Any] = {}
-    if options.method == "evolution":  # `options.limits` may grow
+    if options.method == "evolution" and not options.ladder:  # `options.limits` may grow
         asked["sizes"] = {k: v for k, v in vars(options.sizes).items() if k != "iterations"}
-    else:
+    elif options.has_steps:
         asked["descent"] = vars(options.descent)
-    if options.method == "hybrid":
+    if options.method == "hybrid" or (options.ladder and not options.has_steps):
         asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
     return {
         "method": options.method,
         "objective": options.objective,
         "race": racing.SETTINGS if options.race else None,
         "critical_dimension": options.critical_dimension or None,
-        "problem": dataclasses.asdict(problem),
+        "problem": _fields(problem),
+        "ladder": ladder,
         **asked,
         "activation_checkpointing": options.activation_checkpointing,
         "batch_size": options.batch_size,
@@ -51,6 +60,14 @@ def header(
         "data": data,
         "shard_sequence": ranks if options.shard_sequence else None,
     }
+
+
+def _fields(problem: Problem) -> dict[str, Any]:
+    """Return what a problem is, in JSON values, without what follows from the rest."""
+    fields = dataclasses.asdict(dataclasses.replace(problem, stage=None, below=None))
+    del fields["stage"], fields["below"], fields["yarn_attention"]
+    # First, so that it is what a refusal names: the rest follows from it.
+    return {"stage": None if problem.stage is None else problem.stage.as_fields(), **fields}
 
 
 def explain(difference: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import html
 import math
 from dataclasses import dataclass
 
-from longrope.factors import RescaleFactors
+from longrope.factors import RescaleFactors, Tiers
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
 BASELINES = ("pi", "ntk", "yarn")
@@ -44,7 +45,10 @@ class Evaluation:
         Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"critical"` and `"critical pi"`
         (and so on: the first three put into the space of `critical_dimension`), `"ramp"`,
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
-        `"finalist"`. `"model as loaded"`: no candidate, but what there was before.
+        `"finalist"`. On top of a stage `"stage pi"` and so on: the rules for what is left of the
+        ratio. In a ladder also `"tier below"` and `"stretched"`, what the tier below leads to, and
+        `"yarn by position"`, behind tiers of YaRN. `"model as loaded"`: no candidate, but what
+        there was before.
     lambdas, start_tokens, attention_factor
         The factors that were measured; on the grid except in a step.
     nll
@@ -52,6 +56,11 @@ class Evaluation:
         finite. In a race, over all search windows that the candidate was measured on so far.
     windows
         How many windows were measured in this evaluation; in a race, those of the stage.
+    tier
+        With `ladder=True` the number of the tier that was searched, 1 for the first; else None.
+    passes
+        In a ladder the tokens that went through the model, in windows of `target_length`, those of
+        a backward pass counted twice; else None.
     """
 
     role: Role
@@ -62,6 +71,8 @@ class Evaluation:
     nll: float
     attention_factor: float
     windows: int
+    tier: int | None = None
+    passes: float | None = None
 
     @property
     def factors(self) -> tuple[tuple[float, ...], int, float]:
@@ -74,8 +85,10 @@ class Evaluation:
         return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
 
     @property
-    def forward_equivalents(self) -> int:
+    def forward_equivalents(self) -> float:
         """The cost in forward passes of one window; a backward pass counts 2."""
+        if self.passes is not None:
+            return self.passes
         return self.windows * (3 if self.role == Role.GRADIENT else 1)
 
 
@@ -86,23 +99,72 @@ class SearchResult:
     Attributes
     ----------
     factors
-        The selected `RescaleFactors`.
+        The selected `RescaleFactors`; of a ladder the last tier.
     perplexity
-        The perplexity of `factors` on the search windows.
+        The perplexity of `factors` on the search windows; of a ladder that of `tiers`, on the
+        tokens beyond the tiers that were not searched.
     validation_perplexity
         The same on the validation windows; None where there were none.
     history
         Every evaluation and every step of a descent, in order, as `Evaluation` (role, iteration,
         origin, lambdas, start_tokens, attention_factor, nll, perplexity, windows). In a race a
         candidate has one for each stage that it was measured in.
+    tiers
+        With `ladder=True` the `Tiers`, those that the model began with first; else None, since
+        nothing but `factors` was measured (`factors.ladder()` makes tiers of them).
+    stages
+        What `factors` are the product of: the factors of the model as the search found it, applied
+        or in its config, and what the search put on top; `factors` alone where there were none, or
+        with `scaling="ignore"`.
     loaded
         The model as loaded, with the scaling of its config or the factors that were applied: an
         `Evaluation` on the search windows, and one on the validation windows where there are any.
-        At the end of `history` too, where there is such a scaling. Empty where it was not measured.
+        At the end of `history` too, where there is such a scaling. Empty where it was not measured,
+        as for a ladder.
     """
 
     factors: RescaleFactors
     perplexity: float
     validation_perplexity: float | None
     history: tuple[Evaluation, ...]
+    tiers: Tiers | None = None
+    stages: tuple[RescaleFactors, ...] = ()
     loaded: tuple[Evaluation, ...] = ()
+
+    def __repr__(self) -> str:
+        """Say in a few lines what was found; the history may be megabytes."""
+        return "\n  ".join(["SearchResult(", *(f"{k}: {v}" for k, v in self._rows())]) + "\n)"
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, for notebooks."""
+        rows = (
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in self._rows()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        found = self.factors
+        least, most = found.lambdas.min(), found.lambdas.max()
+        yarn = {e.role: e.perplexity for e in self.history if e.origin == "yarn"}
+        if self.tiers is not None:
+            yarn = {}  # what a ladder is compared with has tiers of its own
+        loaded = {e.role: e.perplexity for e in self.loaded}
+        rows = [
+            ("window", f"{found.original_length} to {found.target_length} tokens"),
+            ("lambdas", f"{len(found.lambdas)}, from {least:.4g} to {most:.4g}"),
+            ("start tokens", str(found.start_tokens)),
+            ("attention factor", f"{found.attention_factor:.4g}"),
+        ]
+        if self.tiers is not None:
+            ends = ", ".join(str(limit) for limit in self.tiers.limits)
+            rows.insert(1, ("tiers by position", f"up to {ends} tokens"))
+        for role, name, reached in (
+            (Role.SEARCH, "search windows", self.perplexity),
+            (Role.VALIDATION, "held-out windows", self.validation_perplexity),
+        ):
+            if reached is not None:
+                compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
+                compared += f", {loaded[role]:.4f} as loaded" if role in loaded else ""
+                rows.append((f"perplexity, {name}", f"{reached:.4f}{compared}"))
+        passes = sum(e.forward_equivalents for e in self.history)
+        return [*rows, ("cost", f"{passes:.6g} forward passes of a window")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -32,6 +33,39 @@ class OutOfBudgetError(Exception):
     """Raised before an evaluation that the budget does not allow; the search ends there."""
 
 
+class TierCost:
+    """The cost of what is measured in a tier of a ladder, in forward passes of a whole window.
+
+    Parameters
+    ----------
+    number
+        Of the tier.
+    prefix, end, target
+        Tokens of a window before the range, up to its end, and of a window of the whole search.
+    kept
+        Whether the prefix of a window is computed once, not each time that it is measured on.
+    """
+
+    def __init__(self, number: int, prefix: int, end: int, target: int, kept: bool):
+        self.number = number
+        self._prefix, self._range, self._kept = prefix / target, (end - prefix) / target, kept
+        #: The windows of steps, True, and of candidates, which keep prefixes of their own.
+        self._seen: set[tuple[bool, bytes]] = set()
+
+    def forget(self) -> None:
+        """Take it that prefixes that were kept are no longer."""
+        self._seen.clear()
+
+    def of(self, windows: torch.Tensor, step: bool = False) -> float:
+        """Return the cost of a candidate on windows, or of a step, whose way back counts twice.
+
+        A window that was not seen before has its prefix computed.
+        """
+        new = {(step, window.numpy().tobytes()) for window in windows} - self._seen
+        self._seen |= new if self._kept else set()
+        return len(windows) * self._range * (3 if step else 1) + len(new) * self._prefix
+
+
 class _On(NamedTuple):
     """What a measurement is made on: windows int64 `[S, N]`, in a race those of a stage."""
 
@@ -60,6 +94,10 @@ class Measurer:
         Returns the loss and its gradient, for `step`.
     ranks
         The ranks that share the work of `measure`: batch `b` of a round is measured by rank `b`.
+    absolute
+        Makes lambdas that count from the base of those of a step.
+    tier
+        In a ladder the number of the tier, and the cost of what is measured in it.
 
     Attributes
     ----------
@@ -79,6 +117,8 @@ class Measurer:
         on_batch: Callable[[Sequence[Evaluation], int], None] = lambda evaluations, tokens: None,
         differentiate: GradientEvaluator | None = None,
         ranks: Ranks | None = None,
+        absolute: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        tier: TierCost | None = None,
     ):
         self.evaluator = evaluator
         self.windows = windows
@@ -87,6 +127,8 @@ class Measurer:
         self.on_batch = on_batch
         self.differentiate = differentiate
         self.ranks = ranks or Ranks()
+        self.absolute = absolute
+        self.tier = tier
         self.history: list[Evaluation] = []
         self.block_sums: dict[Candidate, np.ndarray] = {}
         #: Values of the next batches, which other ranks measured in the same round.
@@ -149,6 +191,7 @@ class Measurer:
             "lambdas": point.lambdas.tolist(),
             "start_tokens": start_tokens,
             "attention_factor": point.attention_factor,
+            **self._tier_of_entries,
         }
         replayed = self._replay([asked])
         entry = replayed[0] if replayed else None
@@ -161,11 +204,14 @@ class Measurer:
                 )
             entry = {**asked, "nll": nll, "gradient": gradient.tolist()}
             self.journal.append([entry])
-        lambdas, nll = tuple(entry["lambdas"]), entry["nll"]
+        lambdas, nll = tuple(self.absolute(np.array(entry["lambdas"])).tolist()), entry["nll"]
         done = Evaluation(
             Role.GRADIENT, iteration, "gradient", lambdas, start_tokens, nll,
             point.attention_factor, len(windows),
         )  # fmt: skip
+        if self.tier is not None:
+            passes = self.tier.of(windows, step=True)
+            done = dataclasses.replace(done, tier=self.tier.number, passes=passes)
         self.history.append(done)
         self.on_batch([done], 0 if replayed else windows.numel())
         return nll, np.array(entry["gradient"])
@@ -173,7 +219,7 @@ class Measurer:
     def _measure_batch(self, batches: Sequence[Sequence[Proposal]], on: _On) -> list[float]:
         """Return the losses of the first of `batches`; the others make up the round."""
         batch = batches[0]
-        asked = [_asked(proposal, on) for proposal in batch]
+        asked = [_asked(proposal, on) | self._tier_of_entries for proposal in batch]
         replayed = self._replay(asked)
         entries = replayed
         if entries is None:
@@ -195,13 +241,15 @@ class Measurer:
         losses = [math.inf if entry["nll"] is None else entry["nll"] for entry in entries]
         done = []
         for (candidate, origin, iteration), loss, entry in zip(batch, losses, entries, strict=True):
-            factor = self.evaluator.to_factors(candidate).attention_factor
-            done.append(
-                Evaluation(
-                    on.role, iteration, origin, candidate.lambdas, candidate.start_tokens, loss,
-                    factor, len(on.windows),
-                )
+            factors = self.evaluator.to_factors(candidate)
+            evaluation = Evaluation(
+                on.role, iteration, origin, tuple(factors.lambdas.tolist()),
+                candidate.start_tokens, loss, factors.attention_factor, len(on.windows),
             )  # fmt: skip
+            if self.tier is not None:
+                passes = self.tier.of(on.windows)
+                evaluation = dataclasses.replace(evaluation, tier=self.tier.number, passes=passes)
+            done.append(evaluation)
             self._losses[on.role][candidate] = loss
             if entry.get("block_sums"):
                 added = np.array(entry["block_sums"])
@@ -230,6 +278,10 @@ class Measurer:
     def _so_far(self, candidate: Candidate, added: np.ndarray, stage: Stage) -> np.ndarray:
         """Return a candidate's block sums up to the end of a stage, which added these."""
         return np.concatenate([self.block_sums[candidate], added]) if stage.start else added
+
+    @property
+    def _tier_of_entries(self) -> dict[str, int]:
+        return {} if self.tier is None else {"tier": self.tier.number}
 
     def finish(self) -> None:
         """Raise `JournalError` where the journal holds more than this search has asked for."""
@@ -276,17 +328,21 @@ def _asked(proposal: Proposal, on: _On) -> dict:
     }
     if candidate.critical_pair is not None:
         asked["critical_pair"] = candidate.critical_pair
+    if candidate.from_base:
+        asked["from_base"] = True
     if on.stage is not None:
         asked["windows"] = [on.stage.start, on.stage.end]
     return asked
 
 
 def _phase(entry: dict) -> tuple:
-    return entry.get("role"), entry.get("windows")
+    return entry.get("role"), entry.get("windows"), entry.get("tier")
 
 
 def _precedes(entry: dict, asked: dict) -> bool:
     """Say whether an entry is of an evolution that is over, or at a later stage, in this search."""
+    if entry.get("tier") != asked.get("tier"):
+        return False
     evolving = entry.get("role") in (Role.SEARCH, Role.RACE)
     if asked["role"] == Role.VALIDATION:
         return evolving

@@ -19,7 +19,7 @@ from longrope.factor_search.problem import Problem
 from longrope.factor_search.racing import Race
 from longrope.factor_search.ramps import ramps
 from longrope.factor_search.space import STEPS, Candidate
-from longrope.factor_search.windows import RandomWindows
+from longrope.factor_search.windows import RandomWindows, WindowPool
 
 #: How many of the best candidates the validation windows choose from, besides the baselines.
 FINALISTS = 8
@@ -47,7 +47,7 @@ class Task:
     measurer: Measurer
     random: np.random.Generator
     #: The windows of steps; None with `"evolution"`, which makes none.
-    random_windows: RandomWindows | None = None
+    random_windows: RandomWindows | WindowPool | None = None
 
     @property
     def few(self) -> Role:
@@ -79,7 +79,8 @@ class Task:
     ) -> dict[Candidate, float]:
         """Return the NLL of each candidate; one that was measured in this role is not again."""
         known = self.measurer.losses(role)
-        names = {candidate: name for name, candidate in self.problem.seeds().items()}
+        named = {**self.problem.seeds(), **self.problem.rules()}
+        names = {candidate: name for name, candidate in named.items()}
         candidates = list(dict.fromkeys(candidates))
         fresh = [c for c in candidates if c not in known]
         proposals = [Proposal(c, names.get(c, origin), iteration) for c in fresh]
@@ -90,25 +91,31 @@ class Task:
 def evolution(task: Task) -> Candidate:
     """Algorithm 1; the validation windows choose among the best and the baselines."""
     task.evolve(task.problem.seeds())
+    # Rules from the base lie outside the space of a stage: they compete at the end alone.
+    outside = [c for c in task.problem.rules().values() if c.from_base]
     searched = task.measurer.losses(Role.SEARCH)
+    if task.judge == Role.SEARCH:
+        searched.update(task.measure(Role.SEARCH, outside, "finalist"))
     ranked = _ranked(searched)
     if task.judge == Role.SEARCH:
         return ranked[0]
-    seeds = [c for c in task.problem.seeds().values() if c in searched]
+    seeds = [*(c for c in task.problem.seeds().values() if c in searched), *outside]
     finalists = [c for c in ranked if c not in seeds][:FINALISTS]
     return _best(task.measure(Role.VALIDATION, [*finalists, *seeds], "finalist"))
 
 
 def gradient(task: Task) -> Candidate:
     """A descent from the best of the baselines and of a family of ramps, then a sweep of n_hat."""
-    family = [*task.problem.seeds().values(), *ramps(task.problem)]
+    rules = task.problem.rules()
+    family = [*task.problem.seeds().values(), *rules.values(), *_ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
-    yarn = task.problem.seeds()["yarn"]
+    yarn = rules["yarn"]
     starts = task.measure(Role.SEARCH, [*screened[:STARTS], yarn], "ramp", 0)
     chosen, loss = _descended(task, starts)
-    variants = [
-        dataclasses.replace(chosen, start_tokens=n) for n in task.problem.space.start_tokens
-    ]
+    numbers = task.problem.space.start_tokens
+    if task.problem.below is not None:  # a sweep like that of the tier below gained nothing
+        numbers = (numbers[0], task.problem.below[0].start_tokens)
+    variants = [dataclasses.replace(chosen, start_tokens=n) for n in numbers]
     screened = task.measure(task.few, [chosen, *variants], "start tokens")
     better = [c for c in _ranked(screened) if screened[c] < screened[chosen]]
     judged = task.measure(task.judge, better[:START_TOKEN_FINALISTS], "start tokens")
@@ -117,11 +124,13 @@ def gradient(task: Task) -> Candidate:
 
 def hybrid(task: Task) -> Candidate:
     """A short Algorithm 1, which also sees the best ramp, for n_hat and a start; then a descent."""
-    ramp = _best(task.measure(task.few, ramps(task.problem), "ramp", 0))
-    task.evolve({**task.problem.seeds(), "ramp": ramp})
+    seeds = task.problem.seeds()
+    if family := _ramps(task.problem):
+        seeds["ramp"] = _best(task.measure(task.few, family, "ramp", 0))
+    task.evolve(seeds)
     chosen, loss = _descended(task, task.measurer.losses(Role.SEARCH))
     plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
-    judged = task.measure(task.judge, [plain, task.problem.seeds()["yarn"]], "start tokens")
+    judged = task.measure(task.judge, [plain, task.problem.rules()["yarn"]], "start tokens")
     # Without start tokens where these gain next to nothing, and never worse than YaRN.
     return plain if judged[plain] <= min(loss + START_TOKEN_GAIN, *judged.values()) else chosen
 
@@ -134,7 +143,8 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
 
     `held_out` says whether there are validation windows.
     """
-    seeds, family = len(problem.seeds()), len(ramps(problem))
+    seeds = len({*problem.seeds().values(), *problem.rules().values()})
+    family = len(_ramps(problem))
     evolved = min(options.sizes.most_evaluations, options.max_evaluations or sys.maxsize)
     descent = options.descent.steps + 2 * options.descent.checkpoints + 2
     return {
@@ -143,6 +153,11 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
         + START_TOKEN_FINALISTS + 2,
         "hybrid": family + evolved + descent + 2,
     }[options.method]  # fmt: skip
+
+
+def _ramps(problem: Problem) -> list[Candidate]:
+    """Return the family of ramps; none in a ladder above a tier that has been searched."""
+    return ramps(problem) if problem.below is None else []
 
 
 def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, float]:
@@ -160,13 +175,16 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     problem, settings, space = task.problem, task.options.descent, task.problem.space
     best_start = _best(starts)
     inside = {c: loss for c, loss in starts.items() if c in space}
-    start = _best(inside) if inside else space.snap(best_start.lambdas, best_start.start_tokens)
+    start = _best(inside) if inside else space.snap(
+        problem.on_stage(best_start), best_start.start_tokens
+    )  # fmt: skip
+    factor = problem.factors(start).attention_factor
     free = space.free(start)
     descent = Descent(
         1 / np.maximum(1, (free * problem.turns()[:, None]).max(axis=0)),
         space.upper / STEPS,
         settings,
-        problem.attention_factor,
+        factor,
         problem.learn_attention,
         space.least / STEPS,
     )
@@ -179,10 +197,10 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
         loss, gradient = task.measurer.step(all_pairs(point), step, start.start_tokens, windows)
         return loss, np.append(free.T @ gradient[:-1], gradient[-1])
 
-    best = Point(np.log(start.lambdas[-free.shape[1] :]), problem.attention_factor)
+    best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
     slow = 1.0
     least = task.measure(Role.SEARCH, [start], "start")[start]
-    kept = [problem.seeds()["yarn"], best_start, start]
+    kept = [problem.rules()["yarn"], best_start, start]
     for steps in settings.segments:
         point = descent.run(best, loss_and_gradient, steps, slow)
         candidate = space.snap_like(all_pairs(point).lambdas, start)

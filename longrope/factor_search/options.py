@@ -10,8 +10,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from longrope._validation import choice, count, integer, natural, positive, probability, switch
-from longrope.evaluation.start import checked_bos
+from longrope import _validation
+from longrope._validation import (
+    checked_bos,
+    choice,
+    count,
+    integer,
+    natural,
+    positive,
+    probability,
+    switch,
+)
 from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS
@@ -19,6 +28,7 @@ from longrope.runs.options import Options, about
 
 METHODS = ("evolution", "gradient", "hybrid")
 OBJECTIVES = ("perplexity", "needle")
+SCALINGS = ("compose", "ignore")
 
 
 @dataclass(frozen=True)
@@ -95,10 +105,17 @@ class SearchOptions(Options):
         _one_of(PRESETS), None, "Settings: paper, paper-long (above 512k) or official-code.",
         "paper",
     )  # fmt: skip
-    seed: int = _option(natural, None, "Seed of every random choice.", 0)
+    seed: int = _option(_validation.seed, None, "Seed of every random choice.", 0)
     objective: str = _option(
         _one_of(OBJECTIVES), PROBLEM,
         "perplexity, or needle: the loss of answers far from their needle.", "perplexity",
+    )  # fmt: skip
+    ladder: bool = _option(
+        switch, PROBLEM, "Search tiers by position, one for each doubling of the window.", False
+    )
+    scaling: str = _option(
+        _one_of(SCALINGS), PROBLEM,
+        "Factors or a scaling that the model has: compose (search on top) or ignore.", "compose",
     )  # fmt: skip
     last_tokens: int | None = _option(
         count, PROBLEM, "Score only this many tokens at the end of each window."
@@ -176,6 +193,11 @@ class SearchOptions(Options):
                 f"shard_sequence: expected False with method={self.method!r}, whose steps go "
                 "backwards through the model; method='evolution' can"
             )
+        if self.ladder and self.shard_sequence:
+            raise ValueError(
+                "shard_sequence: expected False with ladder=True, whose ranges go through the "
+                "model on one device, got True"
+            )
         evolves = self.method != "gradient" and self.sizes.iterations > 1
         if evolves and not self.sizes.mutations + self.sizes.crossovers:
             raise ValueError("mutations, crossovers: expected at least 1 of either, got 0 and 0")
@@ -215,7 +237,7 @@ class SearchOptions(Options):
     @property
     def limits(self) -> dict[str, int | None]:
         """How far a search goes: what a resumed one may raise."""
-        if self.method == "gradient":
+        if self.method == "gradient" or self.ladder:
             return {}
         return {"iterations": self.sizes.iterations, "max_evaluations": self.max_evaluations}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +14,9 @@ import numpy as np
 from longrope.evaluation import needles
 from longrope.factor_search.critical import CriticalSpace
 from longrope.factor_search.options import PRESETS, SearchOptions
-from longrope.factor_search.space import Candidate, SearchSpace
+from longrope.factor_search.space import STEPS, Candidate, SearchSpace
 from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
-from longrope.factors.rules import base_inv_freq
+from longrope.factors.rules import base_inv_freq, ntk_lambdas, yarn_lambdas
 from longrope.patching import RopeSettings
 
 
@@ -33,19 +36,39 @@ class Problem:
     bos: int | None = None
     #: Only this many tokens at the end of each window are scored; None: all but the first.
     last_tokens: int | None = None
+    #: What candidates multiply: the factors of the model as the search found it. None: the base.
+    stage: RescaleFactors | None = None
+    #: In a ladder the candidate that the tier below has taken, and its target length.
+    below: tuple[Candidate, int] | None = None
+    #: Whether candidates have YaRN's attention factor, or begin with it.
+    yarn_attention: bool = True
 
     @classmethod
-    def of(cls, rope: RopeSettings, options: SearchOptions, bos: int | None = None) -> Problem:
+    def of(
+        cls,
+        rope: RopeSettings,
+        options: SearchOptions,
+        bos: int | None = None,
+        stage: RescaleFactors | None = None,
+        target_length: int | None = None,
+    ) -> Problem:
         """Put together what the options ask of a model with these rope settings.
 
         With `bos` the first token of a window's text is not scored either: windows begin anywhere.
-        Raises `ValueError` with one sentence where they do not fit the model.
+        With a `stage` candidates are stages of ratio `target_length / stage.target_length` on top
+        of it. `target_length` is that of a tier, where it is not the options'. Raises `ValueError`
+        with one sentence where they do not fit the model.
         """
         original = options.original_length or rope.original_length
-        target = options.target_length
+        target = options.target_length if target_length is None else target_length
         if target <= original:
             raise ValueError(
                 f"target_length: expected more than the original length {original}, got {target}"
+            )
+        if stage is not None and target <= stage.target_length:
+            raise ValueError(
+                "target_length: expected more than the window of the model as loaded, "
+                f"{stage.target_length}, got {target}; scaling='ignore' searches from the base"
             )
         last_tokens = options.last_tokens
         if options.objective == "needle":
@@ -57,7 +80,8 @@ class Problem:
                 )
         if bos is not None:  # BOS and the first token of the text, which has nothing else before it
             last_tokens = min(last_tokens or target, target - 2)
-        ratio = target / original
+        whole = target / original
+        ratio = whole if stage is None else target / stage.target_length
         preset, bound = PRESETS[options.preset], options.max_lambda
         if options.start_tokens == "search":
             # Beyond the original length, start tokens would turn by angles the model never saw.
@@ -66,7 +90,12 @@ class Problem:
             choices = (options.start_tokens,)
         if options.critical_dimension:
             space = CriticalSpace.of(
-                original, target, rope.rope_theta, rope.rotary_dim, bound, choices
+                original,
+                target if stage is None else original * ratio,
+                rope.rope_theta,
+                rope.rotary_dim,
+                bound,
+                choices,
             )
         else:
             if bound is None:
@@ -76,11 +105,12 @@ class Problem:
         factor = options.attention_factor
         if factor is None:
             factor = "search" if options.has_steps else "yarn"
-        learned = factor == "search"
+        learned, by_yarn = factor == "search", factor in ("yarn", "search")
         if factor == "su":
-            factor = su_attention_factor(ratio, original)
+            factor = su_attention_factor(whole, original)
         elif isinstance(factor, str):
             factor = yarn_attention_factor(ratio)
+            factor *= 1.0 if stage is None else stage.attention_factor
         return cls(
             original_length=original,
             target_length=target,
@@ -91,7 +121,15 @@ class Problem:
             learn_attention=learned,
             bos=bos,
             last_tokens=last_tokens,
+            stage=stage,
+            yarn_attention=by_yarn,
         )
+
+    @property
+    def ratio(self) -> float:
+        """The ratio of the search: the target over the window that it starts from."""
+        start = self.original_length if self.stage is None else self.stage.target_length
+        return self.target_length / start
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -104,15 +142,33 @@ class Problem:
         }
 
     def turns(self) -> np.ndarray:
-        """Return how often each pair turns in the original window, unrescaled: float64 `[dims]`."""
-        inv_freq = base_inv_freq(self.rope_theta, self.rotary_dim)
-        return self.original_length * inv_freq / (2 * math.pi)
+        """Return how often each pair turns in the window before the search: float64 `[dims]`."""
+        window = self.original_length if self.stage is None else self.stage.target_length
+        return window * self.unit_inv_freq() / (2 * math.pi)
+
+    def unit_inv_freq(self) -> np.ndarray:
+        """Return the frequencies that the lambdas of candidates divide, float64 `[dims]`."""
+        if self.stage is None:
+            return base_inv_freq(self.rope_theta, self.rotary_dim)
+        return self.stage.inv_freq()
+
+    def absolute(self, lambdas: Sequence[float]) -> np.ndarray:
+        """Return what counts from the base, of lambdas on top of the stage: float64 `[dims]`."""
+        found = np.asarray(lambdas, np.float64)
+        return found if self.stage is None else self.stage.lambdas * found
+
+    def on_stage(self, candidate: Candidate) -> Sequence[float]:
+        """Return a candidate's lambdas on top of the stage."""
+        if not candidate.from_base:
+            return candidate.lambdas
+        found = np.array(candidate.lambdas) / self.stage.lambdas
+        return np.maximum(found, 1 / STEPS)  # of a pair that the stage has stopped
 
     def factors(self, candidate: Candidate) -> RescaleFactors:
         """Return a candidate as factors."""
-        factor = candidate.attention_factor
+        factor, lambdas = candidate.attention_factor, candidate.lambdas
         return RescaleFactors(
-            candidate.lambdas,
+            lambdas if candidate.from_base else self.absolute(lambdas),
             start_tokens=candidate.start_tokens,
             attention_factor=self.attention_factor if factor is None else factor,
             **self.lengths,
@@ -126,20 +182,102 @@ class Problem:
             "yarn": RescaleFactors.yarn(**self.lengths),
         }
 
-    def seeds(self) -> dict[str, Candidate]:
-        """Return the first members of the population: the baselines, with the fewest start tokens.
+    def stage_parts(self, factors: RescaleFactors) -> tuple[RescaleFactors, ...]:
+        """Return what factors are the product of: the stage and what is on top of it."""
+        if self.stage is None:
+            return (factors,)
+        stage = self.stage
+        with np.errstate(invalid="ignore"):  # inf / inf, of a pair that the stage has stopped
+            lambdas = np.where(np.isinf(stage.lambdas), 1.0, factors.lambdas / stage.lambdas)
+        on_top = factors.replace(
+            lambdas=lambdas,
+            attention_factor=factors.attention_factor / stage.attention_factor,
+            original_length=stage.target_length,
+        )
+        return stage, on_top
 
-        They are on the grid and within the bounds of lambda. With a `CriticalSpace` the baselines
-        stay as they are, although they lie outside it, so that the search is never worse than they
-        are; the start of LongRoPE2 and the baselines snapped into the space follow them.
+    def rules(self) -> dict[str, Candidate]:
+        """Return the baselines, with the fewest start tokens.
+
+        They count from the base; with a stage they lie outside the space, and have the attention
+        factor of the whole ratio.
+        """
+        top = self.space.upper
+        changes: dict[str, Any] = {}
+        if self.stage is not None:
+            top = sys.maxsize
+            changes = {"from_base": True}
+            if self.yarn_attention:
+                ratio = self.target_length / self.original_length
+                changes["attention_factor"] = yarn_attention_factor(ratio)
+        space = SearchSpace(self.space.dims, top, self.space.start_tokens)
+        found = {name: space.snap(f.lambdas) for name, f in self.baselines().items()}
+        return {name: dataclasses.replace(c, **changes) for name, c in found.items()}
+
+    def seeds(self) -> dict[str, Candidate]:
+        """Return the first members of the population, with the fewest start tokens.
+
+        The baselines; with a stage, the baselines of the ratio that is left, on top of it. They are
+        on the grid and within the bounds of lambda. With a `CriticalSpace` they stay as they are,
+        although they lie outside it, so that the search is never worse than they are; the start of
+        LongRoPE2 and the baselines snapped into the space follow them. In a ladder those that the
+        tier below leads to follow.
         """
         space = SearchSpace(self.space.dims, self.space.upper, self.space.start_tokens)
-        baselines = self.baselines()
-        seeds = {name: space.snap(f.lambdas) for name, f in baselines.items()}
+        if self.stage is None:
+            rules = {name: f.lambdas for name, f in self.baselines().items()}
+            seeds = {name: space.snap(lambdas) for name, lambdas in rules.items()}
+        else:
+            rules = self._rules_of_the_ratio()
+            seeds = {f"stage {name}": space.snap(lambdas) for name, lambdas in rules.items()}
         if isinstance(self.space, CriticalSpace):
             seeds["critical"] = self.space.start()
-            for name, factors in baselines.items():
-                snapped = self.space.snap(factors.lambdas)
+            for name, lambdas in rules.items():
+                snapped = self.space.snap(lambdas)
                 if snapped not in seeds.values():
                     seeds[f"critical {name}"] = snapped
+        for name, candidate in self._from_below().items():
+            if candidate not in seeds.values():
+                seeds[name] = candidate
         return seeds
+
+    def _rules_of_the_ratio(self) -> dict[str, np.ndarray]:
+        """Return the baselines' lambdas for the ratio that is left.
+
+        YaRN's ramp stays at the turns in the original window: there lie the pairs that the stage
+        has already slowed down to turns that the model knows, and that must slow down again.
+        """
+        yarn = yarn_lambdas(
+            self.ratio, self.original_length, self.rope_theta, self.rotary_dim, truncate=True
+        )
+        return {
+            "pi": np.full(self.space.dims, self.ratio),
+            "ntk": ntk_lambdas(self.ratio, self.rotary_dim),
+            "yarn": yarn,
+        }
+
+    def _from_below(self) -> dict[str, Candidate]:
+        """Return what the factors of the tier below lead to at this target.
+
+        `"tier below"` has them to the power of `ln r / ln r_below`, with `r` the ratios; for
+        `"stretched"` all pairs of the tier below slow down by `r / r_below`.
+        """
+        if self.below is None:
+            return {}
+        candidate, length = self.below
+        lower = dataclasses.replace(self, target_length=length)
+        power = math.log(self.ratio) / math.log(lower.ratio)
+        own = 1.0 if self.stage is None else self.stage.attention_factor
+        factor = lower.factors(candidate).attention_factor
+        changes = {}
+        if self.learn_attention:
+            changes["attention_factor"] = round(own * (factor / own) ** power, 3)
+        lambdas = np.asarray(self.on_stage(candidate), np.float64)
+        found = {}
+        for name, values in (
+            ("tier below", lambdas**power),
+            ("stretched", lambdas * (self.ratio / lower.ratio)),
+        ):
+            snapped = self.space.snap(values, candidate.start_tokens)
+            found[name] = dataclasses.replace(snapped, **changes)
+        return found

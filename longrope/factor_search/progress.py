@@ -32,12 +32,15 @@ def progress_bar(
     if not show:
         yield lambda evaluations, tokens: None
         return
-    best, raced = math.inf, set()
+    best, raced, tier = math.inf, set(), None
     with bar(total, "perplexity", clock) as update:
 
         def count(evaluations: Sequence[Evaluation], tokens: int) -> None:
-            nonlocal best
+            nonlocal best, tier
             value = None
+            if evaluations[0].tier != tier:  # another range of positions
+                best, tier = math.inf, evaluations[0].tier
+                raced.clear()
             if evaluations[0].role == Role.SEARCH:
                 best = min(best, *(e.perplexity for e in evaluations))
                 value = f"{best:.4f}"

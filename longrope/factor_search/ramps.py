@@ -28,8 +28,7 @@ def ramp(problem: Problem, centre: float, width: float) -> Candidate:
     first = pair_that_turns(centre * math.sqrt(width), *rope)
     last = pair_that_turns(centre / math.sqrt(width), *rope)
     share = np.clip((np.arange(problem.space.dims) - first) / (last - first), 0, 1)
-    ratio = problem.target_length / problem.original_length
-    return problem.space.snap(ratio**share)
+    return problem.space.snap(problem.ratio**share)
 
 
 def ramps(problem: Problem) -> list[Candidate]:

@@ -15,28 +15,36 @@ from torch import nn
 
 from longrope._validation import switch
 from longrope.distributed import ranks
+from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     BackwardPlan,
-    device_of,
     plan_backward,
     plan_batches,
 )
 from longrope.evaluation.start import bos_token
 from longrope.factor_search import as_loaded, folder
-from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
+from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.history import Evaluation, Role, SearchResult
+from longrope.factor_search.ladder import Ladder, LadderSearch
 from longrope.factor_search.measurer import Measurer
 from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task, most_evaluations
 from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.factor_search.windows import WindowsByRole, digest
+from longrope.factor_search.stage import stage_of, tiers_as_found
+from longrope.factor_search.windows import WindowsByRole
 from longrope.patching import rope_settings
 from longrope.patching.notices import warn_of_untested, warn_of_window
+from longrope.patching.wrappers import (
+    device_of,
+    is_quantized,
+    is_sharded,
+    language_model,
+)
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay
 from longrope.runs.options import about, from_keywords
@@ -83,6 +91,19 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     worse there than YaRN. The model as loaded is measured beside them, and a warning says so where
     it is better. With too little text for both, the search windows choose.
 
+    With `ladder=True` the result is tiers by position (`longrope.Tiers`): one for each doubling of
+    the window of the model as loaded, searched one after another from the shortest on. Each has the
+    lowest loss on its own range of positions, behind the tiers below, which are fixed by then; the
+    tokens below the range go through the model once per window. Budgets (steps, candidates) are
+    those of each tier. Where YaRN by position is better over all ranges of the deciding windows, it
+    is returned.
+
+    A model that has factors or tiers applied, or a scaling in its config, is stage one: candidates
+    multiply its lambdas (of tiers the last ones) and lead from its window to the target, the rules
+    for that ratio are the seeds, PI, NTK and YaRN counted from the base compete beside them, and
+    the result is the product (`SearchResult.stages`). A ladder goes on above tiers that are
+    applied, and these stay as they are.
+
     In a `torch.distributed` job (after `init_process_group`) all ranks call this with the same
     arguments and share the measurements. Every rank returns the result of one process, to the bit;
     rank 0 writes the files; an error of one rank ends all of them. Ranks wait 1800 seconds for one
@@ -98,13 +119,18 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         The window to reach, in tokens; more than the original.
     method
         `"gradient"`, `"evolution"` (the paper's, at about ten times the cost) or `"hybrid"`.
+    ladder
+        Search tiers by position. Not with `shard_sequence`.
+    scaling
+        `"compose"`: on top of what the model has; `"ignore"`: from the base alone, in a window of
+        `original_length`.
     objective
         `"perplexity"` of the windows; or `"needle"` (LongRoPE2, arXiv 2502.20082): that of 16
         random tokens at the end of each window, which also stand in its first tenth, after the same
         8 tokens.
     last_tokens
         Score only this many tokens at the end of each window, those with the most context; None:
-        all but the first. With `"perplexity"` only.
+        all but the first. In a ladder at most those of a tier's range. With `"perplexity"` only.
     bos
         The token in front of every window, `"auto"`, True or False, as in `longrope.perplexity`: a
         window is that token and `target_length - 1` tokens of text, of which the first is not
@@ -124,7 +150,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     validation
         Held-out documents for the final choice.
     max_lambda
-        Upper bound of lambda; None: `1.25 s` with `s = target_length / original_length`.
+        Upper bound of lambda; None: `1.25 s` with `s` the target over the window that the search
+        starts from. On top of a stage the bound of what multiplies it; in a ladder that of every
+        tier, or with None each its own.
     seed
         The seed of the windows and of the search. Equal arguments give equal results to the bit on
         one machine, in equal batches: these follow from the free memory, and a resumed search takes
@@ -160,16 +188,17 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`.
+        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
-        `iterations` and `max_evaluations` may be larger than before; any other difference is
-        refused and named. False: move an earlier search to a folder `previous-1` (and so on) of
-        `out`, and start again.
+        `iterations` and `max_evaluations` may be larger than before, but for a ladder; any other
+        difference is refused and named. False: move an earlier search to a folder `previous-1` (and
+        so on) of `out`, and start again.
     progress
-        True: show a progress bar; or a function that is called with the new evaluations after every
-        batch, including those from the journal of an earlier run.
+        True: show a progress bar, in logs and notebooks without widgets a line every half minute;
+        or a function that is called with the new evaluations after every batch, including those
+        from the journal of an earlier run.
 
     Returns
     -------
@@ -178,38 +207,56 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     Raises
     ------
     ValueError
-        With one sentence for any argument out of range, a model without rotary embedding, a
-        document shorter than `target_length`, a window whose keys and values do not fit the free
-        memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be written,
-        the journal of another search, or ranks that were not given the same search.
+        With one sentence for any argument out of range, a model without rotary embedding or, for a
+        ladder, without a layer that sees beyond its first tier, a last tier without tokens to
+        score, a document shorter than `target_length`, a window whose keys and values do not fit
+        the free memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be
+        written, the journal of another search, or ranks that were not given the same search.
     LostRankError
         If a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
     rope = rope_settings(model)
     bos = bos_token(options.bos, model, documents)
-    problem = Problem.of(rope, options, bos)
+    original = options.original_length or rope.original_length
+    found = tiers_as_found(model, rope, original, options.scaling)
+    problem = Problem.of(rope, options, bos, stage_of(found))
+    ladder = Ladder.of(model, rope, options, problem, found) if options.ladder else None
     options.check_ranks(job.size)
+    if job.size > 1 and is_sharded(model):
+        raise ValueError(
+            "model: expected whole weights on every rank of the job, which measure different "
+            "candidates at once, got weights that FSDP shares out"
+        )
     if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "model: expected parameters that were made outside torch.inference_mode(), "
             "got inference tensors, which take no part in gradients"
         )
+    if options.has_steps and is_quantized(model):
+        raise ValueError(
+            "model: expected layers that gradients pass through, got torch's quantised ones; "
+            'method="evolution" needs none'
+        )
     randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(options.seed).spawn(5)]
     drawn = WindowsByRole.draw(
         model, documents, options.validation, problem.target_length, options.windows, *randoms[:2],
         screened=SCREEN_WINDOWS if options.has_steps else 0,
-        needles=randoms[4] if options.objective == "needle" else None, bos=bos,
+        needles=randoms[4] if options.objective == "needle" and not ladder else None, bos=bos,
     )  # fmt: skip
     data: dict[str, str] = {role: digest(windows) for role, windows in drawn.windows.items()}
     if options.has_steps:
         data["documents"] = drawn.digest()
-    head = header(options, problem, fingerprint(model), data, job.size)
+    above = None if ladder is None else ladder.as_fields()
+    head = header(options, problem, fingerprint(model), data, job.size, above)
     job.check_same({**head, **options.limits})
     if job.first:
         warn_of_untested(model)
         warn_of_window(model, problem.target_length)
     notes = _notes(model, options, job)
+    if ladder is not None:
+        keeps = job.gather(ladder.keeps(model, drawn))
+        notes["kept_prefixes"] = [all(tier) for tier in zip(*keeps, strict=True)]
     with contextlib.ExitStack() as stack:
         journal: Replay | None = None
         if options.out is None:
@@ -220,47 +267,80 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 Journal(out / JOURNAL, head, notes, kind=folder.KIND, explain=explain)
             )
             notes = journal.notes
-            name = getattr(getattr(model, "config", None), "_name_or_path", "")
+            config = getattr(language_model(model), "config", None)
+            name = getattr(config, "_name_or_path", "")
             asked = {"options": options.as_dict(), "model_name": name, "notes": notes}
             write_config(out, {**head, **options.limits, **asked})
         notes, journal = _everywhere(job, notes, journal)
-        differentiate = random_windows = None
-        arguments = (model, problem.factors, notes["rows"], problem.last_tokens)
-        if options.has_steps:
-            base = problem.baselines()["pi"].base_inv_freq()
-            plan = BackwardPlan(*notes["gradient"])
-            differentiate = GradientEvaluator(model, base, plan, problem.last_tokens, job)
-            random_windows = drawn.random(randoms[3])
-        if options.shard_sequence:
-            evaluator = ShardedEvaluator(*arguments, job)
+        held_out = Role.VALIDATION in drawn.windows
+        total = (
+            most_evaluations(problem, options, held_out) if ladder is None
+            else ladder.most_evaluations(options, held_out)
+        )  # fmt: skip
+        on_batch = stack.enter_context(
+            progress_bar(options.progress if job.first else False, total)
+        )
+        if ladder is None:
+            result = _search(model, options, problem, drawn, notes, journal, on_batch, job, randoms)
         else:
-            evaluator = PopulationEvaluator(*arguments, notes["chunk"])
-        total = most_evaluations(problem, options, Role.VALIDATION in drawn.windows)
-        measurer = Measurer(
-            evaluator,
-            drawn.windows,
-            journal,
-            max_evaluations=options.max_evaluations,
-            on_batch=stack.enter_context(
-                progress_bar(options.progress if job.first else False, total)
-            ),
-            differentiate=differentiate,
-            ranks=None if options.shard_sequence else job,
-        )
-        task = Task(problem, options, measurer, randoms[2], random_windows)
-        chosen = METHODS[options.method](task)
-        factors = problem.factors(chosen)
-        validated = measurer.losses(Role.VALIDATION).get(chosen)
-        result = SearchResult(
-            factors=factors,
-            perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
-            validation_perplexity=None if validated is None else math.exp(validated),
-            history=tuple(measurer.history),
-        )
-        measurer.finish()
-        result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
+            result = LadderSearch(
+                model, options, ladder, drawn, notes, journal, on_batch, job
+            ).run()
         if options.out is not None and job.first:
-            folder.write_results(out, factors, result.history, problem.baselines(), result.loaded)
+            folder.write_results(
+                out, result.factors, result.history, problem.baselines(), result.tiers,
+                result.loaded,
+            )  # fmt: skip
+    return result
+
+
+def _search(
+    model: nn.Module,
+    options: SearchOptions,
+    problem: Problem,
+    drawn: WindowsByRole,
+    notes: dict[str, Any],
+    journal: Replay | None,
+    on_batch: Callable[[Sequence[Evaluation], int], None],
+    job: ranks.Ranks,
+    randoms: Sequence[np.random.Generator],
+) -> SearchResult:
+    """Search one set of factors; the arguments are what `search` has made of its own."""
+    differentiate = random_windows = None
+    arguments = (model, problem.factors, notes["rows"], problem.last_tokens)
+    if options.has_steps:
+        differentiate = GradientEvaluator(
+            model, problem.unit_inv_freq(), BackwardPlan(*notes["gradient"]),
+            problem.last_tokens, job,
+        )  # fmt: skip
+        random_windows = drawn.random(randoms[3])
+    if options.shard_sequence:
+        evaluator = ShardedEvaluator(*arguments, job)
+    else:
+        evaluator = PopulationEvaluator(*arguments, notes["chunk"])
+    measurer = Measurer(
+        evaluator,
+        drawn.windows,
+        journal,
+        max_evaluations=options.max_evaluations,
+        on_batch=on_batch,
+        differentiate=differentiate,
+        ranks=None if options.shard_sequence else job,
+        absolute=problem.absolute,
+    )
+    task = Task(problem, options, measurer, randoms[2], random_windows)
+    chosen = METHODS[options.method](task)
+    factors = problem.factors(chosen)
+    validated = measurer.losses(Role.VALIDATION).get(chosen)
+    result = SearchResult(
+        factors=factors,
+        perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
+        validation_perplexity=None if validated is None else math.exp(validated),
+        history=tuple(measurer.history),
+        stages=problem.stage_parts(factors),
+    )
+    measurer.finish()
+    result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
     return result
 
 

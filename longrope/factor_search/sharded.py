@@ -14,6 +14,7 @@ from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.space import Candidate
 from longrope.factors import RescaleFactors
 from longrope.patching.attention import has_kernel_attention
+from longrope.patching.wrappers import device_of, dtype_of
 
 
 class ShardedEvaluator(PopulationEvaluator):
@@ -49,9 +50,9 @@ class ShardedEvaluator(PopulationEvaluator):
             raise ValueError(
                 "shard_sequence: expected a model whose attention ops.attention can compute "
                 f"(longrope.patching.attention), got {type(model).__name__} in "
-                f"{next(model.parameters()).dtype}"
+                f"{dtype_of(model)}"
             )
-        device = next(model.parameters()).device
+        device = device_of(model)
         if not ranks.can_pass_on(device):
             raise ValueError(
                 f"shard_sequence: expected a process group with nccl for a model on {device.type}, "

@@ -31,6 +31,8 @@ class Candidate:
     """One point of the search space: lambda of each pair in hundredths, and n_hat.
 
     `attention_factor` is set where it was learned, and None where it is that of the problem.
+    With `from_base` lambdas count from the base even where those of the others multiply a model's
+    own scaling; such a candidate lies in no space.
     `critical_pair` is the first free pair of a candidate in a `CriticalSpace`, and None elsewhere.
     """
 
@@ -38,6 +40,7 @@ class Candidate:
     start_tokens: int = 0
     attention_factor: float | None = None
     critical_pair: int | None = None
+    from_base: bool = False
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -65,7 +68,8 @@ class SearchSpace:
     def __contains__(self, candidate: Candidate) -> bool:
         bounded = (self.lower, *candidate.hundredths, self.upper)
         return (
-            len(candidate.hundredths) == self.dims
+            not candidate.from_base
+            and len(candidate.hundredths) == self.dims
             and all(a <= b for a, b in itertools.pairwise(bounded))
             and candidate.start_tokens in self.start_tokens
         )

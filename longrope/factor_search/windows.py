@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,11 @@ import torch
 from torch import nn
 
 from longrope.documents import as_documents
+from longrope.evaluation.identity import digest
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.needles import plant
 from longrope.evaluation.start import with_bos, without_bos
 from longrope.factor_search.history import Role
-
-#: Tokens that are hashed at a time: a document may be most of the memory.
-_HASHED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class WindowsByRole:
         The random numbers that plant needles; None: windows of plain text.
     bos
         The token in front of every window; None: windows of text alone.
+    shown
+        Random windows are cut to their first `shown` tokens of text; None: they stay whole.
     """
 
     windows: dict[Role, torch.Tensor]
@@ -48,6 +49,7 @@ class WindowsByRole:
     length: int
     needles: np.random.Generator | None = None
     bos: int | None = None
+    shown: int | None = None
 
     @classmethod
     def draw(
@@ -100,8 +102,21 @@ class WindowsByRole:
     def random(self, random: np.random.Generator) -> RandomWindows:
         """Return random windows that share no text with a validation window."""
         return RandomWindows(
-            self.documents, self.length, self.held_out, random, self.needles, self.bos
+            self.documents, self.length, self.held_out, random, self.needles, self.bos, self.shown
         )
+
+    def first(self, length: int, needles: np.random.Generator | None = None) -> WindowsByRole:
+        """Return the first `length` tokens of each window of plain text, with `needles` planted."""
+        front = 0 if self.bos is None else 1
+        windows = {role: whole[:, :length] for role, whole in self.windows.items()}
+        if needles is not None:
+            for role in (Role.SEARCH, Role.VALIDATION):
+                if role in windows:
+                    planted = plant(windows[role][:, front:], needles)
+                    windows[role] = with_bos(planted, self.bos)
+            if Role.SCREEN in windows:
+                windows[Role.SCREEN] = windows[Role.SEARCH][: len(windows[Role.SCREEN])]
+        return dataclasses.replace(self, windows=windows, needles=needles, shown=length - front)
 
     def digest(self) -> str:
         """Return a hash of the documents."""
@@ -164,6 +179,8 @@ class RandomWindows:
         Random numbers that plant needles; None: plain text.
     bos
         The token in front of every window; None: none.
+    shown
+        What is given of a window are its first `shown` tokens; None: all.
     """
 
     def __init__(
@@ -174,8 +191,10 @@ class RandomWindows:
         random: np.random.Generator,
         needles: np.random.Generator | None = None,
         bos: int | None = None,
+        shown: int | None = None,
     ):
         self.length = length
+        self.shown = length if shown is None else shown
         self.needles = needles
         self.bos = bos
         self.random = random
@@ -197,10 +216,42 @@ class RandomWindows:
                 self._order = [int(i) for i in self.random.permutation(len(self._documents))]
             document, starts = self._documents[self._order.pop()]
             start = int(starts[self.random.integers(len(starts))])
-            windows.append(document[start : start + self.length].to(torch.int64))
+            windows.append(document[start : start + self.shown].to(torch.int64))
         drawn = torch.stack(windows)
         drawn = drawn if self.needles is None else plant(drawn, self.needles)
         return with_bos(drawn, self.bos)
+
+
+class WindowPool:
+    """Random windows of which the first `size` come again and again, in ever new random order.
+
+    Parameters
+    ----------
+    windows
+        Where the first `size` windows come from.
+    size
+        How many there are.
+    random
+        Random numbers for the order.
+    """
+
+    def __init__(self, windows: RandomWindows, size: int, random: np.random.Generator):
+        self.windows, self.size, self.random = windows, size, random
+        self._pool: list[torch.Tensor] = []
+        self._order: list[int] = []
+
+    def draw(self, count: int) -> torch.Tensor:
+        """Return the next `count` windows: int64 `[count, length]`."""
+        drawn = []
+        for _ in range(count):
+            if len(self._pool) < self.size:
+                self._pool.append(self.windows.draw(1)[0])
+                drawn.append(self._pool[-1])
+                continue
+            if not self._order:
+                self._order = [int(i) for i in self.random.permutation(self.size)]
+            drawn.append(self._pool[self._order.pop()])
+        return torch.stack(drawn)
 
 
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
@@ -216,15 +267,3 @@ def scored_tokens(windows: torch.Tensor, last_tokens: int | None) -> int:
     """Return how many tokens at the end of each window are scored: at most all but the first."""
     most = windows.shape[1] - 1
     return most if last_tokens is None else min(last_tokens, most)
-
-
-def digest(windows: torch.Tensor) -> str:
-    """Return a hash of the tokens of windows or a document, for the header of a journal.
-
-    The same for every type that holds them.
-    """
-    found = hashlib.sha256(repr(tuple(windows.shape)).encode())
-    flat = windows.flatten()
-    for start in range(0, len(flat), _HASHED):
-        found.update(flat[start : start + _HASHED].to(torch.int64).numpy().tobytes())
-    return found.hexdigest()[:16]

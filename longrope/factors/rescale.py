@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longrope._validation import even, integer, lambda_array, longer, positive
+from longrope._validation import even, integer, lambda_array, positive
 
 if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
 from longrope.factors import files, official
-from longrope.factors.rules import (
-    base_inv_freq,
-    ntk_lambdas,
-    yarn_attention_factor,
-    yarn_lambdas,
-)
+from longrope.factors.baselines import Baselines
+from longrope.factors.rules import base_inv_freq
 
 
 @dataclass(frozen=True, eq=False)
-class RescaleFactors:
+class RescaleFactors(Baselines):
     """Rescaled rotary frequencies `1 / (lambda_i * theta^(2i/R))` and what they are made for.
 
     LongRoPE (arXiv 2402.13753, section 3): position `n` turns pair `i` by
@@ -74,103 +70,6 @@ class RescaleFactors:
         checked["lambdas"] = lambda_array(self.lambdas, checked["rotary_dim"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
-
-    # --- the four baselines ---------------------------------------------------------------------
-
-    @classmethod
-    def none(
-        cls,
-        *,
-        original_length: int,
-        target_length: int | None = None,
-        rope_theta: float = 10000.0,
-        rotary_dim: int = 128,
-    ) -> RescaleFactors:
-        """Return factors that change nothing: every lambda is 1.
-
-        `target_length` (default: `original_length`) only says up to which length they are meant.
-        """
-        target_length = original_length if target_length is None else target_length
-        return cls._baseline(
-            lambda s: np.ones(rotary_dim // 2), original_length, target_length, rope_theta,
-            rotary_dim,
-        )  # fmt: skip
-
-    @classmethod
-    def pi(
-        cls,
-        *,
-        original_length: int,
-        target_length: int,
-        rope_theta: float = 10000.0,
-        rotary_dim: int = 128,
-    ) -> RescaleFactors:
-        """Return position interpolation (arXiv 2306.15595): every lambda is the ratio `s`.
-
-        transformers calls it rope type `"linear"`.
-        """
-        longer(original_length, target_length)
-        return cls._baseline(
-            lambda s: np.full(rotary_dim // 2, s), original_length, target_length, rope_theta,
-            rotary_dim,
-        )  # fmt: skip
-
-    @classmethod
-    def ntk(
-        cls,
-        *,
-        original_length: int,
-        target_length: int,
-        rope_theta: float = 10000.0,
-        rotary_dim: int = 128,
-    ) -> RescaleFactors:
-        """Return NTK-aware scaling: `lambda_i = s^(2i/(R-2))`, from 1 at the fastest to `s`.
-
-        The same as a larger base `theta * s^(R/(R-2))`; transformers' rope type `"dynamic"` with
-        factor 1 gives these frequencies at a sequence of `target_length` tokens.
-        """
-        longer(original_length, target_length)
-
-        return cls._baseline(
-            lambda s: ntk_lambdas(s, rotary_dim), original_length, target_length, rope_theta,
-            rotary_dim,
-        )  # fmt: skip
-
-    @classmethod
-    def yarn(
-        cls,
-        *,
-        original_length: int,
-        target_length: int,
-        rope_theta: float = 10000.0,
-        rotary_dim: int = 128,
-        truncate: bool = True,
-    ) -> RescaleFactors:
-        """Return YaRN (arXiv 2309.00071) with its attention factor `0.1 ln s + 1`.
-
-        `lambda_i = 1 / (ramp_i / s + 1 - ramp_i)`, where the ramp rises linearly over the
-        dimension index, from 0 at the dimension that turns 32 times in the original window to 1 at
-        the one that turns once. `truncate` rounds these two outwards to whole dimensions. Both
-        settings agree with transformers' rope type `"yarn"`.
-        """
-        longer(original_length, target_length)
-        made = cls._baseline(
-            lambda s: yarn_lambdas(s, original_length, rope_theta, rotary_dim, truncate),
-            original_length, target_length, rope_theta, rotary_dim,
-        )  # fmt: skip
-        return made.replace(attention_factor=yarn_attention_factor(made.ratio))
-
-    @classmethod
-    def _baseline(cls, lambdas, original_length, target_length, rope_theta, rotary_dim):
-        # Validate the settings before the formula sees them.
-        plain = cls(
-            np.ones(even("rotary_dim", rotary_dim) // 2),
-            original_length=original_length,
-            target_length=target_length,
-            rope_theta=rope_theta,
-            rotary_dim=rotary_dim,
-        )
-        return plain.replace(lambdas=lambdas(plain.ratio))
 
     # --- what they are --------------------------------------------------------------------------
 

@@ -54,16 +54,70 @@ def ntk_lambdas(ratio: float, rotary_dim: int) -> np.ndarray:
     return ratio ** (np.arange(0, rotary_dim, 2) / max(rotary_dim - 2, 1))
 
 
-def yarn_lambdas(
-    ratio: float, original_length: int, rope_theta: float, rotary_dim: int, truncate: bool
-) -> np.ndarray:
-    """Return `1 / (ramp_i / s + 1 - ramp_i)`, `[R/2]`; the ramp is `RescaleFactors.yarn`'s."""
+def yarn_band(
+    original_length: int, rope_theta: float, rotary_dim: int, truncate: bool = True
+) -> tuple[float, float]:
+    """Return the pairs between which YaRN's ramp rises: that of 32 turns and that of one turn.
+
+    `truncate` rounds them outwards. The clamps, the upper one to `R - 1` rather than `R/2 - 1`
+    included, are transformers'.
+    """
     rope = (original_length, rope_theta, rotary_dim)
     low, high = pair_that_turns(YARN_BETA_FAST, *rope), pair_that_turns(YARN_BETA_SLOW, *rope)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
-    # The clamps, the upper one to R - 1 rather than R/2 - 1 included, are transformers'.
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    high += 0.001 if low == high else 0
+    return low, high + (0.001 if low == high else 0)
+
+
+def yarn_lambdas(
+    ratio: float, original_length: int, rope_theta: float, rotary_dim: int, truncate: bool
+) -> np.ndarray:
+    """Return `1 / (ramp_i / s + 1 - ramp_i)`, `[R/2]`; the ramp is `RescaleFactors.yarn`'s."""
+    low, high = yarn_band(original_length, rope_theta, rotary_dim, truncate)
     ramp = np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
     return 1 / (ramp / ratio + 1 - ramp)
+
+
+def mrrope_lambdas(
+    ratio: float, original_length: int, rope_theta: float, rotary_dim: int, progressive: bool
+) -> np.ndarray:
+    """Return `s^(t/n)`, or `s^(t(t+1) / (n(n+1)))`, `[R/2]`; `t` counts from YaRN's first pair."""
+    low, high = yarn_band(original_length, rope_theta, rotary_dim)
+    n = high - low
+    t = np.clip(np.arange(rotary_dim // 2) - low, 0, n)
+    return ratio ** (t * (t + 1) / (n * (n + 1)) if progressive else t / n)
+
+
+def llama3_lambdas(
+    ratio: float,
+    original_length: int,
+    rope_theta: float,
+    rotary_dim: int,
+    low_turns: float,
+    high_turns: float,
+) -> np.ndarray:
+    """Return `1 / (smooth + (1 - smooth) / s)`, `[R/2]`; `smooth` is linear in a pair's turns."""
+    turns = original_length * base_inv_freq(rope_theta, rotary_dim) / (2 * math.pi)
+    smooth = np.clip((turns - low_turns) / (high_turns - low_turns), 0, 1)
+    return 1 / (smooth + (1 - smooth) / ratio)
+
+
+def dynamic_ntk_ratio(ratio: float, factor: float) -> float:
+    """Return the ratio at which dynamic scaling is NTK's, `factor * s - (factor - 1)`."""
+    return factor * ratio - (factor - 1)
+
+
+def cope_lambdas(
+    lambdas: np.ndarray, inv_freq: np.ndarray, original_length: int, pairs: int | None
+) -> np.ndarray:
+    """Return lambdas over `(1 + cos(linspace(0, pi, n))) / 2` for the `n` slowest pairs, `[R/2]`.
+
+    `inv_freq` are the unrescaled frequencies, which say the pairs where `pairs` is None.
+    """
+    if pairs is None:
+        pairs = int(np.count_nonzero(2 * math.pi > original_length * inv_freq))
+    taper = np.ones_like(lambdas)
+    taper[len(lambdas) - pairs :] = (1 + np.cos(np.linspace(0, math.pi, pairs))) / 2
+    with np.errstate(divide="ignore"):
+        return lambdas / taper

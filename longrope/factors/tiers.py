@@ -111,8 +111,15 @@ class Tiers(Sequence[RescaleFactors]):
         files.write_json(Path(path), files.TIERS, {"tiers": fields})
 
     @classmethod
-    def load(cls, path: str | Path) -> Tiers:
+    def load(cls, path: str | Path, **settings) -> Tiers:
         """Read a file written by `save`; a file of one set of factors gives one tier.
+
+        Parameters
+        ----------
+        path
+            JSON, or a CSV file of the official LongRoPE code.
+        **settings
+            For CSV, which holds the factors alone, as for `RescaleFactors.load`.
 
         Raises
         ------
@@ -121,11 +128,27 @@ class Tiers(Sequence[RescaleFactors]):
         """
         content = files.read(Path(path))
         if not isinstance(content[0], dict):
-            return cls([RescaleFactors.load(path)])
+            return cls([RescaleFactors.load(path, **settings)])
+        if settings:
+            raise ValueError(
+                f"{next(iter(settings))}: expected no settings beside {path}, a JSON file that "
+                "states them itself"
+            )
         try:
             return cls([RescaleFactors(**fields) for fields in content])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def ladder_targets(start: int, target: int, step: float = 2.0) -> list[int]:
+    """Return where the tiers of a ladder from a window of `start` tokens end; the last `target`."""
+    ends = [start]
+    for number in itertools.count(1):
+        end = round(start * step**number)
+        if end >= target:
+            return [*ends[1:], target]
+        if end > ends[-1]:  # else a step of less than a token
+            ends.append(end)
 
 
 def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) -> Tiers:
@@ -147,12 +170,7 @@ def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) 
         )
     whole = math.log(factors.target_length / loaded.target_length)
     between = []
-    for number in itertools.count(1):
-        target = round(loaded.target_length * step**number)
-        if target >= factors.target_length:
-            break
-        if target <= max([loaded, *between], key=lambda tier: tier.target_length).target_length:
-            continue  # steps of less than a token
+    for target in ladder_targets(loaded.target_length, factors.target_length, step)[:-1]:
         share = math.log(target / loaded.target_length) / whole
         between.append(
             factors.replace(

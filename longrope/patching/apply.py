@@ -15,9 +15,11 @@ from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
 from longrope.patching.notices import warn_of_factors
 from longrope.patching.rotation import accept_rotations
+from longrope.patching.saving import warn_on_save
 from longrope.patching.settings import RopeSettings, rope_settings
 from longrope.patching.tier_cache import stays_as_loaded
 from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.patching.wrappers import device_of
 
 
 def apply(
@@ -30,8 +32,9 @@ def apply(
     """Make a Hugging Face model use rescale factors, in place.
 
     Weights, state dict keys and configuration stay as they are, so `save_pretrained` afterwards
-    writes the model without the factors. Other models of the same class are not affected. Applying
-    again replaces the factors; `remove` takes them out.
+    writes the model without the factors, and warns of it (`longrope.export` writes them). Other
+    models of the same class are not affected. Applying again replaces the factors; `remove` takes
+    them out.
 
     One set of factors holds for every length. Several are tiers, by position unless `tiers` says
     otherwise: the token at position `p` attends under the first tier with `p < target_length`, the
@@ -98,6 +101,7 @@ def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: s
     accept_rotations(attention_layers(base)[0])
     by_position = by_position and len(several) > 1
     remove(model)
+    warn_on_save()
     first_by_model = by_position and tiered.loaded_tier(settings, several)
     if by_position:
         check_windows(base, several)
@@ -107,8 +111,7 @@ def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: s
         )
     else:
         rotary = RescaledRotaryEmbedding(base.rotary_emb, several)
-    device = next(base.parameters()).device
-    rotary.place(device)
+    rotary.place(device_of(model))
     base.rotary_emb = rotary
     (tiered if by_position else row_tiers).install(base, rotary)
     if len(several) == 1:
@@ -183,8 +186,27 @@ def rows(
         if not patched:
             remove(model)
         if under_tiers is not None:
-            cached_keys = "unrotated" if under_tiers.keeps_unrotated else "turned"
-            _install(model, under_tiers.tiers, True, cached_keys)
+            _apply_again(model, under_tiers)
+
+
+@contextlib.contextmanager
+def without_factors(model: nn.Module) -> Iterator[nn.Module]:
+    """Take applied factors out for the time of a block; yields the decoder."""
+    base = decoder(model)
+    rotary = base.rotary_emb
+    remove(model)
+    try:
+        yield base
+    finally:
+        _apply_again(model, rotary)
+
+
+def _apply_again(model: nn.Module, rotary: nn.Module) -> None:
+    """Apply what a rotary module, which was taken out, had applied."""
+    if isinstance(rotary, TieredRotaryEmbedding):
+        _install(model, rotary.tiers, True, "unrotated" if rotary.keeps_unrotated else "turned")
+    elif isinstance(rotary, RescaledRotaryEmbedding):
+        _install(model, rotary.tiers, False, "turned")
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from longrope.patching.tier_attention import Options, Unturned, attend
 from longrope.patching.tier_cache import stays_as_loaded
 from longrope.patching.tier_pass import PREFIX, arguments_of
 from longrope.patching.tiered import TieredRotaryEmbedding, module_of
+from longrope.patching.wrappers import device_of, dtype_of
 
 #: What the function is called in transformers' `AttentionInterface`.
 NAME = "longrope"
@@ -109,8 +110,7 @@ def has_kernel_attention(model: nn.Module) -> bool:
         head_dim = rope_settings(base).head_dim
     except (AttributeError, TypeError, ValueError):  # no model that longrope.apply takes
         return False
-    parameter = next(base.parameters())
-    device, dtype = parameter.device.type, parameter.dtype
+    device, dtype = device_of(model).type, dtype_of(model)
     return (
         device in DEVICES_WITH_KERNELS
         and (dtype in DTYPES or (dtype, device) == (torch.float64, "cpu"))

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from longrope.patching.settings import rope_settings, text_config
+from longrope.patching.wrappers import language_model, unwrapped
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,11 @@ def _tried(model: nn.Module) -> Family | str:
 def decoder(model: nn.Module) -> nn.Module:
     """Return the module that holds the decoder layers and `rotary_emb`, or say why there is none.
 
-    Looks through `torch.compile`, `DistributedDataParallel`, PEFT and the language model head.
+    Looks through all wrappers (`longrope.patching.wrappers`) and the language model head.
     """
-    inner = model
-    for name in ("_orig_mod", "module"):
-        inner = getattr(inner, name, inner)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = language_model(model)
     family_of(inner)
-    base = getattr(inner, "base_model", inner)
+    base = unwrapped(getattr(inner, "base_model", inner))
     if not hasattr(base, "rotary_emb"):
         raise ValueError(
             f"model: expected a decoder with rotary_emb, got {type(base).__name__} without one"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from longrope.factors import RescaleFactors
+from longrope.patching.wrappers import language_model
 
 #: Rope types of transformers whose angles depend on the length of the whole sequence.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -161,7 +162,8 @@ def _extended(by_layer: Mapping) -> str:
 
 def text_config(model_or_config: Any) -> Any:
     """Return the configuration of the language model in `model_or_config`."""
-    config = getattr(model_or_config, "config", model_or_config)
+    inner = language_model(model_or_config)
+    config = getattr(inner, "config", inner)
     if not hasattr(config, "model_type"):
         raise TypeError(
             "model: expected a Hugging Face model or its configuration, "

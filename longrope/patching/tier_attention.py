@@ -89,14 +89,21 @@ def attend(
 ) -> Tensor:
     """Return the attention of a pass, `[B, H, N, D]`; keys and values join the cache, if any."""
     rows = _Rows(query, key, value, rotary, options)
-    if rows.layer is not None:
+    layer = rows.layer
+    if layer is not None and layer.is_quantized:
+        with torch.no_grad():
+            form, storage = layer.exchange(key.new.states, value, query.rotation.positions)
+        if rows.needs_gradient:
+            return rows.differentiable((*storage, form) if rows.start else None)
+        return rows.through(form, storage)
+    if layer is not None:
         with torch.no_grad():
             held = rows.held_before() if rows.needs_gradient else None
             out = rows.through_the_cache()
         return rows.differentiable(held) if rows.needs_gradient else out
     if rows.needs_gradient or rows.plan.documents:
         return rows.differentiable(None)
-    return rows.through_the_cache()
+    return rows.through(*rows.without_cache())
 
 
 class _Rows:
@@ -124,17 +131,25 @@ class _Rows:
         """Turn what is held, let new keys join, attend: in place, without gradients."""
         if self._is_steady():
             return self._steady()
-        states = self.query.states
-        out = torch.empty_like(states)
-        end = self.start + states.shape[2]
-        if self.layer is None:
-            key, value = self.key.states, self.value
-            form = torch.zeros(len(key), dtype=torch.int64)
-            storage = (torch.empty_like(key), value, self.rotation.positions)
-        else:
-            form, storage = self.layer.form, self.layer.storage()
-            storage[1][:, :, self.start : end] = self.value
-            storage[2][:, self.start : end] = self.rotation.positions
+        end = self.start + self.value.shape[2]
+        form, storage = self.layer.form, self.layer.storage()
+        storage[1][:, :, self.start : end] = self.value
+        storage[2][:, self.start : end] = self.rotation.positions
+        return self.through(form, storage)
+
+    def without_cache(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return the form, and room for the keys, of a pass that has no cache."""
+        key = self.key.states
+        form = torch.zeros(len(key), dtype=torch.int64)
+        return form, (torch.empty_like(key), self.value, self.rotation.positions)
+
+    def through(self, form: Tensor, storage: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Let the segments of the pass attend, one after another.
+
+        `storage` has keys and values `[B, Hk, n, D]` and positions `[B, n]`: what is held, its keys
+        in `form`, then the tokens of the pass, whose keys are written here. Both change in place.
+        """
+        out = torch.empty_like(self.query.states)
         for rows, segments in self._groups():
             keys, values, positions = (x[rows] for x in storage)
             for segment in segments:

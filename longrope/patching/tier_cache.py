@@ -53,6 +53,8 @@ class TierMixin:
         int64 `[B, n]`, of the keys; beside `keys` `[B, Hk, n, D]` and `values`.
     """
 
+    is_quantized = False
+
     def prepare(self, rotary: nn.Module) -> None:
         """Belong to a rotary module; called once, while the layer is empty."""
         self.rotary, self.signature = rotary.ticket, rotary.signature
@@ -290,6 +292,8 @@ def adopt(cache: Any, base: nn.Module) -> Any:
         StaticSlidingWindowLayer,
     )
 
+    from longrope.patching.tier_cache_quantized import is_quantized, quantized
+
     rotary = base.rotary_emb
     if getattr(cache, _ADOPTED, None) == rotary.signature:
         return cache
@@ -305,7 +309,7 @@ def adopt(cache: Any, base: nn.Module) -> Any:
         layers.extend(cache.layer_class_to_replicate() for _ in attentions)
     first_limit = rotary.tiers.limits[0]
     for index, (layer, attention) in enumerate(zip(layers, attentions, strict=False)):
-        if isinstance(layer, (growing, static)):
+        if isinstance(layer, TierMixin):
             if layer.signature != rotary.signature and layer.held():
                 raise ValueError(
                     "cache: expected one that was filled under the tiers that are applied, got "
@@ -326,7 +330,9 @@ def adopt(cache: Any, base: nn.Module) -> Any:
             layer.__class__ = _as_loaded(type(layer))  # empty: nothing but settings is in it
             continue
         new = None
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        if is_quantized(layer):
+            new = quantized(layer)
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             new = growing()
         elif type(layer) is StaticLayer:
             new = static(layer.max_cache_len)
@@ -335,7 +341,7 @@ def adopt(cache: Any, base: nn.Module) -> Any:
         if new is None:
             raise ValueError(
                 "cache: expected layers whose keys can be turned under tiers by position "
-                "(DynamicLayer, DynamicSlidingWindowLayer, StaticLayer), got "
+                "(DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, a quantised one), got "
                 f"{type(layer).__name__}"
             )
         new.prepare(rotary)

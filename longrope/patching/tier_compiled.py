@@ -28,6 +28,7 @@ class _Held(NamedTuple):
     keys: Tensor
     values: Tensor
     positions: Tensor
+    is_quantized: bool = False
 
     def storage(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.keys, self.values, self.positions

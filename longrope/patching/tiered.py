@@ -169,7 +169,8 @@ def loaded_tier(settings: RopeSettings, tiers: Tiers) -> bool:
         and settings.rope_type not in LENGTH_DEPENDENT
         and first.start_tokens == loaded.start_tokens
         and np.allclose(first.inv_freq(), loaded.inv_freq(), rtol=1e-5, atol=0)
-        and np.isclose(first.attention_factor, loaded.attention_factor, rtol=1e-6)
+        # A bool of Python: torch.compile takes numpy's for a tensor.
+        and bool(np.isclose(first.attention_factor, loaded.attention_factor, rtol=1e-6))
     )
 
 

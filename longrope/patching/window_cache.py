@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longrope.patching.families import decoder
 from longrope.patching.settings import text_config
+from longrope.patching.tier_attention import Unturned
 from longrope.patching.tier_cache import new_cache
 from longrope.patching.tiered import TieredRotaryEmbedding
 
@@ -121,14 +122,7 @@ def _layer_types() -> tuple[type, type]:
         ) -> tuple[Tensor, Tensor]:
             """Write new keys and values behind the others; return all of them."""
             start = self.get_seq_length()
-            if not self.is_initialized:
-                # What their lazy_initialization sets, whose arguments differ between versions.
-                self.dtype, self.device = key_states.dtype, key_states.device
-                self.is_initialized = True
-                self._rooms = [
-                    _Room(states, self.length, self.differentiable)
-                    for states in (key_states, value_states)
-                ]
+            self._make_rooms(key_states, value_states)
             end = start + key_states.shape[2]
             if end > self.length:
                 raise ValueError(f"cache: expected at most {self.length} tokens, got {end}")
@@ -141,8 +135,49 @@ def _layer_types() -> tuple[type, type]:
             self.hold(end)
             return tuple(joined)
 
+        def begin(self, keys: Tensor, values: Tensor) -> None:
+            """Hold these, in an empty layer: no gradient flows into them."""
+            self._make_rooms(keys, values)
+            for room, states in zip(self._rooms, (keys, values), strict=True):
+                room.append(states, 0)
+            self.hold(keys.shape[2])
+
+        def _make_rooms(self, keys: Tensor, values: Tensor) -> None:
+            if not self.is_initialized:
+                # What their lazy_initialization sets, whose arguments differ between versions.
+                self.dtype, self.device = keys.dtype, keys.device
+                self.is_initialized = True
+                self._rooms = [
+                    _Room(states, self.length, self.differentiable) for states in (keys, values)
+                ]
+
         def hold(self, tokens: int) -> None:
             """Make what the layer holds the first `tokens` that were written."""
             self.keys, self.values = (room.states[:, :, :tokens] for room in self._rooms)
 
     return DynamicLayer, PreallocatedLayer
+
+
+@functools.cache
+def held_layer_type() -> type:
+    """Return the layer of a `longrope.patching.ranges.range_cache`."""
+
+    class RangeLayer(_layer_types()[1]):
+        """Keys lie as they are before their rotation; with `as_loaded` as the model turns them."""
+
+        def __init__(self, length: int, differentiable: bool = False, as_loaded: bool = False):
+            super().__init__(length, differentiable)
+            self.as_loaded = as_loaded
+
+        def update(
+            self, key_states: Any, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Any, Tensor]:
+            """Write new keys and values behind the others; return all of them, still unturned."""
+            if not isinstance(key_states, Unturned):
+                return super().update(key_states, value_states)
+            if self.as_loaded:
+                return super().update(key_states.turned_by_model(), value_states)
+            keys, values = super().update(key_states.states, value_states)
+            return key_states._replace(states=keys), values
+
+    return RangeLayer

@@ -99,6 +99,7 @@ class Journal(Replay):
         # Through JSON, so that it compares equal to what was read back (tuples become lists).
         header = json.loads(json.dumps({"format": _format(kind), **header, "notes": notes or {}}))
         self._file = _open_locked(path, kind)
+        self._failed = False
         try:
             lines = self._complete_lines()
             #: The checksum up to each line: that of the header first.
@@ -140,7 +141,9 @@ class Journal(Replay):
 
     def close(self) -> None:
         """Close the file and release its lock."""
-        self._file.close()
+        # What could not be written is written again by this, and fails again.
+        with contextlib.suppress(OSError) if self._failed else contextlib.nullcontext():
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -154,9 +157,17 @@ class Journal(Replay):
             line, checksum = _line(entry, self._checksums[-1] if self._checksums else 0)
             self._checksums.append(checksum)
             lines.append(line)
-        self._file.write(b"".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(b"".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failed = True
+            raise OSError(
+                error.errno,
+                f"out: cannot write {self.path} ({error.strerror}); what it holds is kept, and the "
+                "same call resumes",
+            ) from None
 
     def _complete_lines(self) -> list[bytes]:
         self._file.seek(0)

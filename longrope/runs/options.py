@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+from longrope._files import strict_json
 
 P = ParamSpec("P")
 Model = TypeVar("Model")
@@ -68,9 +69,11 @@ class Options:
         config = path.suffix == ".json"
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if config else tomllib.loads(text)
+            content = strict_json(text) if config else tomllib.loads(text)
         except OSError as error:
             raise ValueError(f"options: cannot read {path} ({error.strerror})") from None
+        except RecursionError:
+            raise ValueError(f"{path}: expected options, got values nested too deeply") from None
         except ValueError as error:  # of the encoding, JSON or TOML
             kind = "JSON" if config else "TOML"
             raise ValueError(f"{path}: expected {kind}, got a file broken at: {error}") from None
@@ -83,7 +86,8 @@ class Options:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"{path}: {key}: there is no such option{meant}")
+                named = key if key.isidentifier() and len(key) <= 40 else repr(key[:40])
+                raise ValueError(f"{path}: {named}: there is no such option{meant}")
             try:
                 _checked(known[key], value)
             except ValueError as error:

@@ -1,5 +1,5 @@
 // Attention without torch: the forward against the definition in double, over odd sizes, ragged
-// rows, shared key heads, windows and caps, with every row computed once by some task.
+// rows, shared key heads, windows and caps, with every row computed once by some task; and tiers.
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/cpu/tables.h"
 #include "check.h"
 
 namespace {
@@ -205,6 +206,79 @@ void run(const Case& c) {
   }
 }
 
+// Queries of two tiers, crossed inside a block of rows, as if each tier's had keys turned by hand.
+void run_tiers(int64_t queries, int64_t keys, int64_t crossing, bool interleaved) {
+  const Case c{2, 1, queries, keys, 12, keys - queries, 0, keys, 0, true, 0};
+  constexpr int64_t kTiers = 2, kPairs = 5;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(kBatch * c.heads * queries * c.head_dim);
+  std::vector<float> k(kBatch * keys * c.head_dim), v(k.size());
+  for (auto* values : {&q, &k, &v}) {
+    for (float& x : *values) x = normal(random);
+  }
+  std::vector<double> inv_freq(kTiers * kPairs);
+  for (double& f : inv_freq) f = std::abs(normal(random));
+  std::vector<int64_t> positions(keys);
+  for (int64_t i = 0; i < keys; ++i) positions[i] = i;
+  const int64_t limits[kTiers] = {keys - queries + crossing, keys};
+
+  std::vector<float> out(q.size(), std::nanf("")), lse(kBatch * c.heads * queries, std::nanf(""));
+  longrope::AttentionParams params =
+      parameters(c, q.data(), k.data(), v.data(), out.data(), lse.data());
+  const auto turn = [&](const longrope::AttentionTensor& x, int64_t heads, int64_t tokens) {
+    longrope::RopeParams p{};
+    p.q = {x.data, heads, x.batch_stride, x.head_stride, x.token_stride};
+    p.dtype = longrope::DType::kFloat32;
+    p.batch = kBatch;
+    p.tokens = tokens;
+    p.head_dim = c.head_dim;
+    p.pairs = kPairs;
+    p.interleaved = interleaved;
+    p.positions = positions.data() + keys - tokens;
+    p.positions_token_stride = 1;
+    p.turn.inv_freq = inv_freq.data();
+    p.turn.tiers = kTiers;
+    p.attention_factor = 1.5;
+    return p;
+  };
+  const longrope::AttentionRotation rotation{turn(params.q, c.heads, queries),
+                                             turn(params.k, c.kv_heads, keys), limits};
+  params.rotation = &rotation;
+  std::vector<int64_t> query_begin;
+  for (int64_t b = 0; b < kBatch; ++b) {
+    for (const int64_t begin : {int64_t{0}, crossing, queries}) query_begin.push_back(begin);
+  }
+  const longrope::AttentionTables tables(params, query_begin.data());
+  for (int64_t piece = tables.pieces() - 1; piece >= 0; --piece) tables.fill(piece);
+  const longrope::AttentionTiers tiers = tables.tiers();
+  params.tiers = &tiers;
+  attend(params);
+
+  for (int64_t tier = 0; tier < kTiers; ++tier) {
+    std::vector<float> turned_q(q), turned_k(k), expected(q.size()), expected_lse(lse.size());
+    for (auto* x : {&turned_q, &turned_k}) {
+      const bool is_q = x == &turned_q;
+      longrope::RopeParams p = is_q ? rotation.q : rotation.k;
+      p.q_out = p.q;
+      p.q.data = p.q_out.data = x->data();
+      p.turn.inv_freq += tier * kPairs;
+      p.turn.tiers = 1;
+      longrope::rope_cpu(p, 0, kBatch * longrope::rope_blocks(p));
+    }
+    attend(parameters(c, turned_q.data(), turned_k.data(), v.data(), expected.data(),
+                      expected_lse.data()));
+    for (size_t row = 0; row < lse.size(); ++row) {
+      const int64_t query = static_cast<int64_t>(row) % queries;
+      if ((query < crossing) != (tier == 0)) continue;
+      CHECK_NEAR(lse[row], expected_lse[row], 1e-5);
+      for (int64_t d = 0; d < c.head_dim; ++d) {
+        CHECK_NEAR(out[row * c.head_dim + d], expected[row * c.head_dim + d], 1e-5);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -216,6 +290,9 @@ int main() {
     run({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});        // rows that see no key
     run({2, 2, 19, 65, 256, 0, 0, 65, 0, false, 0});
     run({4, 2, 50, 60, 24, 10, 0, 60, 0, true, 0, 7, 31});  // some of the queries
+    run_tiers(300, 300, 101, false);
+    run_tiers(40, 2100, 1, true);  // keys in parts
+    run_tiers(1, 70, 0, false);    // all in the second
   });
   compare_products({2, 1, 130, 300, 40, 150, 7, 290, 0, true, 0});
   compare_products({4, 2, 1, 2100, 33, 2099, 0, 2100, 0, true, 0});

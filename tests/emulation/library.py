@@ -19,6 +19,10 @@ POISON = 0xFF  # NaN in every floating-point type
 WORKSPACE_ALIGNMENT = 128
 
 
+#: How many kernels `call` has been asked for: what shows that a test reached them.
+calls = 0
+
+
 @cache
 def runtime() -> Runtime:
     """Build (once) and load the emulated kernels."""
@@ -49,6 +53,8 @@ def call(
     AssertionError
         Where the orders disagree, or a kernel wrote beside a tensor of `fresh`.
     """
+    global calls
+    calls += 1
     check_layout(type(params))
     function = getattr(runtime().library, name)
     function.restype = ctypes.c_char_p

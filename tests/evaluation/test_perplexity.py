@@ -303,3 +303,18 @@ def test_a_wrapped_model_keeps_its_logits_out_of_memory(model):
     documents = documents_of(40)
     expected = longrope.perplexity(model, documents, length=16, stride=8)
     assert longrope.perplexity(wrapped, documents, length=16, stride=8) == expected
+
+
+def test_progress_counts_windows_and_ends_with_the_result():
+    model = tiny_models.build()
+    documents = list(tiny_models.tokens(3, 100))
+    seen = []
+    value = longrope.perplexity(
+        model, documents, length=40, stride=20, batch_size=2, progress=lambda *now: seen.append(now)
+    )
+    done, totals, values = zip(*seen, strict=True)
+    assert done[-1] == totals[0] == 12 and list(done) == sorted(done) and len(set(totals)) == 1
+    assert values[-1] == pytest.approx(value)
+    assert longrope.perplexity(model, documents, length=40, stride=20, batch_size=2) == value
+    with pytest.raises(ValueError, match="progress: expected True, False or a function, got 3"):
+        longrope.perplexity(model, documents, length=40, stride=20, progress=3)

@@ -11,10 +11,11 @@ from support import tiny_models, tiny_search
 
 import longrope
 from longrope import ops
-from longrope.factor_search.evaluator import PopulationEvaluator, fingerprint
+from longrope.evaluation.identity import digest, fingerprint
+from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
-from longrope.factor_search.windows import digest, draw_windows
+from longrope.factor_search.windows import draw_windows
 from longrope.patching import rope_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support import tiny_models
 
 from longrope.factor_search import folder
 from longrope.runs.journal import Journal
@@ -88,3 +89,28 @@ def test_a_search_that_is_running_is_not_set_aside(tmp_path):
 def test_a_path_that_is_none():
     with pytest.raises(ValueError, match="out: expected a path, got int"):
         folder.prepare(3)
+
+
+def test_the_summary_names_the_point_that_was_chosen(tmp_path):
+    chosen = tiny_models.factors(lambdas=[1.0, 1.5, *[4.0] * 6], attention_factor=1.25)
+    other = {"hundredths": [100] * 8, "start_tokens": 0, "attention_factor": 1.25}
+    own = other | {"hundredths": [100, 150, *[400] * 6]}
+    header = {
+        "method": "gradient", "objective": "perplexity", "seed": 0,
+        "problem": {"original_length": 32, "target_length": 128},
+    }  # fmt: skip
+    entries = [
+        {"role": "search", "origin": "yarn", **other, "nll": 2.0},
+        {"role": "search", "origin": "gradient", **own, "nll": 1.0},
+        {"role": "validation", "origin": "gradient", **other, "nll": 1.5},
+        {"role": "validation", "origin": "gradient", **own | {"start_tokens": 4}, "nll": 1.4},
+        {"role": "validation", "origin": "start", **own, "nll": 1.6},
+    ]
+    with Journal(tmp_path / "journal.jsonl", header, kind="search") as journal:
+        journal.append(entries)
+    facts = folder.summary(tmp_path)
+    assert facts["best on the held-out windows"] == "perplexity 4.0552"
+    chosen.save(tmp_path / "factors.json")
+    facts = folder.summary(tmp_path)
+    assert facts["chosen, on the search windows"] == "perplexity 2.7183, 7.3891 with YaRN"
+    assert facts["chosen, on the held-out windows"] == "perplexity 4.9530, 4.0552 at best"

@@ -41,12 +41,14 @@ def naive(hidden, weight, targets, softcap=None):
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
 
 
-def value_and_gradients(function, hidden, weight, targets, grad, **keywords):
-    nll = function(hidden, weight, targets, **keywords)
-    return nll.detach(), *torch.autograd.grad(nll, (hidden, weight), grad.to(nll.dtype))
+def value_and_gradients(function, hidden, weight, targets, grad, device="cpu", **keywords):
+    """Compute on a device; the results come back to the CPU."""
+    nll = function(hidden.to(device), weight.to(device), targets.to(device), **keywords)
+    grads = torch.autograd.grad(nll, (hidden, weight), grad.to(nll))
+    return nll.detach().cpu(), *(g.cpu() for g in grads)
 
 
-def assert_accurate(hidden, weight, targets, softcap=None):
+def assert_accurate(hidden, weight, targets, softcap=None, device="cpu"):
     """Compare value and gradients by the criterion of the test suite."""
     grad = torch.randn(len(targets))
     exact = value_and_gradients(
@@ -54,7 +56,9 @@ def assert_accurate(hidden, weight, targets, softcap=None):
         softcap=softcap,
     )  # fmt: skip
     low = value_and_gradients(naive, hidden, weight, targets, grad, softcap=softcap)
-    got = value_and_gradients(ops.linear_nll, hidden, weight, targets, grad, softcap=softcap)
+    got = value_and_gradients(
+        ops.linear_nll, hidden, weight, targets, grad, device, softcap=softcap
+    )
     assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == hidden.dtype
     # An nll is a difference of numbers as large as the logits, and a probability the exponential of
     # one: their rounding is the floor, below which one row is a matter of luck.
@@ -74,14 +78,15 @@ def assert_accurate(hidden, weight, targets, softcap=None):
 )
 def test_accuracy(backend, rows, embed, vocab, dtype):
     """Odd sizes, more than one block of tokens and of the vocabulary, on every backend."""
-    assert_accurate(*problem(rows, embed, vocab, dtype))
+    assert_accurate(*problem(rows, embed, vocab, dtype), device=backend.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softcap(backend, dtype):
     """Logits far below, around and far above the cap."""
     for scale in (0.01, 1.0, 30.0):
-        assert_accurate(*problem(40, 32, 300, dtype, scale), softcap=3.0)
+        made = problem(40, 32, 300, dtype, scale)
+        assert_accurate(*made, softcap=3.0, device=backend.device)
 
 
 def test_reference_is_cross_entropy():
@@ -108,46 +113,50 @@ def test_threads(threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_poisoned(backend, dtype):
     """Rows with padding, transposed, expanded: what lies between the elements is never read."""
-    nan = float("nan")
+    nan, device = float("nan"), backend.device
 
     def padded(t, across):
-        room = torch.full((2 * t.shape[0], 3 * t.shape[1]), nan, dtype=dtype)
+        room = torch.full((2 * t.shape[0], 3 * t.shape[1]), nan, dtype=dtype, device=device)
         view = room[::2, ::3] if across else room[::2, : t.shape[1]]
         return view.copy_(t.detach())
 
     hidden, weight, targets = problem(20, 64, 70, dtype)
     grad = torch.randn(20)
-    expected = value_and_gradients(ops.linear_nll, hidden, weight, targets, grad)
+    expected = value_and_gradients(ops.linear_nll, hidden, weight, targets, grad, device)
+    hidden, weight, targets = (t.detach().to(device) for t in (hidden, weight, targets))
     views = [
         (padded(hidden, False), padded(weight, False)),
         (padded(hidden, True), padded(weight, True)),
-        (hidden.detach().T.contiguous().T, weight.detach().T.contiguous().T),
+        (hidden.T.contiguous().T, weight.T.contiguous().T),
     ]
-    spread_targets = torch.full((20, 3), 10**9)[:, 1].copy_(targets)
+    spread_targets = torch.full((20, 3), 10**9, device=device)[:, 1].copy_(targets)
     for h, w in views:
         h, w = h.requires_grad_(), w.requires_grad_()
-        got = value_and_gradients(ops.linear_nll, h, w, spread_targets, grad)
+        got = value_and_gradients(ops.linear_nll, h, w, spread_targets, grad, device)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
-    row = weight.detach()[:1].expand(70, 64)  # stride 0
+    row = weight[:1].expand(70, 64)  # stride 0
     nll = ops.linear_nll(hidden, row, targets)
-    torch.testing.assert_close(nll[targets != IGNORED], torch.full((16,), math.log(70)))
+    torch.testing.assert_close(nll[targets != IGNORED].cpu(), torch.full((16,), math.log(70)))
 
 
 def test_huge_logits(backend):
     """Logits up to 2^100 neither overflow nor lose the difference of the two largest."""
-    weight = torch.tensor([[1.0], [1.0 - 2**-20], [-1.0]])
-    hidden = torch.tensor([[2.0**20], [-(2.0**20)], [2.0**100]])
+    device = backend.device
+    weight = torch.tensor([[1.0], [1.0 - 2**-20], [-1.0]], device=device)
+    hidden = torch.tensor([[2.0**20], [-(2.0**20)], [2.0**100]], device=device)
     for target, expected in (
         (0, [math.log(1 + math.exp(-1)), 2.0**21, 0.0]),
         (1, [math.log(1 + math.exp(-1)) + 1, 2.0**21 - 1, 2.0**80]),
     ):
-        nll = ops.linear_nll(hidden, weight, torch.full((3,), target))
-        torch.testing.assert_close(nll, torch.tensor(expected))
+        nll = ops.linear_nll(hidden, weight, torch.full((3,), target, device=device))
+        torch.testing.assert_close(nll.cpu(), torch.tensor(expected))
     hidden.requires_grad_()
-    ops.linear_nll(hidden, weight, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    ops.linear_nll(
+        hidden, weight, torch.zeros(3, dtype=torch.int64, device=device)
+    ).sum().backward()
     p = 1 / (1 + math.e)
-    torch.testing.assert_close(hidden.grad[:, 0], torch.tensor([-p * 2**-20, -2.0, 0.0]))
+    torch.testing.assert_close(hidden.grad[:, 0].cpu(), torch.tensor([-p * 2**-20, -2.0, 0.0]))
 
 
 @pytest.mark.parametrize("vocab", [3, 600])
@@ -163,10 +172,11 @@ def test_infinities_and_nan(backend, vocab):
         w = changed[:, :1].clone().requires_grad_()
         targets = torch.tensor([2, 0, 1, 1])
         expected = value_and_gradients(naive, h, w, targets, torch.ones(4))
-        got = value_and_gradients(ops.linear_nll, h, w, targets, torch.ones(4))
+        got = value_and_gradients(ops.linear_nll, h, w, targets, torch.ones(4), backend.device)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
-    nll = ops.linear_nll(hidden, weight, torch.tensor([2, 0, 1, 1]))
+    there = (t.to(backend.device) for t in (hidden, weight, torch.tensor([2, 0, 1, 1])))
+    nll = ops.linear_nll(*there)
     assert nll.isnan().tolist() == [False, False, True, False]
 
 
@@ -177,7 +187,8 @@ def test_ignored_rows(backend):
     poisoned = hidden.detach().clone()
     poisoned[~kept] = float("nan")
     poisoned.requires_grad_()
-    got = value_and_gradients(ops.linear_nll, poisoned, weight, targets, torch.ones(12))
+    ones, device = torch.ones(12), backend.device
+    got = value_and_gradients(ops.linear_nll, poisoned, weight, targets, ones, device)
     expected = value_and_gradients(
         ops.reference.linear_nll, hidden, weight, targets, torch.ones(12)
     )
@@ -185,10 +196,11 @@ def test_ignored_rows(backend):
         torch.testing.assert_close(a, b)
     zero = targets.clone()
     zero[~kept] = 0
-    nll = ops.linear_nll(hidden, weight, zero, ignore_index=0)
-    assert torch.equal(nll == 0, zero == 0)
+    there = (t.to(device) for t in (hidden, weight, zero))
+    nll = ops.linear_nll(*there, ignore_index=0)
+    assert torch.equal(nll.cpu() == 0, zero == 0)
     none = torch.full((12,), IGNORED)
-    got = value_and_gradients(ops.linear_nll, hidden, weight, none, torch.ones(12))
+    got = value_and_gradients(ops.linear_nll, hidden, weight, none, ones, device)
     assert all((t == 0).all() for t in got)
 
 
@@ -222,10 +234,11 @@ def test_population(backend):
     hidden, weight, targets = problem(50, 16, 30)
     candidate = torch.randint(0, 4, (50,))
     candidate[candidate == 2] = 0
-    nll, expected_nll = (
-        f(hidden, weight, targets) for f in (ops.linear_nll, ops.reference.linear_nll)
-    )
-    sums, counts = ops.candidate_sums(nll, targets, candidate, 4)
+    device = backend.device
+    nll = ops.linear_nll(hidden.to(device), weight.to(device), targets.to(device))
+    expected_nll = ops.reference.linear_nll(hidden, weight, targets)
+    there = ops.candidate_sums(nll, targets.to(device), candidate.to(device), 4)
+    sums, counts = (t.cpu() for t in there)
     expected, expected_counts = ops.reference.candidate_sums(expected_nll, targets, candidate, 4)
     assert sums.dtype == torch.float64 and counts.dtype == torch.int64
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)

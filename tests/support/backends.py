@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import pytest
@@ -31,12 +31,20 @@ class Backend:
     ----------
     name
         `"cpu-<isa>"`, `"emulated"` or `"cuda"`.
-    device
-        Where its tensors live.
+    place
+        The device of its tensors, which test bodies read as `device`.
     """
 
     name: str
-    device: str
+    place: str
+    launched: int = 0  # kernels of ours before the test
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """Where the tensors of a test live; a test body has to ask."""
+        self.asked.append(self.place)
+        return self.place
 
     @property
     def is_cuda(self) -> bool:
@@ -67,7 +75,7 @@ def use(name: str) -> Iterator[Backend]:
     """Make the ops run on the backend `name`."""
     kind, _, detail = name.partition("-")
     if kind == "cuda":
-        yield Backend(name, "cuda")
+        yield Backend(name, "cuda", launches(name))
     elif kind == "cpu":
         before = _C.isa()
         _C.set_isa(detail)
@@ -77,7 +85,29 @@ def use(name: str) -> Iterator[Backend]:
             _C.set_isa(before)
     else:
         with _emulation():
-            yield Backend(name, "cpu")
+            yield Backend(name, "cpu", launches(name))
+
+
+def launches(name: str) -> int | None:
+    """Return how many of our CUDA kernels a backend has started so far; None where it has none."""
+    if name == "cuda":
+        return _C.cuda_launches()
+    if name == "emulated":
+        from emulation import library
+
+        return library.calls
+    return None
+
+
+def check_used(backend: Backend) -> None:
+    """Fail a test that passed on a backend without using it.
+
+    A body that never asks for the device computes on the CPU wherever it runs, and one under which
+    no kernel of ours was started has shown nothing about them.
+    """
+    assert backend.asked, "the test takes a backend and never asks for its device"
+    after = launches(backend.name)
+    assert after is None or after > backend.launched, f"no kernel of ours ran on {backend.name}"
 
 
 @contextmanager

@@ -20,6 +20,25 @@ inline void rotate_row(Real* x, const Real* cos, const Real* sin, int64_t pairs,
   }
 }
 
+// To the nearest of T, in place.
+template <typename T>
+inline void round_row(RealOf<T>* x, int64_t count) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // What arithmetic makes of NaN has no bits that this would carry from.
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, x + i, sizeof(bits));
+      bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+      __builtin_memcpy(x + i, &bits, sizeof(bits));
+    }
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    Float16 rounded[kMaxHeadDim];
+    store_row(x, rounded, count);
+    load_row(rounded, x, count);
+  }
+}
+
 // The tokens of one head of one row of the batch, [tokens, head_dim].
 template <typename T>
 struct Tokens {
@@ -44,11 +63,7 @@ struct Tokens {
     const int64_t at = (token - table.first) * table.pairs;
     rotate_row(row, static_cast<const Real*>(table.cos) + at,
                static_cast<const Real*>(table.sin) + at, table.pairs, table.interleaved);
-    if constexpr (!std::is_same_v<T, Real>) {
-      T rounded[kMaxHeadDim];
-      store_row(row, rounded, 2 * table.pairs);
-      load_row(rounded, row, 2 * table.pairs);
-    }
+    round_row<T>(row, 2 * table.pairs);
   }
 };
 

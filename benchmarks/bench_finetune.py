@@ -1,0 +1,151 @@
+"""A step of fine-tuning: ours under tiers by position, beside transformers' Trainer as it comes.
+
+Both train the same random Llama on the same rows through the same Trainer, with activation
+checkpoints. The plain run has SDPA, no factors and the model's own loss over all logits; ours turns
+every row by four tiers and takes `ops.linear_nll`. Each run is a process of its own, in turns, so
+that its peak memory is known: that of the process less what it held when training began.
+
+    python benchmarks/bench_finetune.py --save
+    python benchmarks/bench_finetune.py --lengths 1024 --rounds 1 --steps 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import RESULTS, commit, device_name
+
+WAYS = ("plain", "ours")
+FIELDS = (
+    "length", "way", "tokens_per_second", "ratio_to_plain", "peak_bytes", "device", "threads",
+    "torch", "commit",
+)  # fmt: skip
+
+
+def build(length: int, vocabulary: int):
+    """Return a Llama of 4 layers, 8 heads on 2 of 64 channels, with a window of `length` / 8."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+            num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=length // 8,
+            bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def run_one(way: str, length: int, vocabulary: int, steps: int) -> dict[str, float]:
+    """Train in this process; returns seconds of a step, the first left out, and peak bytes."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    import longrope
+    from longrope.extension.data import TrainingRows
+    from longrope.extension.finetune import _checkpoint_activations
+    from longrope.extension.trainer import RowTrainer, giving_loss
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(time.perf_counter())
+
+    model = build(length, vocabulary)
+    random = np.random.default_rng(0)
+    text = torch.from_numpy(random.integers(vocabulary, size=2 * length))
+    rows = TrainingRows([text], length, steps, 0)
+    if way == "plain":
+        rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    else:
+        rope = longrope.rope_settings(model)
+        longrope.apply(model, longrope.RescaleFactors.yarn(**rope.lengths(length)).ladder())
+    _checkpoint_activations(model, True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=1, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            dataloader_pin_memory=False, logging_strategy="no",
+        )  # fmt: skip
+        if way == "plain":
+            Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+        else:
+            with giving_loss(model):
+                RowTrainer(
+                    model, arguments, train_dataset=rows, callbacks=[Clock()], name="bench"
+                ).train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+    return {"seconds": seconds, "peak_bytes": 1024 * peak}
+
+
+def in_a_process(way: str, length: int, args: argparse.Namespace) -> dict[str, float]:
+    """Return what `run_one` finds in a process of its own."""
+    command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
+    command += ["--vocabulary", str(args.vocabulary), "--steps", str(args.steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    p.add_argument("--vocabulary", type=int, default=32000)
+    p.add_argument("--steps", type=int, default=3, help="of each run; the first is not timed")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    p.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one:
+        print(json.dumps(run_one(args.one, args.lengths[0], args.vocabulary, args.steps)))
+        return
+    rows = []
+    for length in args.lengths:
+        found = {way: [] for way in WAYS}
+        for _ in range(args.rounds):
+            for way in WAYS:
+                found[way].append(in_a_process(way, length, args))
+        for way in WAYS:
+            ratios = [
+                plain["seconds"] / own["seconds"]
+                for plain, own in zip(found["plain"], found[way], strict=True)
+            ]
+            seconds = statistics.median(run["seconds"] for run in found[way])
+            rows.append({
+                "length": length, "way": way, "tokens_per_second": round(length / seconds, 1),
+                "ratio_to_plain": round(statistics.median(ratios), 3),
+                "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found[way])),
+                "device": device_name("cpu"), "threads": torch.get_num_threads(),
+                "torch": torch.__version__, "commit": commit(),
+            })  # fmt: skip
+            last = rows[-1]
+            print(
+                f"{length:7} {way:6} {last['tokens_per_second']:9.1f} tokens/s "
+                f"{last['ratio_to_plain']:6.2f}x  peak {last['peak_bytes'] / 2**20:7.0f} MiB"
+            )
+    if args.save:
+        path = Path(RESULTS) / "finetune.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

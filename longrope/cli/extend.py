@@ -1,0 +1,84 @@
+"""`longrope extend`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli.common import (
+    DEVICE,
+    READING,
+    Data,
+    Model,
+    TextField,
+    TokenDtype,
+    one_sentence_errors,
+)
+from longrope.cli.inputs import load_documents, load_model
+from longrope.cli.options import takes
+from longrope.extension.config import FinetuneConfig
+
+
+@one_sentence_errors
+@takes(FinetuneConfig)
+def extend(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
+    target_length: Annotated[int, typer.Option(help="The window to reach, in tokens.")],
+    options: FinetuneConfig,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Train the weights too; default: search alone.")
+    ] = False,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="longrope-llama2, longrope-mistral, longrope2 or a TOML file of [[stages]]; "
+            "default: by the ratio of the lengths."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, its memory and time, and end.")
+    ] = False,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for the table alone (repeatable); default: part of DATA."),
+    ] = None,
+    test_windows: Annotated[int, typer.Option(help="Windows that the table is measured on.")] = 8,
+    text_field: TextField = "text",
+    token_dtype: TokenDtype = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
+    device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=READING)] = None,
+) -> None:
+    """Extend a window: search, fine-tuning, second search, recovery, export, in one run."""
+    import longrope
+    from longrope.extension.estimate import estimate, table
+    from longrope.extension.run import ExtendArguments, prepared
+
+    network, tokenizer = load_model(model, device)
+    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    documents = load_documents("DATA", data, tokenizer, 2, **reading)
+    test = None
+    if held_out:
+        test = load_documents("--held-out", held_out, tokenizer, target_length, **reading)
+    arguments = {
+        "target_length": target_length,
+        "out": out,
+        "finetune": options if finetune or stages else None,
+        "stages": stages,
+        "held_out": test,
+        "test_windows": test_windows,
+        "tokenizer": tokenizer,
+        "seed": options.seed,
+        "resume": resume,
+    }
+    if dry_run:
+        plan, *_ = prepared(network, documents, ExtendArguments(**arguments))
+        print(table(network, plan, estimate(network, plan)))
+        return
+    result = longrope.extend(network, documents, **arguments)
+    print("Perplexity by range of positions, on text that no stage saw\n")
+    print(result.measured.table())
+    print(f"\nmodel in {result.folder / 'model'}, tiers in {result.folder / 'tiers.json'}")

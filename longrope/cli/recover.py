@@ -1,0 +1,68 @@
+"""`longrope recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longrope.cli.common import DEVICE, Data, TextField, TokenDtype, one_sentence_errors
+from longrope.cli.inputs import choose_device, load_documents, load_model, on_device
+from longrope.cli.options import takes
+from longrope.extension.recover import RecoverOptions
+
+
+@one_sentence_errors
+@takes(RecoverOptions)
+def recover(
+    model: Annotated[str, typer.Argument(help="Folder of a model that longrope exported.")],
+    data: Data,
+    lengths: Annotated[
+        list[int], typer.Option(help="End of a short tier, in tokens (repeatable, growing).")
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
+    options: RecoverOptions,
+    original: Annotated[
+        str | None,
+        typer.Option(help="Folder of the model before it was extended, to judge by."),
+    ] = None,
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to judge on (repeatable); default: part of DATA."),
+    ] = None,
+    text_field: TextField = "text",
+    token_dtype: TokenDtype = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+) -> None:
+    """Search tiers for short texts on an extended model, by search alone."""
+    import longrope
+
+    device = choose_device(device)
+    if not (Path(model) / "longrope.json").is_file():
+        raise ValueError(
+            f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
+        )
+    network, tokenizer = longrope.load(model)
+    network = on_device(network, device)
+    if network.config.vocab_size == 256:
+        tokenizer = None
+    elif tokenizer is None:
+        raise ValueError(f"MODEL: expected a tokenizer in the folder {model!r}, got none")
+    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    judged = None
+    if test:
+        judged = load_documents("--test", test, tokenizer, lengths[-1], **reading)
+    result = longrope.recover(
+        network,
+        load_documents("DATA", data, tokenizer, lengths[-1], **reading),
+        lengths=lengths,
+        original=None if original is None else load_model(original, device)[0],
+        test=judged,
+        out=out,
+        resume=resume,
+        **vars(options),
+    )
+    print(result.table())
+    print(f"\nweights {result.weights[:16]}, unchanged; tiers in {out / 'tiers.json'}")

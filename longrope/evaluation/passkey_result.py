@@ -1,0 +1,140 @@
+"""What `longrope.passkey` has measured: figures, a table, a heat map and a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longrope.evaluation.intervals import proportion_interval
+from longrope.runs import style
+
+#: The bands of depth that the heat map shows.
+DEPTH_BANDS = 10
+
+
+class Trial(NamedTuple):
+    """One prompt.
+
+    `length` is what was asked for and `tokens` what the prompt has with its answer; `depth` is the
+    share of the filler before the key; `nll` is the mean over the key's tokens, nats.
+    """
+
+    length: int
+    tokens: int
+    depth: float
+    key: str
+    right: bool
+    nll: float
+
+
+class Accuracy(NamedTuple):
+    """How many trials were right, and the 95 % interval of the share (Clopper and Pearson)."""
+
+    right: int
+    trials: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """The share of right trials."""
+        return self.right / self.trials
+
+    @classmethod
+    def of(cls, outcomes: Sequence[bool]) -> Accuracy:
+        """Count outcomes."""
+        right = sum(outcomes)
+        return cls(right, len(outcomes), *proportion_interval(right, len(outcomes)))
+
+    def __str__(self) -> str:
+        return f"{self.right}/{self.trials} ({self.low:.0%} to {self.high:.0%})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey:
+    """The trials of a measurement. By chance a key of five digits is right once in 100,000."""
+
+    trials: tuple[Trial, ...]
+    protocol: str = "longrope"
+    seed: int = 0
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that were asked for."""
+        return tuple(sorted({trial.length for trial in self.trials}))
+
+    def at(self, length: int) -> list[Trial]:
+        """Return the trials of a length; `ValueError` where there is none."""
+        found = [trial for trial in self.trials if trial.length == length]
+        if not found:
+            listed = ", ".join(map(str, self.lengths))
+            raise ValueError(f"length: expected one of {listed}, got {length}")
+        return found
+
+    def accuracy(self, length: int) -> Accuracy:
+        """Return how many trials of a length were right."""
+        return Accuracy.of([trial.right for trial in self.at(length)])
+
+    def nll(self, length: int) -> float:
+        """Return the mean NLL of the keys' tokens at a length, nats per token."""
+        return float(np.mean([trial.nll for trial in self.at(length)]))
+
+    def bands(self) -> np.ndarray:
+        """Return the share of right trials by band of depth and length; NaN where there is none.
+
+        float64 `[DEPTH_BANDS, lengths]`, the shallowest band first.
+        """
+        table = np.full((DEPTH_BANDS, len(self.lengths)), np.nan)
+        for column, length in enumerate(self.lengths):
+            trials = self.at(length)
+            # Stratified places lie between the ends of a band; a rounded one may lie on its end.
+            places = [min(int(t.depth * DEPTH_BANDS), DEPTH_BANDS - 1) for t in trials]
+            for row in set(places):
+                hits = [t.right for t, place in zip(trials, places, strict=True) if place == row]
+                table[row, column] = np.mean(hits)
+        return table
+
+    def __str__(self) -> str:
+        lines = ["length  right (95 % interval)    NLL of the key, nats per token"]
+        for length in self.lengths:
+            sizes = [trial.tokens for trial in self.at(length)]
+            short = f"  ({min(sizes)} tokens or more)" if min(sizes) < length else ""
+            lines.append(
+                f"{length:<7d} {self.accuracy(length)!s:<25s} {self.nll(length):.4f}{short}"
+            )
+        return "\n".join(lines)
+
+    def save_csv(self, path: str | Path) -> None:
+        """Write one row for each trial."""
+        with Path(path).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Trial._fields)
+            for trial in self.trials:
+                depth, nll = f"{trial.depth:.4f}", f"{trial.nll:.6f}"
+                writer.writerow(trial._replace(depth=depth, right=int(trial.right), nll=nll))
+
+    def plot(self, path: str | Path, title: str = "") -> None:
+        """Draw the share of right trials by depth and length into a PNG, PDF or SVG file."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(1.6 + 0.7 * len(self.lengths), 3.6), layout="constrained")
+        draw_bands(figure, figure.subplots(), self, title)
+        figure.savefig(path, dpi=150)
+
+
+def draw_bands(figure: Any, axes: Any, result: Passkey, title: str) -> None:
+    """Draw the heat map of a result into axes of a figure."""
+    image = axes.imshow(
+        result.bands(), vmin=0, vmax=1, cmap=style.heat(), aspect="auto", interpolation="nearest"
+    )
+    axes.set_xticks(range(len(result.lengths)), [str(length) for length in result.lengths])
+    ends = np.arange(0, DEPTH_BANDS + 1, 2)
+    axes.set_yticks(ends - 0.5, [f"{end / DEPTH_BANDS:.0%}" for end in ends])
+    axes.set(xlabel="prompt, tokens", ylabel="depth of the key", title=title)
+    figure.colorbar(image, ax=axes, label="right", ticks=[0, 0.5, 1])

@@ -1,0 +1,171 @@
+"""What a plan costs, before it runs: memory and time of each stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from longrope.evaluation.memory import cache_bytes, device_of, free_memory, plan_backward
+from longrope.evaluation.modes import evaluating, vocabulary
+from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
+from longrope.factor_search.methods import most_evaluations
+from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.problem import Problem
+from longrope.patching import rope_settings
+from longrope.patching.settings import text_config
+
+#: Bytes of a trained weight beside the model's own: float32 itself, its gradient, two moments.
+_TRAINED_BYTES = 16
+#: The cost of a backward pass in forward passes; activations that are computed again add one.
+_BACKWARD = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage takes at most.
+
+    Attributes
+    ----------
+    stage
+        Its name and kind, in words.
+    tokens
+        Tokens that go through the model, a backward pass counted twice.
+    memory
+        Bytes at the widest point, weights included.
+    seconds
+        At the speed that was measured.
+    """
+
+    stage: str
+    tokens: float
+    memory: int
+    seconds: float
+
+
+def estimate(model: nn.Module, plan: Plan) -> list[Cost]:
+    """Return the cost of every stage, from one timed forward pass of the model's own window.
+
+    Attention grows with the square of the length; everything else with the length.
+    """
+    speed = _flops_per_second(model, plan.window)
+    costs = []
+    for stage in plan.stages:
+        length, passes, memory = _of_stage(model, plan, stage)
+        tokens = passes * length
+        seconds = passes * _forward_flops(model, length) / speed
+        costs.append(Cost(f"{stage.name} ({stage.kind})", tokens, memory, seconds))
+    return costs
+
+
+def table(model: nn.Module, plan: Plan, costs: Sequence[Cost]) -> str:
+    """Return the plan with its costs as a table."""
+    rows = [("stage", "does", "tokens", "memory", "time at most")]
+    for stage, cost in zip(plan.stages, costs, strict=True):
+        rows.append(
+            (cost.stage, _does(stage), f"{cost.tokens:,.0f}", _gigabytes(cost.memory),
+             _duration(cost.seconds))
+        )  # fmt: skip
+    seconds = sum(cost.seconds for cost in costs)
+    widest = max(cost.memory for cost in costs)
+    rows.append(("all", "", "", _gigabytes(widest), _duration(seconds)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    free = free_memory(device_of(model))
+    known = "" if free is None else f"{_gigabytes(free)} of memory are free. "
+    lines.append(
+        known + "Speed by one forward pass on this machine; the table of each stage is extra."
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _of_stage(model: nn.Module, plan: Plan, stage: Stage) -> tuple[int, float, int]:
+    """Return the tokens of a row, the forward passes of one, and the bytes at the widest point."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if isinstance(stage, FinetuneStage):
+        config = stage.config
+        rows = config.steps * config.batch_size
+        recompute = config.activation_checkpointing
+        plain = plan_backward(model, stage.length, False)
+        if recompute is None:
+            recompute = plan_backward(model, stage.length) != plain
+        trained = 0 if config.lora_rank else sum(p.numel() for p in model.parameters())
+        kept = config.rows_per_pass * stage.length * _activations(model, bool(recompute))
+        memory = 2 * weights + _TRAINED_BYTES * trained + kept
+        return stage.length, rows * (1 + _BACKWARD + bool(recompute)), memory
+    if isinstance(stage, RecoverStage):
+        length = stage.lengths[-1]
+        steps = stage.options.steps
+        # By the length of a row, then by position.
+        passes = 2 * len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
+        return length, passes, weights + cache_bytes(model, length)
+    assert isinstance(stage, SearchStage)
+    # A ladder costs at most one search at its target.
+    options = SearchOptions(target_length=stage.length, **stage.options)
+    problem = Problem.of(rope_settings(model), options)
+    most = most_evaluations(problem, options, True)
+    steps = options.descent.steps * options.descent.windows_per_step if options.has_steps else 0
+    passes = (most - (options.descent.steps if options.has_steps else 0)) * options.windows
+    kept = stage.length * _activations(model, False) if options.has_steps else 0
+    cache = cache_bytes(model, stage.length)
+    return stage.length, passes + 3 * steps, weights + max(kept, cache)
+
+
+def _activations(model: nn.Module, recompute: bool) -> int:
+    """Return the bytes per token that a backward pass finds kept."""
+    config = text_config(model)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = (8 * config.hidden_size + 4 * inner) * 4
+    layers = config.num_hidden_layers
+    return layers * config.hidden_size * 4 + layer if recompute else layers * layer
+
+
+def _forward_flops(model: nn.Module, length: int) -> float:
+    """Return the floating-point operations of one forward pass of a row."""
+    config = text_config(model)
+    embedding = vocabulary(model) * config.hidden_size
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    tied = getattr(config, "tie_word_embeddings", False)
+    products = 2 * (matrices if tied else matrices - embedding) * length
+    heads = config.num_attention_heads * rope_settings(model).head_dim
+    return products + 2 * config.num_hidden_layers * heads * float(length) ** 2
+
+
+def _flops_per_second(model: nn.Module, window: int) -> float:
+    length = min(window, 512)
+    ids = torch.zeros(1, length, dtype=torch.int64, device=device_of(model))
+    with evaluating(model):
+        best = float("inf")
+        for _ in range(2):
+            began = time.perf_counter()
+            model(input_ids=ids, use_cache=False).logits.sum().item()
+            best = min(best, time.perf_counter() - began)
+    return _forward_flops(model, length) / best
+
+
+def _does(stage: Stage) -> str:
+    if isinstance(stage, SearchStage):
+        return f"factors for {stage.length} tokens, by {stage.tiers}"
+    if isinstance(stage, FinetuneStage):
+        config = stage.config
+        return (
+            f"{config.steps} steps of {config.batch_size} rows of {stage.length} tokens, "
+            f"lr {config.learning_rate:g} {config.decay}, tiers by {config.tiers}"
+            + (f", {config.short_share:.0%} short" if config.short_share else "")
+            + (f", LoRA of rank {config.lora_rank}" if config.lora_rank else "")
+        )
+    return f"tiers for {', '.join(map(str, stage.lengths))} tokens"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.0f} h"

@@ -1,0 +1,278 @@
+"""One stage of fine-tuning: rows of text, transformers' Trainer, and where it left off."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longrope.evaluation.memory import device_of, plan_backward
+from longrope.evaluation.modes import vocabulary
+from longrope.evaluation.start import bos_token, without_bos
+from longrope.extension import checkpoint
+from longrope.extension.config import FinetuneConfig
+from longrope.extension.data import TrainingRows, check_enough, eos_token
+from longrope.extension.plan import FinetuneStage
+from longrope.factors import Tiers
+from longrope.patching import apply, remove, rope_settings
+from longrope.runs.folder import write_text
+from longrope.runs.progress import bar
+
+#: What a stage leaves beside its weights: the loss of every step.
+LOSSES = "losses.csv"
+
+
+def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
+    """Refuse a model whose weights cannot be trained, before anything is written.
+
+    Raises `ValueError`, or `ImportError` where a package is missing.
+    """
+    needed = {"accelerate": True, "peft": config.lora_rank > 0}
+    for package in (name for name, wanted in needed.items() if wanted):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"finetune: needs the package {package} (pip install {package})")
+    if int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1")) > 1:
+        raise ValueError(
+            "finetune: expected no context parallelism of accelerate, which splits SDPA alone and "
+            "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
+            f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"finetune: expected one process, got a job of {os.environ['WORLD_SIZE']} ranks"
+        )
+    if config.lora_rank:
+        return
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "model: expected weights that can be trained, got a quantised model (lora_rank trains "
+            "adapters beside it)"
+        )
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ValueError("model: expected weights of a floating-point type, got integers")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected parameters that were made outside torch.inference_mode(), got "
+            "inference tensors, which take no part in gradients"
+        )
+
+
+def rows_of(
+    model: nn.Module, documents: Sequence[torch.Tensor], stage: FinetuneStage, bos: int | None
+) -> TrainingRows:
+    """Return the rows of text of a stage; `ValueError` where there is too little."""
+    config = stage.config
+    texts = without_bos(documents, bos)
+    before = int(bos is not None)
+    check_enough(texts, stage.length - before, config.packed, stage.name)
+    short = min(config.short_length or rope_settings(model).loaded_length, stage.length)
+    if config.short_share:
+        check_enough(texts, short - before, False, stage.name)
+    return TrainingRows(
+        texts,
+        stage.length,
+        config.steps * config.batch_size,
+        config.seed,
+        packed=config.packed,
+        short_share=config.short_share,
+        short_length=short,
+        bos=bos,
+        eos=eos_token(config.eos, model, vocabulary(model)),
+    )
+
+
+def finetune(
+    model: nn.Module,
+    documents: Sequence[Any],
+    tiers: Tiers,
+    stage: FinetuneStage,
+    out: Path,
+    progress: bool = True,
+) -> nn.Module:
+    """Train a model's weights in place under factors; a killed stage goes on where it was.
+
+    Parameters
+    ----------
+    model
+        A causal language model that `longrope.apply` supports.
+    documents
+        1-D token ids.
+    tiers
+        What `stage.config.tiers` chooses from.
+    stage
+        What to do.
+    out
+        Where checkpoints lie, and `losses.csv` in the end.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    nn.Module
+        The model, in eval mode and its own dtype, the factors taken out.
+
+    Raises
+    ------
+    ValueError, OSError
+        In one sentence: too little text, a loss that is not finite, a disk that is full.
+    """
+    config = stage.config
+    rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents))
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    trained = _trainable(model, config)
+    with _factors(model, tiers, config.tiers), _own_precision():
+        _train(trained, model, rows, stage, out, progress)
+    if config.lora_rank:
+        trained.merge_and_unload()
+    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(True).eval()
+
+
+def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+    """Return what is trained: the model in float32, or adapters around it."""
+    if not config.lora_rank:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float32)
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules="all-linear",
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _own_precision() -> Iterator[None]:
+    """Let the configuration alone decide about autocast, inside the block.
+
+    transformers 4 hands it to accelerate in a variable of the environment, from where the next
+    stage would take it.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _factors(model: nn.Module, tiers: Tiers, how: str) -> Iterator[None]:
+    """Turn rows of training text as `FinetuneConfig.tiers` says, inside the block."""
+    last = tiers[-1]
+    if how == "position":
+        several = tiers if len(tiers) > 1 else last.ladder(loaded=rope_settings(model).loaded)
+        apply(model, several)
+    elif how == "one":
+        apply(model, last)
+    else:
+        apply(model, [rope_settings(model).loaded, last], tiers="row")
+    try:
+        yield
+    finally:
+        remove(model)
+
+
+def _train(
+    trained: nn.Module, model: nn.Module, rows: TrainingRows, stage: FinetuneStage, out: Path,
+    progress: bool,
+) -> None:  # fmt: skip
+    from transformers import TrainingArguments
+
+    from longrope.extension.trainer import GradientGuard, Progress, RowTrainer, giving_loss
+
+    config = stage.config
+    out.mkdir(parents=True, exist_ok=True)
+    last = checkpoint.last_complete(out)
+    cpu = device_of(model).type == "cpu"
+    recompute = config.activation_checkpointing
+    if recompute is None:
+        recompute = plan_backward(model, stage.length) != plan_backward(model, stage.length, False)
+    _checkpoint_activations(model, recompute)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.rows_per_pass,
+        gradient_accumulation_steps=config.batch_size // config.rows_per_pass,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.decay, config.decay),
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=bf16,
+        use_cpu=cpu,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process: no nn.DataParallel over all of them
+    with giving_loss(trained), contextlib.ExitStack() as stack:
+        trainer = RowTrainer(trained, arguments, train_dataset=rows, name=stage.name)
+        trainer.keep = config.keep
+        _quiet(trainer)
+        trainer.add_callback(GradientGuard(trainer))
+        if progress:
+            update = stack.enter_context(bar(config.steps, "loss"))
+            update(checkpoint.step_of(last) if last else 0, 0, None)
+            trainer.add_callback(Progress(update, config.batch_size * stage.length))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            _checkpoint_activations(model, False)
+    _write_losses(out / LOSSES, trainer.state.log_history)
+
+
+def _checkpoint_activations(model: nn.Module, active: bool) -> None:
+    """Turn activation checkpoints on or off, by the name that each transformers has for it."""
+    newer = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
+    if active:
+        arguments = {f"{name}_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{name}_enable")(**arguments)
+    elif getattr(model, f"is_{name}"):
+        getattr(model, f"{name}_disable")()
+
+
+def _quiet(trainer: Any) -> None:
+    """Take out the callback that prints every log as a dict."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _write_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    writer.writerow(names)
+    for entry in history:
+        if "loss" in entry:
+            writer.writerow([entry.get(name) for name in names])
+    write_text(path, table.getvalue())

@@ -1,0 +1,125 @@
+"""The folder of a run of `longrope.extend`: what is kept, and when a stage counts as done.
+
+The journal has a line for every finished stage, written when all that the stage leaves is on the
+disk. Before that line the stage runs again, and goes on by what it kept itself: a search by its own
+journal, fine-tuning by its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from longrope._files import new_folder
+from longrope.evaluation.identity import digest, fingerprint
+from longrope.extension.plan import Plan
+from longrope.runs import folder
+from longrope.runs.journal import Journal
+
+KIND = "context extension"
+STAGES, MODEL, TIERS, TABLE = "stages", "model", "tiers.json", "table.md"
+#: The weights that a stage of fine-tuning leaves in its own folder.
+WEIGHTS = "weights"
+
+
+def prepare(out: str | Path, resume: bool) -> Path:
+    """Create or check the folder, see `longrope.runs.folder.prepare`."""
+    return folder.prepare(out, KIND, (STAGES, MODEL, TIERS, TABLE), resume)
+
+
+def header(
+    plan: Plan,
+    model: nn.Module,
+    documents: Iterable[torch.Tensor],
+    held_out: Iterable[torch.Tensor],
+) -> dict[str, Any]:
+    """Return what a run must share to be resumed."""
+
+    def hashed(texts: Iterable[torch.Tensor]) -> str:
+        return hashlib.sha256(" ".join(map(digest, texts)).encode()).hexdigest()[:16]
+
+    return {
+        "plan": plan.as_dict(),
+        "model": fingerprint(model),
+        "documents": hashed(documents),
+        "held_out": hashed(held_out),
+    }
+
+
+def explain(difference: str) -> str:
+    """Return a difference between two headers in the words of `longrope.extend`."""
+    return difference.removeprefix("plan.")
+
+
+def clear(out: Path) -> None:
+    """Remove what a killed process was writing, which has a hidden name until it is whole."""
+    for half in [*out.glob(".*.*"), *(out / STAGES).rglob(".*.*")]:
+        if half.is_dir():
+            shutil.rmtree(half)
+        else:
+            half.unlink(missing_ok=True)  # it may have been in a folder before it
+
+
+def open_journal(out: Path, head: Mapping[str, Any]) -> Journal:
+    """Open the journal; `JournalError` where it is that of another plan, model or documents."""
+    return Journal(out / folder.JOURNAL, dict(head), kind=KIND, explain=explain)
+
+
+def write_config(out: Path, head: Mapping[str, Any]) -> None:
+    """Write what the run was asked to do, for people."""
+    folder.write_config(out, {"options": head["plan"], **head})
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a hash of every bit of the parameters and persistent buffers."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Let transformers show no progress bars of its own inside the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights as transformers does, in safetensors; whole or not at all."""
+    from safetensors import SafetensorError
+
+    try:
+        with new_folder(path) as temporary:
+            model.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:  # the second's I/O errors are no OSError
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"out: cannot write {path} ({reason})") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Give a model the weights that `save_weights` wrote, in place."""
+    stored = type(model).from_pretrained(path, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file of ours."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,157 @@
+"""Plans that have a name, and the one that follows from the ratio of the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longrope.extension.config import FinetuneConfig
+from longrope.extension.plan import Plan, read_stages, stage_of
+
+#: The ratio that a search alone reaches (LongRoPE, section 3.2).
+SEARCHED = 8
+#: Up to this ratio one stage of fine-tuning is enough: 8 by it, and 8 more by the second search.
+TRAINED_ONCE = SEARCHED * SEARCHED
+
+
+def by_ratio(window: int, target: int, finetune: FinetuneConfig | None) -> list[dict[str, Any]]:
+    """Return the stages that lead from a window of `window` tokens to `target`.
+
+    Without fine-tuning one search. Up to 8 times the window a search and training under its tiers;
+    beyond, training at the longest length from which a second search of at most 8 times reaches the
+    target, in two steps where that length is more than 8 windows (LongRoPE, section 3.3).
+    """
+    if finetune is None:
+        return [{"kind": "search", "length": target}]
+    if target <= SEARCHED * window:
+        middle = [target]
+    elif target <= TRAINED_ONCE * window:
+        middle = [SEARCHED * window]
+    else:
+        middle = [target // (2 * SEARCHED), target // SEARCHED]
+    stages = [{"kind": "search", "length": length, "name": f"search-{length}"} for length in middle]
+    stages += [
+        {"kind": "finetune", "length": length, "factors": f"search-{length}"} for length in middle
+    ]
+    if middle[-1] < target:
+        stages.append({"kind": "search", "length": target})
+    return stages + _recovered(window, target)
+
+
+def _recovered(window: int, target: int) -> list[dict[str, Any]]:
+    lengths = [length for length in (window, 2 * window) if length < target]
+    return [{"kind": "recover", "lengths": lengths}]
+
+
+def _paper(
+    window: int, target: int, rows: Callable[[int], int], training: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """LongRoPE, section 3.3 and appendix A: two searches, training under one set and the next."""
+    short, middle = target // 16, target // 8
+    evolution = {"kind": "search", "method": "evolution", "tiers": "one"}
+    return [
+        {**evolution, "length": short, "name": f"search-{short}"},
+        {**evolution, "length": middle, "name": f"search-{middle}"},
+        *(
+            {
+                "kind": "finetune", "length": rows(length), "factors": f"search-{length}",
+                "tiers": "one", **how,
+            }
+            for length, how in zip((short, middle), training, strict=True)
+        ),
+        {**evolution, "length": target, "preset": "paper-long"},
+        *_recovered(window, target),
+    ]  # fmt: skip
+
+
+def paper_llama2(window: int, target: int) -> list[dict[str, Any]]:
+    """LongRoPE's LLaMA2: 400 steps at 1/16 of the target, 600 at 1/8, batches of 32, 2e-5."""
+    how = {"learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20}
+    return _paper(
+        window, target, lambda length: length, [{"steps": 400, **how}, {"steps": 600, **how}]
+    )
+
+
+def paper_mistral(window: int, target: int) -> list[dict[str, Any]]:
+    """LongRoPE's Mistral: the same on rows of 16k (4 windows), batches of 64, a constant 1e-6."""
+    how = {"learning_rate": 1e-6, "decay": "constant", "batch_size": 64, "warmup_steps": 20}
+    return _paper(
+        window,
+        target,
+        lambda length: min(length, 4 * window),
+        [{"steps": 400, **how}, {"steps": 600, **how}],
+    )
+
+
+def longrope2(window: int, target: int) -> list[dict[str, Any]]:
+    """LongRoPE2 (arXiv 2502.20082): needles, the critical dimension, mixed windows.
+
+    One search at the target, then 10 G tokens of training, a tenth of them in short rows that keep
+    the original RoPE. The learning rate and the batch are LongRoPE's for LLaMA2.
+    """
+    return [
+        {
+            "kind": "search", "length": target, "method": "evolution", "objective": "needle",
+            "critical_dimension": True, "tiers": "one", "name": f"search-{target}",
+        },
+        {
+            "kind": "finetune", "length": target, "tiers": "row", "short_share": 0.1,
+            "learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20,
+            "steps": max(20, round(10e9 / (32 * target))),
+        },
+    ]  # fmt: skip
+
+
+#: The recipes of the papers, by name.
+NAMED = {
+    "longrope-llama2": paper_llama2,
+    "longrope-mistral": paper_mistral,
+    "longrope2": longrope2,
+}
+
+
+def make_plan(
+    window: int,
+    target: int,
+    finetune: FinetuneConfig | None,
+    stages: str | Path | Sequence[Mapping[str, Any]] | None,
+    seed: int,
+) -> Plan:
+    """Return the plan that the arguments of `longrope.extend` ask for.
+
+    `stages` is the name of a recipe, a TOML file, a list of tables, or None: by the ratio. Where
+    `finetune` is given, it holds what a stage of fine-tuning does not say itself.
+
+    Raises `ValueError` in one sentence.
+    """
+    if finetune is not None and not isinstance(finetune, FinetuneConfig):
+        raise ValueError(
+            f"finetune: expected None or a FinetuneConfig, got {type(finetune).__name__}"
+        )
+    if target <= window:
+        raise ValueError(
+            f"target_length: expected more than the window of the model as loaded, {window} "
+            f"tokens, got {target}"
+        )
+    if stages is None:
+        tables: Sequence[Mapping[str, Any]] = by_ratio(window, target, finetune)
+    elif isinstance(stages, str) and stages in NAMED:
+        tables = NAMED[stages](window, target)
+    elif isinstance(stages, (str, Path)):
+        if not Path(stages).is_file():
+            names = ", ".join(NAMED)
+            raise ValueError(
+                f"stages: expected one of {names}, or a TOML file, got {str(stages)!r}"
+            )
+        tables = read_stages(stages)
+    elif isinstance(stages, Sequence):
+        tables = stages
+    else:
+        raise ValueError(
+            "stages: expected the name of a recipe, a TOML file or a list of tables, got "
+            f"{type(stages).__name__}"
+        )
+    defaults = finetune or FinetuneConfig(seed=seed)
+    made = [stage_of(table, n, defaults, seed) for n, table in enumerate(tables, 1)]
+    return Plan(target, window, tuple(made), seed)

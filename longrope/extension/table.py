@@ -1,0 +1,71 @@
+"""Perplexity by range of positions: of the model as it was, and after each stage."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from longrope.checkpoints import Measured
+from longrope.checkpoints.measured import Row
+from longrope.evaluation.perplexity import perplexity
+
+
+def ranges_of(window: int, target: int) -> tuple[tuple[int, int], ...]:
+    """Return the model's window, then up to twice that, and so on to the target."""
+    edges = [0, window]
+    while 2 * edges[-1] < target:
+        edges.append(2 * edges[-1])
+    edges.append(target)
+    return tuple(itertools.pairwise(edges))
+
+
+def measure(
+    name: str,
+    model: nn.Module,
+    documents: Sequence[torch.Tensor],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    length: int | None = None,
+) -> Row:
+    """Measure a model as it stands: windows of `length` tokens that do not overlap.
+
+    None: the end of the last range. Ranges beyond `length` are NaN, and so is the whole then.
+    """
+    target = ranges[-1][1]
+    length = length or target
+    inside = [pair for pair in ranges if pair[1] <= length]
+    found = perplexity(model, documents, length=length, stride=length, ranges=inside)
+    missing = (math.nan,) * (len(ranges) - len(inside))
+    return Row(name, found.by_range + missing, math.nan if missing else float(found))
+
+
+def excerpts(documents: Sequence[torch.Tensor], length: int, most: int) -> list[torch.Tensor]:
+    """Return the first window of up to `most` documents, each `length` tokens."""
+    return [document[:length] for document in documents[:most]]
+
+
+def table_of(
+    rows: Sequence[Row], ranges: Sequence[tuple[int, int]], documents: Sequence[torch.Tensor]
+) -> Measured:
+    """Put rows together as the card of an export shows them."""
+    length = ranges[-1][1]
+    return Measured(
+        length, tuple(ranges), tuple(rows), len(documents), len(documents) * (length - 1)
+    )
+
+
+def row_as_json(row: Row) -> dict:
+    """Return a row for the journal: None in the place of NaN."""
+    values = [None if v != v else v for v in (*row.by_range, row.overall)]
+    return {"name": row.name, "by_range": values[:-1], "overall": values[-1]}
+
+
+def row_from_json(entry: dict) -> Row:
+    """Return the row that `row_as_json` stored."""
+    *by_range, overall = (math.nan if v is None else v for v in
+                          (*entry["by_range"], entry["overall"]))  # fmt: skip
+    return Row(entry["name"], tuple(by_range), overall)

@@ -1,0 +1,161 @@
+"""transformers' Trainer with our loss, our rows in order, and checkpoints that survive a kill.
+
+Imported when a stage of fine-tuning runs: the Trainer needs `accelerate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from longrope.evaluation.modes import evaluating
+from longrope.evaluation.nll import NextTokenNLL
+from longrope.extension import checkpoint
+from longrope.extension.data import NO_TARGET, TrainingRows
+
+
+@contextlib.contextmanager
+def giving_loss(model: nn.Module) -> Iterator[None]:
+    """Inside the block the forward pass of a causal language model returns a loss.
+
+    `model(input_ids=, targets=, position_ids=)` is the sum of the NLL of the targets, in nats:
+    hidden states and `ops.linear_nll`, so that no logits exist, where the output layer is a matrix
+    product alone. In the forward pass itself, because wrappers of a model (data parallelism, FSDP)
+    have its weights at hand there and nowhere else.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with evaluating(inner):
+        scorer = NextTokenNLL(inner)
+    before = inner.__dict__.get("forward")
+    inner.forward = functools.partial(_loss, scorer, inner.forward)
+    try:
+        yield
+    finally:
+        del inner.forward
+        if before is not None:
+            inner.forward = before
+
+
+def _loss(
+    scorer: NextTokenNLL, own: Callable, input_ids: torch.Tensor, targets: torch.Tensor,
+    position_ids: torch.Tensor, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    if scorer.base is None:
+        output = own(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    else:
+        output = scorer.forward(input_ids, position_ids=position_ids, use_cache=False)
+    return scorer.nll(output, targets.flatten()).sum()
+
+
+class NotFiniteError(ValueError):
+    """A loss or a gradient is not finite; the message names the rows of the step."""
+
+
+class RowTrainer(Trainer):
+    """A Trainer of `TrainingRows` on a model inside `giving_loss`."""
+
+    def __init__(self, *args: Any, name: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        #: What the stage is called, in messages.
+        self.name = name
+        self.model_accepts_loss_kwargs = True  # the loss is divided here, by the tokens of a batch
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple:
+        """Return the passes of a step, and how many tokens all devices predict in it."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["targets"] != NO_TARGET).sum() for batch in samples)
+        count = torch.as_tensor(count, device=device)
+        return samples, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the part of a pass in the mean NLL of its step."""
+        # Devices' gradients are averaged, hence the factor.
+        return model(**inputs) * (self.accelerator.num_processes / num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: dict, *args: Any) -> torch.Tensor:
+        """Do a pass forwards and backwards; raise `NotFiniteError` before anything is updated."""
+        loss = super().training_step(model, inputs, *args)
+        if not torch.isfinite(loss):
+            raise NotFiniteError(self.not_finite("loss", float(loss)))
+        return loss
+
+    def not_finite(self, what: str, value: float) -> str:
+        """Return the sentence of a step that failed."""
+        step = self.state.global_step
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        size *= self.args.world_size
+        dataset: TrainingRows = self.train_dataset
+        first = step * size
+        names = "; ".join(dataset.names(row) for row in range(first, first + min(size, 4)))
+        last = checkpoint.last_complete(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint is there yet"
+        return (
+            f"finetune: expected a finite {what}, got {value} in step {step + 1} of stage "
+            f"{self.name}, rows {first} to {first + size - 1} ({names}); {kept}"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        path = folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.mark(path)
+        except (OSError, SafetensorError, RuntimeError) as error:  # of torch.save, a RuntimeError
+            shutil.rmtree(path, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            last = checkpoint.last_complete(folder)
+            goes_on = f"from {last.name}" if last else "from the start of the stage"
+            raise OSError(
+                f"out: cannot write {path} ({reason}); the same call goes on {goes_on}"
+            ) from None
+        if self.args.should_save:
+            checkpoint.forget(folder, self.keep)
+
+    #: How many complete checkpoints stay.
+    keep = 1
+
+
+class GradientGuard(TrainerCallback):
+    """Stops before a step whose gradients are not finite."""
+
+    def __init__(self, trainer: RowTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients after clipping, which spreads what is not finite."""
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient.sum())) for gradient in gradients):
+            raise NotFiniteError(self.trainer.not_finite("gradient", float("nan")))
+
+
+class Progress(TrainerCallback):
+    """Tells a function of steps, tokens and the loss."""
+
+    def __init__(self, update: Callable[[int, int, str | None], None], tokens_per_step: int):
+        self.update, self.tokens = update, tokens_per_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        self.update(1, self.tokens, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the latest loss."""
+        if logs and "loss" in logs:
+            self.update(0, 0, f"{logs['loss']:.4f}")

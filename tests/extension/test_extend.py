@@ -1,0 +1,257 @@
+"""`longrope.extend` from the outside: what a run leaves, resuming, bad input, the command."""
+
+import json
+
+import pytest
+import torch
+from support import extension_runs, tiny_models
+from support.extension_runs import STAGES, TARGET, documents
+from support.threads import threads
+from support.tiny_search import build_model
+from typer.testing import CliRunner
+
+import longrope
+from longrope.cli.main import app
+from longrope.extension import folder, run
+from longrope.extension.folder import weights_hash
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its result, and the model that was given."""
+    model = build_model()
+    with threads(1):
+        result = longrope.extend(
+            model, documents(), target_length=TARGET, out=tmp_path_factory.mktemp("run"),
+            stages=STAGES, progress=False, test_windows=2,
+        )  # fmt: skip
+    return result, model
+
+
+# --- what it leaves -----------------------------------------------------------------------------
+
+
+def test_the_given_model_is_not_changed(finished):
+    result, model = finished
+    assert weights_hash(model) == weights_hash(build_model())
+    assert weights_hash(result.model) != weights_hash(model)
+    assert not hasattr(model.model.rotary_emb, "tiers")
+
+
+def test_the_folder_gives_the_extended_model_back(finished):
+    result, _ = finished
+    model, _ = longrope.load(result.folder / "model")
+    assert weights_hash(model) == weights_hash(result.model)
+    assert longrope.Tiers(model.model.rotary_emb.tiers) == result.tiers
+    assert longrope.Tiers.load(result.folder / "tiers.json") == result.tiers
+    ids = torch.randint(40, (1, TARGET))
+    assert torch.equal(model(ids).logits, result.model(ids).logits)
+
+
+def test_the_table_has_a_row_for_the_model_as_it_was_and_for_each_stage(finished):
+    result, model = finished
+    rows = result.measured.rows
+    assert [row.name.partition(":")[0] for row in rows] == [
+        "the model as it was", "search-1", "finetune-2", "search-3", "recover-4",
+    ]  # fmt: skip
+    assert result.measured.ranges == ((0, 16), (16, 32), (32, 64))
+    # A search leaves the original window to the original model.
+    assert rows[1].by_range[0] == pytest.approx(rows[0].by_range[0], rel=1e-5)
+    assert rows[2].by_range[0] != rows[0].by_range[0]
+    assert result.measured.table() == (result.folder / "table.md").read_text().strip()
+    assert (result.folder / "model" / "README.md").read_text().count(rows[3].name) == 1
+    # On text that no stage sees.
+    plan, kept, held_out = run.prepared(
+        model, documents(), run.ExtendArguments(target_length=TARGET, out="x", stages=STAGES)
+    )
+    assert len(kept) == 11
+    assert not any(torch.equal(text[:TARGET], held_out[0]) for text in kept)
+    assert plan == result.plan
+
+
+def test_a_second_search_goes_on_from_what_the_weights_were_trained_under(finished):
+    result, _ = finished
+    first = longrope.Tiers.load(result.folder / "stages" / "01-search-1" / "tiers.json")
+    second = longrope.Tiers.load(result.folder / "stages" / "03-search-3" / "tiers.json")
+    assert second[: len(first)] == first
+    assert second.limits == (16, 32, 64)
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_done_again(finished, monkeypatch):
+    result, _ = finished
+    monkeypatch.setattr(run, "run_stage", None)
+    monkeypatch.setattr(run, "export", None)
+    again = extension_runs.run(result.folder)
+    assert weights_hash(again.model) == weights_hash(result.model)
+    assert again.tiers == result.tiers
+    assert again.measured.table() == result.measured.table()
+
+
+def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path, monkeypatch):
+    own, called = run.run_stage, []
+
+    def stopping(work, stage, state):
+        called.append(stage.name)
+        if called == ["search-1", "finetune-2", "search-3"]:
+            raise KeyboardInterrupt
+        return own(work, stage, state)
+
+    monkeypatch.setattr(run, "run_stage", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        extension_runs.run(tmp_path)
+    called.clear()
+    extension_runs.run(tmp_path)
+    assert called == ["search-3", "recover-4"]
+    for name in extension_runs.RESULTS:
+        assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
+def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    path = out / "stages" / "02-finetune-2" / folder.WEIGHTS / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not hold the weights that stage finetune-2 ended"):
+        extension_runs.run(out)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"stages": [STAGES[0] | {"steps": 3}, *STAGES[1:]]},
+            r"another context extension \(stages.search-1.options.steps: 2 there, 3 here\)",
+        ),
+        ({"seed": 5}, r"\(stages.search-1.options.seed: 0 there, 5 here\)"),
+        (
+            {"test_windows": 1, "held_out": [torch.arange(64) % 40]},
+            r"another context extension \(documents: ",
+        ),
+    ],
+)
+def test_the_folder_of_another_plan_is_refused(finished, changes, message):
+    before = (finished[0].folder / "journal.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        extension_runs.run(finished[0].folder, **changes)
+    assert (finished[0].folder / "journal.jsonl").read_bytes() == before
+
+
+def test_without_resume_an_earlier_run_is_set_aside(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    stages = [{"kind": "search", "length": TARGET, "steps": 2, "samples": 1}]
+    extension_runs.run(out, stages=stages, resume=False)
+    assert (out / "previous-1" / "model" / "model.safetensors").is_file()
+    assert len(list((out / "stages").iterdir())) == 1
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ([torch.arange(64) % 40], "at least 2 of 64 tokens or more, one for the table, got 1 "),
+        ([torch.arange(63) % 40] * 3, r"got 0 \(of 3, the longest 63\)"),
+        ([], "documents: expected at least one document, got none"),
+        (["text"], r"documents\[0\]: expected token ids, got text"),
+    ],
+)
+def test_too_little_text(tmp_path, texts, message):
+    with pytest.raises(ValueError, match=message):
+        longrope.extend(build_model(), texts, target_length=TARGET, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_and_arguments_that_are_refused(tmp_path):
+    def refused(message, model=None, **arguments):
+        given = {"target_length": TARGET, "out": tmp_path / "run", "stages": STAGES} | arguments
+        with pytest.raises(ValueError, match=message):
+            longrope.extend(model or build_model(), documents(), **given)
+        assert not (tmp_path / "run").exists()
+
+    patched = longrope.apply(build_model(), tiny_models.factors().replace(original_length=16))
+    refused("model: expected a model without factors applied", patched)
+    quantised = build_model()
+    quantised.is_quantized = True
+    refused("got a quantised model", quantised)
+    refused("finetune: expected None or a FinetuneConfig, got dict", finetune={})
+    refused("target_length: expected more than the window", target_length=16)
+    refused("out: expected a path, got int", out=3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The folder of a byte-level model, and a folder of texts."""
+    place = tmp_path_factory.mktemp("files")
+    model = tiny_models.build(vocab_size=256, pad_token_id=None, max_position_embeddings=16)
+    model.save_pretrained(place / "model")
+    (place / "texts").mkdir()
+    for number in range(3):
+        letters = torch.randint(97, 123, (150,), generator=torch.Generator().manual_seed(number))
+        (place / "texts" / f"{number}.txt").write_bytes(bytes(letters.tolist()))
+    return place
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path):
+    out = tmp_path / "run"
+    shown = call(
+        "extend", files / "model", files / "texts", "--out", out, "--target-length", 64,
+        "--finetune", "--steps", 30, "--dry-run", "--device", "cpu",
+    ).stdout  # fmt: skip
+    for words in ("search-64 (search)", "30 steps of 32 rows of 64 tokens", "tiers for 16, 32"):
+        assert words in shown
+    assert "MiB" in shown
+    assert not out.exists()
+
+
+def test_the_commands_extend_and_recover(files, tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        '[[stages]]\nkind = "search"\nlength = 32\nsteps = 2\nsamples = 1\n'
+        '[[stages]]\nkind = "finetune"\nlength = 32\nsteps = 2\nwarmup_steps = 0\n'
+    )
+    out = tmp_path / "run"
+    shown = call(
+        "extend", files / "model", files / "texts", "--out", out, "--target-length", 32,
+        "--stages", plan, "--batch-size", 2, "--seed", 3, "--device", "cpu",
+    ).stdout  # fmt: skip
+    assert "| finetune-2: 2 steps of 32 tokens |" in shown
+    said = json.loads((out / "config.json").read_text())["options"]
+    assert (said["seed"], said["stages"]["finetune-2"]["config"]["batch_size"]) == (3, 2)
+    shown = call(
+        "recover", out / "model", files / "texts", "--lengths", 16, "--out", tmp_path / "short",
+        "--steps", 2, "--samples", 1, "--original", files / "model", "--device", "cpu",
+    ).stdout  # fmt: skip
+    assert "| recovered, by position |" in shown
+    assert longrope.Tiers.load(tmp_path / "short" / "tiers.json").limits == (16, 32)
+    error = call(
+        "extend", files / "model", files / "texts", "--out", out, "--target-length", 64,
+        "--device", "cpu", code=2,
+    ).stderr  # fmt: skip
+    assert error.startswith("longrope: --out: ") and error.count("\n") == 1

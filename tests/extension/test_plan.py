@@ -1,0 +1,188 @@
+"""Plans: what follows from the ratio, recipes, TOML, and what is refused."""
+
+import json
+
+import pytest
+
+from longrope import FinetuneConfig
+from longrope.extension.plan import FinetuneStage, SearchStage
+from longrope.extension.schedules import NAMED, make_plan
+
+SEARCH, TRAIN = {"kind": "search"}, {"kind": "finetune"}
+
+
+def plan(stages=None, window=256, target=2048, finetune=None):
+    return make_plan(window, target, finetune, stages, 7)
+
+
+def shape(made):
+    return [(s.kind, getattr(s, "length", None) or s.lengths) for s in made.stages]
+
+
+def test_without_training_the_ratio_leads_to_one_search():
+    assert shape(plan(target=32768)) == [("search", 32768)]
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        (2048, [("search", 2048), ("finetune", 2048)]),
+        (8192, [("search", 2048), ("finetune", 2048), ("search", 8192)]),
+        (
+            512 * 256,
+            [
+                ("search", 8192),
+                ("search", 16384),
+                ("finetune", 8192),
+                ("finetune", 16384),
+                ("search", 131072),
+            ],
+        ),
+    ],
+)
+def test_with_training_the_last_factor_of_eight_is_a_second_search(target, expected):
+    made = plan(target=target, finetune=FinetuneConfig(steps=30, warmup_steps=3))
+    assert shape(made) == [*expected, ("recover", (256, 512))]
+    trained = [s for s in made.stages if isinstance(s, FinetuneStage)]
+    assert {s.config.steps for s in trained} == {30}
+    # Each under the factors that were searched for its own length.
+    by_name = {s.name: s.length for s in made.stages if isinstance(s, SearchStage)}
+    assert [by_name[s.factors] for s in trained] == [s.length for s in trained]
+
+
+def test_the_recipe_of_the_paper_for_llama2():
+    made = plan("longrope-llama2", 4096, 2048 * 1024)
+    assert shape(made) == [
+        ("search", 128 * 1024),
+        ("search", 256 * 1024),
+        ("finetune", 128 * 1024),
+        ("finetune", 256 * 1024),
+        ("search", 2048 * 1024),
+        ("recover", (4096, 8192)),
+    ]
+    first, second = (s.config for s in made.stages[2:4])
+    assert (first.steps, second.steps) == (400, 600)
+    assert (first.learning_rate, first.decay, first.batch_size) == (2e-5, "linear", 32)
+    assert first.tiers == "one"
+
+
+def test_the_recipe_of_the_paper_for_mistral_trains_on_short_rows():
+    made = plan("longrope-mistral", 4096, 2048 * 1024)
+    trained = [s for s in made.stages if isinstance(s, FinetuneStage)]
+    assert [s.length for s in trained] == [16384, 16384]
+    assert {(s.config.learning_rate, s.config.decay, s.config.batch_size) for s in trained} == {
+        (1e-6, "constant", 64)
+    }
+
+
+def test_longrope2_mixes_windows():
+    made = plan("longrope2", 8192, 131072)
+    config = made.stages[1].config
+    assert (config.tiers, config.short_share) == ("row", 0.1)
+    assert config.steps * config.batch_size * 131072 == pytest.approx(10e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recipes_are_json_and_tell_plans_apart(name):
+    made = plan(name, 4096, 2048 * 1024)
+    assert json.loads(json.dumps(made.as_dict()))["target_length"] == 2048 * 1024
+    assert make_plan(4096, 2048 * 1024, None, name, 8).as_dict() != made.as_dict()
+
+
+def test_a_file_has_full_control(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        '[[stages]]\nkind = "search"\nname = "first"\nlength = 1024\nsteps = 9\n'
+        '[[stages]]\nkind = "finetune"\nlength = 512\nfactors = "first"\nsteps = 50\n'
+        'packed = true\n[[stages]]\nkind = "search"\nlength = 2048\nseed = 3\n'
+    )
+    for given in (path, str(path)):
+        made = plan(given)
+        assert shape(made) == [("search", 1024), ("finetune", 512), ("search", 2048)]
+        assert made.stages[0].options == {"seed": 7, "steps": 9}
+        assert (made.stages[1].config.packed, made.stages[1].config.steps) == (True, 50)
+        assert made.stages[2].options["seed"] == 3
+
+
+def test_a_stage_says_what_a_configuration_does_not(tmp_path):
+    stages = [SEARCH | {"length": 2048}, TRAIN | {"length": 2048, "steps": 60}]
+    made = plan(stages, finetune=FinetuneConfig(learning_rate=1e-3, seed=4))
+    config = made.stages[1].config
+    assert (config.steps, config.learning_rate, config.seed) == (60, 1e-3, 4)
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([], "expected the last search to reach target_length 2048, got no search"),
+        ([SEARCH | {"length": 1024}], "to reach target_length 2048, got 1024"),
+        (
+            [SEARCH | {"length": 2048, "name": "a"}, SEARCH | {"length": 2048}],
+            "lengths of search stages that grow from the model's window of 256 tokens",
+        ),
+        ([SEARCH | {"length": 200}, SEARCH | {"length": 2048}], r"that grow .*\[200, 2048\]"),
+        (
+            [SEARCH | {"length": 2048}, TRAIN | {"length": 1024}, TRAIN | {"length": 512}],
+            "lengths of finetune stages that grow",
+        ),
+        ([TRAIN | {"length": 512}, SEARCH | {"length": 2048}], "name of a search before it"),
+        (
+            [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "factors": "other"}],
+            r"factors: expected the name of a search before it \(search-1\), got 'other'",
+        ),
+        ([SEARCH | {"length": 2048, "stepps": 3}], r"no such key \(did you mean steps\?\)"),
+        ([SEARCH | {"length": 2048, "method": "magic"}], r"stages\[0\]: method: expected one of"),
+        ([{"kind": "dance"}], r"stages\[0\].kind: expected one of 'search'"),
+        ([SEARCH], r"stages\[0\]: length: expected an integer"),
+        (
+            [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "steps": 5}],
+            r"stages\[1\]: warmup_steps: expected at most steps \(5\), got 20",
+        ),
+        (
+            [SEARCH | {"length": 2048}, {"kind": "recover", "lengths": [512, 256]}],
+            "growing lengths below target_length 2048",
+        ),
+        (
+            [{"kind": "recover", "lengths": [512]}, SEARCH | {"length": 2048}],
+            "recovery as the last stage",
+        ),
+        (
+            [SEARCH | {"length": 1024, "name": "a"}, SEARCH | {"length": 2048, "name": "a"}],
+            "'a' is taken already",
+        ),
+        ("nowhere.toml", "expected one of longrope-llama2, .* or a TOML file, got 'nowhere.toml'"),
+        (3, "a list of tables, got int"),
+    ],
+)
+def test_plans_that_are_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        plan(stages)
+
+
+def test_a_target_within_the_window_is_refused():
+    with pytest.raises(ValueError, match=r"target_length: expected more than the window .* 256"):
+        plan(target=256)
+
+
+def test_broken_files_are_refused(tmp_path):
+    path = tmp_path / "plan.toml"
+    for text, message in (("[[stages", "expected TOML"), ("steps = 3", r"\[\[stages\]\] tables")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan(path)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"rows_per_pass": 3}, "rows_per_pass: expected a divisor of batch_size"),
+        ({"tiers": "none"}, "tiers: expected one of 'position', 'row', 'one'"),
+        ({"short_share": 1.0}, "short_share: expected 0 <= share < 1"),
+        ({"learning_rate": 0}, "learning_rate: expected a finite number above 0"),
+        ({"packed": True, "tiers": "row"}, "packed: expected False with tiers='row'"),
+        ({"weight_decay": -1.0}, "weight_decay: expected a finite number of at least 0"),
+    ],
+)
+def test_configurations_that_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**given)

@@ -1,0 +1,132 @@
+"""`longrope.recover`: short tiers by search alone."""
+
+import json
+
+import pytest
+import torch
+from support.extension_runs import documents
+from support.tiny_search import build_model
+
+import longrope
+from longrope.extension import short_search
+from longrope.extension.folder import weights_hash
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"lengths": [16, 32], "steps": 3, "samples": 2}
+
+
+def extended(**changes):
+    """Return a model under one long set, which loses on short texts."""
+    model = build_model()
+    rope = longrope.rope_settings(model)
+    factors = longrope.RescaleFactors.pi(**rope.lengths(128)).replace(**changes)
+    return longrope.apply(model, factors)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model = extended()
+    return longrope.recover(model, documents(), **OPTIONS), model
+
+
+def test_the_tiers_are_the_recovered_ones_and_then_the_long_ones(found):
+    result, model = found
+    long = model.model.rotary_emb.tiers[0]
+    assert result.tiers.limits == (16, 32, 128)
+    assert result.tiers[-1] == long
+    assert result.lengths == (16, 32)
+    assert [factors.target_length for factors in result.by_length] == [16, 32]
+
+
+def test_the_weights_and_the_factors_of_the_model_stay(found):
+    result, model = found
+    assert result.weights == weights_hash(build_model()) == weights_hash(model)
+    assert len(model.model.rotary_emb.tiers) == 1
+
+
+def test_short_texts_come_back(found):
+    result, _ = found
+    ways = result.perplexities
+    original = ways["the original model"][0]
+    long = ways["the long set for every position"][0]
+    # On windows that chose: never worse than the model as loaded, nor than the long set.
+    assert ways["recovered, by position"][0] <= min(original, long) * (1 + 1e-5)
+    shown = result.table()
+    assert all(name in shown for name in ways)
+    assert len(ways) == 5
+
+
+def test_by_length_is_the_rule_of_the_paper(found):
+    result, _ = found
+    model = longrope.apply(build_model(), result.by_length[1])
+    texts = documents()
+    search = short_search.ShortSearch(
+        model, texts, longrope.Tiers(result.tiers[-1:]), None, steps=3, samples=2,
+        max_lambda=None, seed=0, journal=None,
+    )  # fmt: skip
+    windows = search.held_out(32)
+    expected = longrope.perplexity(model, windows, length=32, stride=32)
+    assert result.perplexities["recovered, by the length of the row (the paper)"][1] == (
+        pytest.approx(float(expected))
+    )
+
+
+def test_it_is_judged_against_the_original_model(found):
+    other = build_model()
+    with torch.no_grad():
+        other.lm_head.weight *= 0.5
+    result = longrope.recover(extended(), documents(), **OPTIONS, original=other)
+    expected = found[0].perplexities
+    changed = [name for name in expected if result.perplexities[name] != expected[name]]
+    assert changed == ["the original model"]
+
+
+def test_factors_stay_below_the_bound():
+    # Large steps, which would leave any bound.
+    result = longrope.recover(extended(), documents(), **OPTIONS, max_lambda=1.5)
+    assert all(f.lambdas.min() >= 1 and f.lambdas.max() <= 1.5 for f in result.by_length)
+
+
+def test_a_recovery_resumes_to_the_bit(found, tmp_path, monkeypatch):
+    own = short_search.ShortSearch.recorded
+    calls = []
+
+    def stopping(self, measure):
+        calls.append(1)
+        if len(calls) in (4, 9):
+            raise KeyboardInterrupt
+        return own(self, measure)
+
+    monkeypatch.setattr(short_search.ShortSearch, "recorded", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            longrope.recover(extended(), documents(), **OPTIONS, out=tmp_path)
+    result = longrope.recover(extended(), documents(), **OPTIONS, out=tmp_path)
+    assert result.tiers == found[0].tiers
+    assert result.perplexities == found[0].perplexities
+    assert longrope.Tiers.load(tmp_path / "tiers.json") == result.tiers
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["lengths"] == [16, 32]
+    with pytest.raises(ValueError, match=r"another recovery \(seed: 0 there, 1 here\)"):
+        longrope.recover(extended(), documents(), **OPTIONS, seed=1, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lengths": []}, "lengths: expected a list of lengths"),
+        ({"lengths": [32, 16]}, r"lengths that grow, got \[32, 16\]"),
+        ({"lengths": [128]}, "less than the target length of the factors, 128, got 128"),
+        ({"lengths": [151]}, "less than the target length"),
+        ({"steps": 0}, "steps: expected an integer of at least 1"),
+        ({"max_lambda": 0.5}, "max_lambda: expected a finite number above 1"),
+        ({"test": [torch.arange(20)]}, r"test\[0\]: expected at least 32 tokens, got 20"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        longrope.recover(extended(), documents(), **OPTIONS | changes)
+
+
+def test_a_model_without_factors_is_refused():
+    with pytest.raises(ValueError, match="expected a model with factors applied"):
+        longrope.recover(build_model(), documents(), **OPTIONS)
