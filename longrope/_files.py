@@ -37,11 +37,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an `OSError` that names none (a full disk) or one that nobody knows."""
+    """Name the file in an `OSError` that names none (a full disk) or the temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        ours = error.filename is None or f".{path.name}." in str(error.filename)
+        if error.errno is None or not ours:
             raise
         raise type(error)(error.errno, os.strerror(error.errno), str(path)) from None
 

@@ -35,6 +35,13 @@ TokenDtype = Annotated[
         help="The type of the token ids in .bin files, such as uint16.", rich_help_panel=READING
     ),
 ]
+TokenCache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps the token ids of text files for the next call.",
+        rich_help_panel=READING,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 DEVICE = "cpu or cuda; default: cuda where there is a GPU."
 

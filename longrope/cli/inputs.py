@@ -46,6 +46,7 @@ def load_documents(
     *,
     text_field: str = "text",
     token_dtype: str | None = None,
+    token_cache: Path | None = None,
 ) -> list[Any]:
     """Load the documents of at least `length` tokens; errors name the argument of the command.
 
@@ -56,9 +57,11 @@ def load_documents(
     paths = [paths] if isinstance(paths, Path) else list(paths)
     try:
         documents, notes = read_documents(
-            paths, tokenizer, text_field=text_field, token_dtype=token_dtype
+            paths, tokenizer, text_field=text_field, token_dtype=token_dtype, cache=token_cache
         )
     except (ValueError, OSError, ImportError) as error:
+        if str(error).startswith("cache: "):
+            raise type(error)(f"--token-{error}") from None
         if str(error).startswith("path: "):
             raise type(error)(f"{name}: {str(error).removeprefix('path: ')}") from None
         raise

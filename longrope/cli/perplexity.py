@@ -13,6 +13,7 @@ from longrope.cli.common import (
     Model,
     Seed,
     TextField,
+    TokenCache,
     TokenDtype,
     one_sentence_errors,
 )
@@ -60,6 +61,7 @@ def perplexity(
     ] = "auto",
     text_field: TextField = "text",
     token_dtype: TokenDtype = None,
+    token_cache: TokenCache = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
@@ -71,7 +73,9 @@ def perplexity(
     if factors is not None:
         beside = {"rope_theta": rope_theta, "attention_factor": attention_factor}
         longrope.apply(network, load_factors(factors, network, length, **beside), tiers)
-    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    reading = {
+        "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
+    }  # fmt: skip
     value = longrope.perplexity(
         network,
         load_documents("DATA", data, tokenizer, length, **reading),

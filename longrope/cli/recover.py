@@ -10,7 +10,7 @@ import typer
 from longrope.cli.common import DEVICE, Data, TextField, TokenDtype, one_sentence_errors
 from longrope.cli.inputs import choose_device, load_documents, load_model, on_device
 from longrope.cli.options import takes
-from longrope.extension.recover import RecoverOptions
+from longrope.extension.config import RecoverOptions
 
 
 @one_sentence_errors

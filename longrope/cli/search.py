@@ -12,6 +12,7 @@ from longrope.cli.common import (
     Data,
     Model,
     TextField,
+    TokenCache,
     TokenDtype,
     in_job,
     one_sentence_errors,
@@ -37,6 +38,7 @@ def search(
     ] = None,
     text_field: TextField = "text",
     token_dtype: TokenDtype = None,
+    token_cache: TokenCache = None,
     resume: Annotated[
         bool, typer.Option(help="Continue the run found in --out.", rich_help_panel=MACHINE)
     ] = True,
@@ -47,7 +49,9 @@ def search(
 
     network, tokenizer = load_model(model, device)
     length = options.target_length
-    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    reading = {
+        "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
+    }  # fmt: skip
     held_out = None
     if validation:
         held_out = load_documents("--validation", validation, tokenizer, length, **reading)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from longrope.documents.cache import TokenCache
 from longrope.documents.checks import Documents, long_enough
 from longrope.documents.notes import Notes
 from longrope.documents.paths import files_of
@@ -28,6 +29,7 @@ def load_data(
     text_field: str = "text",
     min_length: int = 1,
     token_dtype: str | None = None,
+    cache: str | os.PathLike | None = None,
 ) -> Documents | list[np.ndarray]:
     """Read documents of token ids from files and folders.
 
@@ -53,6 +55,9 @@ def load_data(
         Shorter documents are left out; empty ones always are.
     token_dtype
         The type of the tokens in `.bin` files, which do not say it: `"uint16"` or `"uint32"`, say.
+    cache
+        A folder that keeps the token ids of text files, by content and tokenizer: the next call
+        reads them from there. For fast tokenizers; None: nothing is kept.
 
     Returns
     -------
@@ -72,8 +77,9 @@ def load_data(
         If a file cannot be read as what it is, or is no text, or no document is long enough.
     """
     documents, notes = read_documents(
-        path, tokenizer, text_field=text_field, min_length=min_length, token_dtype=token_dtype
-    )
+        path, tokenizer, text_field=text_field, min_length=min_length, token_dtype=token_dtype,
+        cache=cache,
+    )  # fmt: skip
     if notes:
         warnings.warn(f"load_data: {notes}", stacklevel=2)
     return documents
@@ -86,6 +92,7 @@ def read_documents(
     text_field: str = "text",
     min_length: int = 1,
     token_dtype: str | None = None,
+    cache: str | os.PathLike | None = None,
 ) -> tuple[Documents | list[np.ndarray], str]:
     """As `load_data`; returns the documents, and what was left out as one line or as `""`."""
     single = isinstance(path, (str, os.PathLike))
@@ -98,18 +105,16 @@ def read_documents(
     notes = Notes()
     reading = Reading(text_field, checked_dtype(token_dtype), notes)
     encode = Encoder(tokenizer)
+    kept_tokens = None if cache is None else TokenCache(cache, encode, text_field)
     documents: list[np.ndarray] = []
     ready_made = False  # ids that were in a file
     for one in paths:
         folder = one.is_dir()
         for file in files_of(one, notes) if folder else [one]:
             try:
-                for raw in read(file, reading):
-                    if isinstance(raw, np.ndarray):
-                        documents.append(raw)
-                        ready_made = True
-                    else:
-                        documents.append(encode(raw))
+                found, from_text = _of_file(file, reading, encode, kept_tokens)
+                documents += found
+                ready_made |= not from_text
             except NotTextError as error:
                 if not folder:
                     raise ValueError(f"path: {error}") from None
@@ -126,3 +131,23 @@ def read_documents(
     if encode.knows_bos and not ready_made:
         kept = Documents(kept, encode.bos)
     return kept, notes.line()
+
+
+def _of_file(
+    file: Path, reading: Reading, encode: Encoder, cache: TokenCache | None
+) -> tuple[list[np.ndarray], bool]:
+    """Return the documents of a file, and whether all of them are tokens of text."""
+    entry = None if cache is None else cache.entry(file)
+    found = None if entry is None else cache.get(entry)
+    if found is not None:
+        return found, True
+    documents, from_text = [], True
+    noted = reading.notes.line()
+    for raw in read(file, reading):
+        ids = isinstance(raw, np.ndarray)
+        from_text &= not ids
+        documents.append(raw if ids else encode(raw))
+    # What was left out of a file is said every time: such a file is read every time.
+    if entry is not None and from_text and reading.notes.line() == noted:
+        cache.put(entry, documents)
+    return documents, from_text

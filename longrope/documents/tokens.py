@@ -78,6 +78,13 @@ class Encoder:
             parts = [compact(_checked(self._encode("".join(pieces))))]
         return self._completed(np.concatenate(parts) if len(parts) != 1 else parts[0])
 
+    def state(self) -> str | None:
+        """Return all that the ids of a text depend on, as text; None where that is not known."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if getattr(self.tokenizer, "is_fast", False) is not True or not hasattr(backend, "to_str"):
+            return None
+        return f"{backend.to_str()} {self._before} {self._after}"
+
     def bare(self, text: str) -> np.ndarray:
         """Return the token ids of a short text alone, without BOS and EOS: int64, 1-D.
 

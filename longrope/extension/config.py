@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from longrope._validation import choice, count, integer, natural, positive, switch
-from longrope.evaluation.start import checked_bos
+from longrope._validation import checked_bos, choice, count, integer, natural, positive, switch
 from longrope.runs.options import Options, about
 
 #: Which factors a row of training text is turned by.

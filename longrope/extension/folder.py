@@ -21,6 +21,7 @@ from torch import nn
 from longrope._files import new_folder
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
+from longrope.patching.saving import exporting
 from longrope.runs import folder
 from longrope.runs.journal import Journal
 
@@ -107,7 +108,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        with new_folder(path) as temporary:
+        with new_folder(path) as temporary, exporting():  # the run has the factors
             model.save_pretrained(temporary)
     except (OSError, SafetensorError) as error:  # the second's I/O errors are no OSError
         reason = getattr(error, "strerror", None) or error

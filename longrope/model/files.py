@@ -15,6 +15,7 @@ from longrope.checkpoints.hf import ABOUT
 from longrope.checkpoints.load import load as load_export
 from longrope.factors import Tiers
 from longrope.patching import rope_settings, rotary_of
+from longrope.patching.saving import exporting
 from longrope.patching.settings import LENGTH_DEPENDENT
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def save(model: LongRoPEModel, path: str | os.PathLike) -> Path:
     path, config = free_folder(path), model.llama.config
     setattr(config, TRAINED, model.trained)
     try:
-        with new_folder(path) as folder:
+        with new_folder(path) as folder, exporting():
             model.llama.save_pretrained(folder)
             model.tiers.save(folder / TIERS)
     finally:
@@ -65,7 +66,7 @@ def read(
         return llama.to(device), rotary_of(llama).tiers, True
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path: expected a folder with a config.json, got {str(path)!r}")
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     trained = vars(config).pop(TRAINED, True)  # of the folder, not of the weights
     llama = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     tiers = Tiers.load(path / TIERS) if (path / TIERS).is_file() else None

@@ -9,6 +9,7 @@ forward pass runs in, where weights may lie on the disk or be packed.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,11 +74,8 @@ def _inside(model: Any) -> nn.Module | None:
 def _gathers_weights(module: nn.Module) -> bool:
     if "_fsdp_wrapped_module" in module._modules:
         return True
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever shards
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def device_of(model: nn.Module) -> torch.device:

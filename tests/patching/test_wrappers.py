@@ -235,7 +235,9 @@ def test_a_model_without_a_head_is_refused_in_one_sentence(kind, documents):
     factors = longrope.RescaleFactors.yarn(**rope_settings(model).lengths(32))
     assert longrope.apply(model, factors) is model  # a decoder can be extended
     name = type(model).__name__
-    expected = rf"model: expected .* language model .*, got {name} without a head"
+    expected = (
+        rf"model: expected a .* language model, got {name} without a head that predicts tokens"
+    )
     with pytest.raises(ValueError, match=expected):
         longrope.perplexity(model, documents, length=32, stride=32)
     with pytest.raises(ValueError, match=expected):
@@ -250,3 +252,10 @@ def test_what_is_read_and_what_is_called():
     adapted = lora(model)
     assert called_model(nn.DataParallel(adapted)) is adapted
     assert language_model(nn.DataParallel(adapted)) is model
+
+
+def test_what_compiled_layers_read_of_tiers_is_no_number_of_numpy():
+    # torch.compile takes numpy's bool for a tensor, and its guards fail in inference mode.
+    model = build_model()
+    tiers = longrope.RescaleFactors.yarn(**rope_settings(model).lengths(32)).ladder()
+    assert rotary_of(longrope.apply(model, tiers)).first_by_model is True
