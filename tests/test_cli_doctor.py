@@ -24,8 +24,9 @@ def said(folder, **fields):
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0,
         "max_position_embeddings": 256,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(base | fields))
-    return diagnosis(AutoConfig.from_pretrained(folder), folder)
+    stated = {name: value for name, value in (base | fields).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(stated))
+    return diagnosis(folder)
 
 
 def cautions(facts):
@@ -89,6 +90,33 @@ def test_the_position_of_float32_angles_is_the_first_that_is_wrong(tmp_path):
     assert error(np.array([position])) > TOLERANCE
     assert (error(np.arange(position)) <= TOLERANCE).all()
     assert f"position {position} on" in said(tmp_path)["float32 angles"]
+
+
+def test_a_configuration_that_transformers_cannot_read(tmp_path):
+    """Phi-3 as it was released for 4.3x, and factors of a wrong length, which its class refuses."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 7}
+    facts = said(tmp_path, model_type="phi3", original_max_position_embeddings=64, pad_token_id=0,
+                 rope_theta=None, rope_scaling=scaling)  # fmt: skip
+    unread, wrong, *_ = cautions(facts)
+    assert unread.startswith(f"transformers {transformers.__version__} cannot read config.json: ")
+    assert wrong == "long_factor: expected 8 numbers (rotary_dim / 2), got 7"
+    assert facts["window"] == "64 tokens before scaling, 256 as loaded"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "expected JSON"),
+        ("[]", "expected JSON, got something else than an object"),
+        ("{}", "expected one that names a model_type"),
+        ('{"model_type": "gpt2"}', 'got model_type "gpt2", which has none'),
+        ('{"model_type": "unheard-of"}', "rotary position embeddings"),
+    ],
+)
+def test_what_is_no_model_with_rotary_embeddings_is_one_sentence(tmp_path, content, sentence):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^(WHAT|model): .*{sentence}"):
+        diagnosis(tmp_path)
 
 
 def test_phi_moe_and_a_family_that_is_not_tested(tmp_path):

@@ -9,10 +9,12 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from longrope.cli.folders import check_config
 from longrope.factors import RescaleFactors, Tiers
 from longrope.factors.rules import base_inv_freq
 from longrope.patching import FAMILIES, RopeSettings, rope_settings
@@ -33,10 +35,18 @@ _MEANINGS = {
 }
 
 
-def diagnosis(config: Any, folder: Path) -> dict[str, str]:
-    """Return what a screen says of a model, in lines by name; `config` is that of `folder`."""
-    settings = rope_settings(config)
-    config = text_config(config)
+def diagnosis(folder: Path) -> dict[str, str]:
+    """Return what a screen says of the model in a folder, in lines by name.
+
+    Also where transformers cannot read its configuration, which is said. Raises `ValueError` where
+    it is no model with rotary embeddings, or one that needs code of the folder's own.
+    """
+    config, unread = _read(folder)
+    try:
+        settings = rope_settings(config)
+        config = text_config(config)
+    except (AttributeError, TypeError):  # not even the sizes of a language model
+        raise ValueError(f"WHAT: {unread or 'expected a model with rotary embeddings'}") from None
     facts = {
         "model": f"{settings.model_type} ({_family(settings.model_type)})",
         "rope": f"theta {settings.rope_theta:g}, {settings.rotary_dim} of {settings.head_dim} "
@@ -46,7 +56,7 @@ def diagnosis(config: Any, folder: Path) -> dict[str, str]:
         "scaling": f'"{settings.rope_type}", {_MEANINGS.get(settings.rope_type, "unknown")}',
     }
     if settings.rope_type != "default":
-        facts["as loaded"] = _as_loaded(settings)
+        facts["as loaded"] = "not known" if unread else _as_loaded(settings)
     facts |= _tiers(folder)
     sliding = _sliding(config)
     if sliding:
@@ -57,10 +67,40 @@ def diagnosis(config: Any, folder: Path) -> dict[str, str]:
         if position
         else f"within {TOLERANCE:g} rad up to position {_FARTHEST}"
     ) + " (transformers' tables; factors that longrope applies turn exactly)"
-    for number, fault in enumerate([*_faults(config, settings), *_of_transformers(settings)], 1):
+    faults = [unread] if unread else []
+    faults += [*_faults(config, settings), *_of_transformers(settings)]
+    for number, fault in enumerate(faults, 1):
         facts[f"caution {number}"] = fault
     facts["next"] = _next(settings, folder)
     return facts
+
+
+def _read(folder: Path) -> tuple[Any, str | None]:
+    """Return a folder's configuration, and what transformers says where it cannot read it."""
+    import transformers
+
+    raw = check_config("WHAT", folder)
+    if not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"WHAT: {folder / 'config.json'}: expected one that names a model_type")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False), None
+    except Exception as error:  # of many kinds: what it validates and how changes by release
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        said = f"transformers {transformers.__version__} cannot read config.json: {reason[:160]}"
+        return SimpleNamespace(**(_defaults(raw["model_type"]) | raw)), said
+
+
+def _defaults(model_type: str) -> dict[str, Any]:
+    """Return what a configuration of this type has where its file says nothing."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return {}
+    fields = CONFIG_MAPPING[model_type]().to_dict()
+    rope = fields.pop("rope_parameters", None) or {}
+    del fields["model_type"]
+    fields.pop("layer_types", None)  # of as many layers as the type has by default
+    return {"rope_theta": rope.get("rope_theta")} | fields
 
 
 def float32_limit(settings: RopeSettings) -> int | None:

@@ -55,25 +55,26 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         length = said["target length"]
         following = f"longrope perplexity MODEL DATA --length {length} --factors {found}"
         return said | _facts_of_factors(found) | {"next": following}
-    from transformers import AutoConfig
-
     from longrope.cli.doctor import diagnosis
 
     if not (Path(what) / "config.json").is_file():
         raise ValueError(
             f"WHAT: expected the folder of a model or a search, or factors, got {what!r}"
         )
+    return _paths(what) if runtime else diagnosis(Path(what))
+
+
+def _paths(what: str) -> dict[str, Any]:
+    """Return the attention, cache and device that a model takes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from longrope.patching.runtime import runtime_facts
+
     check_config("WHAT", Path(what))
     config = AutoConfig.from_pretrained(what, trust_remote_code=False)
-    if runtime:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from longrope.patching.runtime import runtime_facts
-
-        with torch.device("meta"):
-            return runtime_facts(AutoModelForCausalLM.from_config(config))
-    return diagnosis(config, Path(what))
+    with torch.device("meta"):
+        return runtime_facts(AutoModelForCausalLM.from_config(config))
 
 
 def _facts_of_factors(path: str | Path) -> dict[str, Any]:
