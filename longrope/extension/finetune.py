@@ -45,10 +45,6 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"finetune: expected one process, got a job of {os.environ['WORLD_SIZE']} ranks"
-        )
     if config.lora_rank:
         return
     if getattr(model, "is_quantized", False):
