@@ -44,15 +44,17 @@ def header(
 ) -> dict[str, Any]:
     """Return what a run must share to be resumed."""
 
-    def hashed(texts: Iterable[torch.Tensor]) -> str:
-        return hashlib.sha256(" ".join(map(digest, texts)).encode()).hexdigest()[:16]
-
     return {
         "plan": plan.as_dict(),
         "model": fingerprint(model),
-        "documents": hashed(documents),
-        "held_out": hashed(held_out),
+        "documents": digests(documents),
+        "held_out": digests(held_out),
     }
+
+
+def digests(documents: Iterable[torch.Tensor]) -> str:
+    """Return a hash of documents."""
+    return hashlib.sha256(" ".join(map(digest, documents)).encode()).hexdigest()[:16]
 
 
 def explain(difference: str) -> str:

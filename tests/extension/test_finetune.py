@@ -268,6 +268,25 @@ def test_an_interrupted_stage_ends_with_the_same_weights(
     assert same(train(tmp_path / "cut", documents, **config), whole[1])
 
 
+def test_free_memory_after_a_restart_does_not_change_how_a_stage_goes_on(
+    tmp_path, documents, monkeypatch
+):
+    seen = []
+    own = finetune._checkpoint_activations
+
+    def noted(model, active):
+        seen.append(active)
+        own(model, active)
+
+    monkeypatch.setattr(finetune, "_checkpoint_activations", noted)
+    for free in (True, False):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(finetune, "recomputes", lambda model, stage, free=free: free)
+            stop_at(patch, 2)
+            train(tmp_path, documents)
+    assert seen == [True, False, True, False]  # on, and off again at the end
+
+
 def test_checkpoints_without_the_marker_or_a_file_are_skipped(
     tmp_path, documents, whole, monkeypatch
 ):
