@@ -188,7 +188,8 @@ class LadderSearch:
             _forget(other)
             for done in dict.fromkeys([task.measurer, other.measurer]):
                 history += done.history
-            below = chosen, problem.target_length
+            factor = problem.factors(chosen).attention_factor
+            below = dataclasses.replace(chosen, attention_factor=factor), problem.target_length
         taken = min((searched, yarn), key=lambda rungs: _loss(rungs, rungs[0][0].judge))
         if taken is yarn:
             for task, rule in yarn:

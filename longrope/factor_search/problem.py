@@ -38,7 +38,8 @@ class Problem:
     last_tokens: int | None = None
     #: What candidates multiply: the factors of the model as the search found it. None: the base.
     stage: RescaleFactors | None = None
-    #: In a ladder the candidate that the tier below has taken, and its target length.
+    #: In a ladder the candidate that the tier below has taken, with its attention factor, and its
+    #: target length.
     below: tuple[Candidate, int] | None = None
     #: Whether candidates have YaRN's attention factor, or begin with it.
     yarn_attention: bool = True
@@ -268,10 +269,10 @@ class Problem:
         lower = dataclasses.replace(self, target_length=length)
         power = math.log(self.ratio) / math.log(lower.ratio)
         own = 1.0 if self.stage is None else self.stage.attention_factor
-        factor = lower.factors(candidate).attention_factor
         changes = {}
         if self.learn_attention:
-            changes["attention_factor"] = round(own * (factor / own) ** power, 3)
+            factor = own * (candidate.attention_factor / own) ** power
+            changes["attention_factor"] = round(factor, 3)
         lambdas = np.asarray(self.on_stage(candidate), np.float64)
         found = {}
         for name, values in (
