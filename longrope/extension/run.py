@@ -277,4 +277,4 @@ def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journ
             state.model, model, given, drop_start_tokens=True, tokenizer=tokenizer,
             measured=measured, found={"plan": json.loads(json.dumps(work.plan.as_dict()))},
         )  # fmt: skip
-        journal.append([{"stage": "export"}])
+        journal.append([{"stage": folder.EXPORT}])

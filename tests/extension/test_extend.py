@@ -249,6 +249,9 @@ def test_the_commands_extend_and_recover(files, tmp_path):
     assert "| finetune-2: 2 steps of 32 tokens |" in shown
     said = json.loads((out / "config.json").read_text())["options"]
     assert (said["seed"], said["stages"]["finetune-2"]["config"]["batch_size"]) == (3, 2)
+    shown = call("info", out).stdout
+    for words in ("16 to 32 tokens", "2 finetune-2", "perplexity", "finished"):
+        assert words in shown
     shown = call(
         "recover", out / "model", files / "texts", "--lengths", 16, "--out", tmp_path / "short",
         "--steps", 2, "--samples", 1, "--original", files / "model", "--device", "cpu",
