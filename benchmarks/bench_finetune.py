@@ -42,7 +42,8 @@ def build(length: int, vocabulary: int, heads: int):
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=64 * heads, intermediate_size=172 * heads,
             num_hidden_layers=4, num_attention_heads=heads, num_key_value_heads=heads // 4,
-            max_position_embeddings=length // 8, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+            max_position_embeddings=length // 8, bos_token_id=None, eos_token_id=None,
+            tie_word_embeddings=True,
         )
     )  # fmt: skip
 
