@@ -33,21 +33,22 @@ FIELDS = (
 )  # fmt: skip
 
 
-def build(length: int, vocabulary: int):
-    """Return a Llama of 4 layers, 8 heads on 2 of 64 channels, with a window of `length` / 8."""
+def build(length: int, vocabulary: int, heads: int):
+    """Return a Llama of 4 layers, heads of 64 channels, with a window of `length` / 8."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
-            num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=length // 8,
-            bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+            vocab_size=vocabulary, hidden_size=64 * heads, intermediate_size=172 * heads,
+            num_hidden_layers=4, num_attention_heads=heads, num_key_value_heads=heads // 4,
+            max_position_embeddings=length // 8, bos_token_id=None, eos_token_id=None,
+            tie_word_embeddings=True,
         )
     )  # fmt: skip
 
 
-def run_one(way: str, length: int, vocabulary: int, steps: int) -> dict[str, float]:
+def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]:
     """Train in this process; returns seconds of a step, the first left out, and peak bytes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -62,9 +63,10 @@ def run_one(way: str, length: int, vocabulary: int, steps: int) -> dict[str, flo
         def on_step_end(self, *args, **kwargs):
             ends.append(time.perf_counter())
 
-    model = build(length, vocabulary)
+    steps = args.steps
+    model = build(length, args.vocabulary, args.heads)
     random = np.random.default_rng(0)
-    text = torch.from_numpy(random.integers(vocabulary, size=2 * length))
+    text = torch.from_numpy(random.integers(args.vocabulary, size=2 * length))
     rows = TrainingRows([text], length, steps, 0)
     if way == "plain":
         rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
@@ -94,7 +96,8 @@ def run_one(way: str, length: int, vocabulary: int, steps: int) -> dict[str, flo
 def in_a_process(way: str, length: int, args: argparse.Namespace) -> dict[str, float]:
     """Return what `run_one` finds in a process of its own."""
     command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
-    command += ["--vocabulary", str(args.vocabulary), "--steps", str(args.steps)]
+    for name in ("vocabulary", "steps", "heads"):
+        command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -105,13 +108,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     p.add_argument("--vocabulary", type=int, default=32000)
+    p.add_argument("--heads", type=int, default=8, help="of 64 channels, on a quarter of keys")
     p.add_argument("--steps", type=int, default=3, help="of each run; the first is not timed")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     p.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.one:
-        print(json.dumps(run_one(args.one, args.lengths[0], args.vocabulary, args.steps)))
+        print(json.dumps(run_one(args.one, args.lengths[0], args)))
         return
     rows = []
     for length in args.lengths:

@@ -22,13 +22,15 @@ import longrope
 from longrope.demo import corpus
 from longrope.demo.run import load_packaged_model
 
+#: Of the whole, and of the cut.
 SEARCH = {"steps": 30, "samples": 3, "start_tokens": 0}
+SHORT_SEARCH = {"steps": 15, "samples": 2, "start_tokens": 0}
 TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps": 20}
 
 
-def stages(middle: int, target: int, steps: int, tiers: str) -> list[dict]:
+def stages(middle: int, target: int, steps: int, tiers: str, search: dict) -> list[dict]:
     """Return the plan; `tiers` is "position", or "one" for the paper's single set."""
-    of = {"kind": "search", "tiers": tiers, **SEARCH}
+    of = {"kind": "search", "tiers": tiers, **search}
     return [
         {**of, "length": middle},
         {"kind": "finetune", "length": middle, "tiers": tiers, "steps": steps, **TRAIN},
@@ -49,10 +51,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     middle, target = (1024, 2048) if args.cut else (2048, 8192)
     steps = args.steps or (20 if args.cut else 40)
+    search = SHORT_SEARCH if args.cut else SEARCH
     plans = {
-        "position": stages(middle, target, steps, "position"),
-        "one": stages(middle, target, steps, "one"),
-        "none": [{"kind": "search", "length": target, **SEARCH}],
+        "position": stages(middle, target, steps, "position", search),
+        "one": stages(middle, target, steps, "one", search),
+        "none": [{"kind": "search", "length": target, **search}],
     }
     documents = corpus.documents("search", min_length=middle)
     test = corpus.documents("test", min_length=target)
@@ -60,7 +63,7 @@ def main() -> None:
         began = time.monotonic()
         result = longrope.extend(
             load_packaged_model(), documents, target_length=target, out=args.out / name,
-            stages=plans[name], held_out=test, test_windows=8, progress=False,
+            stages=plans[name], held_out=test, test_windows=4 if args.cut else 8, progress=False,
         )  # fmt: skip
         print(f"\n{name}, {time.monotonic() - began:.0f} s (less where a run was resumed)\n")
         print(result.measured.table(), flush=True)

@@ -15,7 +15,7 @@ from longrope.cli.folders import check_config
 def info(
     what: Annotated[
         str | None,
-        typer.Argument(help="A folder of a model or a search, or factors; default: the build."),
+        typer.Argument(help="A folder of a model or a run, or factors; default: the build."),
     ] = None,
     runtime: Annotated[
         bool,
@@ -44,9 +44,12 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         return {**facts, "transformers": transformers.__version__}
     if Path(what).is_file():
         return _facts_of_factors(what)
+    from longrope.extension import folder as extension
     from longrope.factor_search.folder import FACTORS, summary
     from longrope.runs.folder import JOURNAL
 
+    if extension.is_one(Path(what)):
+        return extension.summary(Path(what))
     if (Path(what) / JOURNAL).is_file():
         found = Path(what) / FACTORS
         said = summary(Path(what))

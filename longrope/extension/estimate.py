@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longrope.evaluation.memory import cache_bytes, free_memory, plan_backward
+from longrope.evaluation.memory import cache_bytes, free_memory
 from longrope.evaluation.modes import evaluating, vocabulary
+from longrope.extension.finetune import recomputes
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.factor_search.methods import most_evaluations
 from longrope.factor_search.options import SearchOptions
@@ -89,14 +90,11 @@ def _of_stage(model: nn.Module, plan: Plan, stage: Stage) -> tuple[int, float, i
     if isinstance(stage, FinetuneStage):
         config = stage.config
         rows = config.steps * config.batch_size
-        recompute = config.activation_checkpointing
-        plain = plan_backward(model, stage.length, False)
-        if recompute is None:
-            recompute = plan_backward(model, stage.length) != plain
+        recompute = recomputes(model, stage)
         trained = 0 if config.lora_rank else sum(p.numel() for p in model.parameters())
-        kept = config.rows_per_pass * stage.length * _activations(model, bool(recompute))
+        kept = config.rows_per_pass * stage.length * _activations(model, recompute)
         memory = 2 * weights + _TRAINED_BYTES * trained + kept
-        return stage.length, rows * (1 + _BACKWARD + bool(recompute)), memory
+        return stage.length, rows * (1 + _BACKWARD + recompute), memory
     if isinstance(stage, RecoverStage):
         length = stage.lengths[-1]
         steps = stage.options.steps

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from longrope.runs.progress import bar
 
 #: What a stage leaves beside its weights: the loss of every step.
 LOSSES = "losses.csv"
+#: How it goes through the model, which a resumed stage has to adopt.
+NOTES = "notes.json"
 
 
 def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
@@ -45,10 +48,6 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
             "finetune: expected no context parallelism of accelerate, which splits SDPA alone and "
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"finetune: expected one process, got a job of {os.environ['WORLD_SIZE']} ranks"
         )
     if config.lora_rank:
         return
@@ -133,6 +132,8 @@ def finetune(
         _train(trained, model, rows, stage, out, progress)
     if config.lora_rank:
         trained.merge_and_unload()
+        if hasattr(model, "peft_config"):  # or the next adapters would be a second set
+            del model.peft_config
     for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(True).eval()
@@ -204,10 +205,7 @@ def _train(
     out.mkdir(parents=True, exist_ok=True)
     last = checkpoint.last_complete(out)
     cpu = device_of(model).type == "cpu"
-    recompute = config.activation_checkpointing
-    if recompute is None:
-        recompute = plan_backward(model, stage.length) != plan_backward(model, stage.length, False)
-    _checkpoint_activations(model, recompute)
+    _checkpoint_activations(model, _recomputes(model, stage, out))
     bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu)
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -235,8 +233,9 @@ def _train(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process: no nn.DataParallel over all of them
     with giving_loss(trained), contextlib.ExitStack() as stack:
-        trainer = RowTrainer(trained, arguments, train_dataset=rows, name=stage.name)
-        trainer.keep = config.keep
+        trainer = RowTrainer(
+            trained, arguments, train_dataset=rows, name=stage.name, keep=config.keep
+        )
         _quiet(trainer)
         trainer.add_callback(GradientGuard(trainer))
         if progress:
@@ -248,6 +247,23 @@ def _train(
         finally:
             _checkpoint_activations(model, False)
     _write_losses(out / LOSSES, trainer.state.log_history)
+
+
+def recomputes(model: nn.Module, stage: FinetuneStage) -> bool:
+    """Say whether a stage computes activations again: as asked, or by the memory that is free."""
+    asked = stage.config.activation_checkpointing
+    if asked is not None:
+        return asked
+    return plan_backward(model, stage.length) != plan_backward(model, stage.length, False)
+
+
+def _recomputes(model: nn.Module, stage: FinetuneStage, out: Path) -> bool:
+    """Return what `recomputes` said when the stage began: free memory must not change its bits."""
+    path = out / NOTES
+    if not path.is_file():
+        notes = {"activation_checkpointing": recomputes(model, stage)}
+        write_text(path, json.dumps(notes) + "\n")
+    return bool(json.loads(path.read_text(encoding="utf-8"))["activation_checkpointing"])
 
 
 def _checkpoint_activations(model: nn.Module, active: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,14 +18,17 @@ import torch
 from torch import nn
 
 from longrope._files import new_folder
+from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
 from longrope.patching.saving import exporting
 from longrope.runs import folder
-from longrope.runs.journal import Journal
+from longrope.runs.journal import Journal, is_begun, read
 
 KIND = "context extension"
 STAGES, MODEL, TIERS, TABLE = "stages", "model", "tiers.json", "table.md"
+#: The name of the last entry of a journal.
+EXPORT = "export"
 #: The weights that a stage of fine-tuning leaves in its own folder.
 WEIGHTS = "weights"
 
@@ -44,15 +46,17 @@ def header(
 ) -> dict[str, Any]:
     """Return what a run must share to be resumed."""
 
-    def hashed(texts: Iterable[torch.Tensor]) -> str:
-        return hashlib.sha256(" ".join(map(digest, texts)).encode()).hexdigest()[:16]
-
     return {
         "plan": plan.as_dict(),
         "model": fingerprint(model),
-        "documents": hashed(documents),
-        "held_out": hashed(held_out),
+        "documents": digests(documents),
+        "held_out": digests(held_out),
     }
+
+
+def digests(documents: Iterable[torch.Tensor]) -> str:
+    """Return a hash of documents."""
+    return hashlib.sha256(" ".join(map(digest, documents)).encode()).hexdigest()[:16]
 
 
 def explain(difference: str) -> str:
@@ -121,6 +125,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(stored.state_dict())
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file of ours."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def is_one(out: Path) -> bool:
+    """Say whether a folder is that of a run of `longrope.extend` that has begun."""
+    try:
+        return is_begun(out / folder.JOURNAL, KIND)
+    except JournalError:
+        return False
+
+
+def summary(out: Path) -> dict[str, Any]:
+    """Return what a folder holds, in words: the plan, and how far the run is."""
+    header, entries = read(out / folder.JOURNAL)
+    plan, rows = header["plan"], {e["stage"]: e.get("row") for e in entries}
+    facts: dict[str, Any] = {
+        "extension": f"{plan['window']} to {plan['target_length']} tokens",
+        "seed": plan["seed"],
+    }
+    for name, stage in plan["stages"].items():
+        row = rows.get(name)
+        reached = f"perplexity {row['overall']:.4f} on the held-out text" if row else "to be done"
+        facts[f"{stage['number']} {name}"] = reached
+    finished = EXPORT in rows
+    facts["state"] = "finished" if finished else "not finished; the same command resumes"
+    return facts

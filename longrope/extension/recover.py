@@ -19,7 +19,7 @@ from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import perplexity
 from longrope.evaluation.start import bos_token
 from longrope.extension.config import RecoverOptions
-from longrope.extension.folder import weights_hash
+from longrope.extension.folder import digests, weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
@@ -146,8 +146,13 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
         stack.enter_context(_factors_kept(model))
         journal = None
         if options.out is not None:
-            header = {"lengths": lengths, "weights": hashed, "bos": bos, **how,
-                      "tiers": [tier.as_fields() for tier in had]}  # fmt: skip
+            other = options.original
+            header = {
+                "lengths": lengths, "weights": hashed, "bos": bos, **how,
+                "original": None if other is None else weights_hash(other),
+                "test": None if test is None else digests(test),
+                "tiers": [tier.as_fields() for tier in had],
+            }  # fmt: skip
             path = Path(options.out)
             results = (TIERS, TABLE)
             journal = stack.enter_context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
         Documents for the table, each at least `target_length` long. None: one in ten of `documents`
         that are, drawn with `seed`, at least one.
     test_windows
-        At most so many windows of `target_length` tokens are measured after each stage.
+        At most so many windows of `target_length` tokens, each of another document, are measured
+        after each stage; drawn with `seed`.
     tokenizer
         To save beside the model; None: the files of the folder that the model came from.
     seed
@@ -188,6 +190,11 @@ def prepared(
 
     Returns the plan, the documents for the stages, and the excerpts for the table.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"extend: expected one process, got a job of {os.environ['WORLD_SIZE']} ranks "
+            "(longrope.search takes them)"
+        )
     settings = rope_settings(model)
     plan = make_plan(
         settings.loaded_length, options.target_length, options.finetune, options.stages,
@@ -213,7 +220,7 @@ def prepared(
     kept = like(documents, kept)
     for stage in plan.stages:
         _check_stage(model, stage, kept)
-    return plan, kept, like(documents, excerpts(held, target, options.test_windows))
+    return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
 
 
 def _held_out(
@@ -270,4 +277,4 @@ def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journ
             state.model, model, given, drop_start_tokens=True, tokenizer=tokenizer,
             measured=measured, found={"plan": json.loads(json.dumps(work.plan.as_dict()))},
         )  # fmt: skip
-        journal.append([{"stage": "export"}])
+        journal.append([{"stage": folder.EXPORT}])

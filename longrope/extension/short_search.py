@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from torch import nn
 
 from longrope.distributed.ranks import Ranks
-from longrope.evaluation.identity import digest
-from longrope.evaluation.memory import plan_backward, plan_batches
+from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
+from longrope.extension.folder import digests
 from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
@@ -44,8 +43,8 @@ def open_journal(
 ) -> Iterator[Journal]:  # fmt: skip
     """Hold the journal of a recovery in `out`."""
     folder.prepare(out, KIND, results, resume)
-    hashed = hashlib.sha256(" ".join(map(digest, documents)).encode()).hexdigest()[:16]
-    with Journal(out / folder.JOURNAL, {**header, "documents": hashed}, kind=KIND) as journal:
+    header = {**header, "documents": digests(documents)}
+    with Journal(out / folder.JOURNAL, header, kind=KIND) as journal:
         folder.write_config(out, {"options": header})
         yield journal
 
@@ -191,8 +190,14 @@ class ShortSearch:
     def _evaluators(
         self, length: int, below: Tiers | None
     ) -> tuple[PopulationEvaluator, GradientEvaluator]:
-        plan = plan_batches(self.model, length, name="lengths")
-        backward = plan_backward(self.model, length)
+        # What memory is free after a restart must not change the bits of later values.
+        plans = self.recorded(
+            lambda: [
+                plan_batches(self.model, length, name="lengths"),
+                plan_backward(self.model, length),
+            ]
+        )
+        plan, backward = BatchPlan(*plans[0]), BackwardPlan(*plans[1])
         base = self.had[-1].base_inv_freq()
         if below is None:
             return (

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,9 +44,17 @@ def measure(
     return Row(name, found.by_range + missing, math.nan if missing else float(found))
 
 
-def excerpts(documents: Sequence[torch.Tensor], length: int, most: int) -> list[torch.Tensor]:
-    """Return the first window of up to `most` documents, each `length` tokens."""
-    return [document[:length] for document in documents[:most]]
+def excerpts(
+    documents: Sequence[torch.Tensor], length: int, most: int, seed: int
+) -> list[torch.Tensor]:
+    """Return one window of `length` tokens of each of up to `most` documents, at random."""
+    random = np.random.default_rng([seed, 3])
+    chosen = random.permutation(len(documents))[:most]
+    windows = []
+    for index in sorted(chosen.tolist()):
+        start = int(random.integers(len(documents[index]) - length + 1))
+        windows.append(documents[index][start : start + length])
+    return windows
 
 
 def table_of(

@@ -61,12 +61,14 @@ class NotFiniteError(ValueError):
 
 
 class RowTrainer(Trainer):
-    """A Trainer of `TrainingRows` on a model inside `giving_loss`."""
+    """A Trainer of `TrainingRows` on a model inside `giving_loss`.
 
-    def __init__(self, *args: Any, name: str, **kwargs: Any):
+    `name` is what messages call the stage, `keep` the number of complete checkpoints that stay.
+    """
+
+    def __init__(self, *args: Any, name: str, keep: int = 1, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        #: What the stage is called, in messages.
-        self.name = name
+        self.name, self.keep = name, keep
         self.model_accepts_loss_kwargs = True  # the loss is divided here, by the tokens of a batch
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
@@ -127,9 +129,6 @@ class RowTrainer(Trainer):
             ) from None
         if self.args.should_save:
             checkpoint.forget(folder, self.keep)
-
-    #: How many complete checkpoints stay.
-    keep = 1
 
 
 class GradientGuard(TrainerCallback):

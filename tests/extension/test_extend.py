@@ -67,7 +67,9 @@ def test_the_table_has_a_row_for_the_model_as_it_was_and_for_each_stage(finished
         model, documents(), run.ExtendArguments(target_length=TARGET, out="x", stages=STAGES)
     )
     assert len(kept) == 11
-    assert not any(torch.equal(text[:TARGET], held_out[0]) for text in kept)
+    (excerpt,) = held_out
+    assert len(excerpt) == TARGET
+    assert not any((text.unfold(0, TARGET, 1) == excerpt).all(1).any() for text in kept)
     assert plan == result.plan
 
 
@@ -176,7 +178,7 @@ def test_too_little_text(tmp_path, texts, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_models_and_arguments_that_are_refused(tmp_path):
+def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     def refused(message, model=None, **arguments):
         given = {"target_length": TARGET, "out": tmp_path / "run", "stages": STAGES} | arguments
         with pytest.raises(ValueError, match=message):
@@ -191,6 +193,9 @@ def test_models_and_arguments_that_are_refused(tmp_path):
     refused("finetune: expected None or a FinetuneConfig, got dict", finetune={})
     refused("target_length: expected more than the window", target_length=16)
     refused("out: expected a path, got int", out=3)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        refused("extend: expected one process, got a job of 2 ranks")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
@@ -244,6 +249,9 @@ def test_the_commands_extend_and_recover(files, tmp_path):
     assert "| finetune-2: 2 steps of 32 tokens |" in shown
     said = json.loads((out / "config.json").read_text())["options"]
     assert (said["seed"], said["stages"]["finetune-2"]["config"]["batch_size"]) == (3, 2)
+    shown = call("info", out).stdout
+    for words in ("16 to 32 tokens", "2 finetune-2", "perplexity", "finished"):
+        assert words in shown
     shown = call(
         "recover", out / "model", files / "texts", "--lengths", 16, "--out", tmp_path / "short",
         "--steps", 2, "--samples", 1, "--original", files / "model", "--device", "cpu",

@@ -106,8 +106,13 @@ def test_a_recovery_resumes_to_the_bit(found, tmp_path, monkeypatch):
     assert result.perplexities == found[0].perplexities
     assert longrope.Tiers.load(tmp_path / "tiers.json") == result.tiers
     assert json.loads((tmp_path / "config.json").read_text())["options"]["lengths"] == [16, 32]
-    with pytest.raises(ValueError, match=r"another recovery \(seed: 0 there, 1 here\)"):
-        longrope.recover(extended(), documents(), **OPTIONS, seed=1, out=tmp_path)
+    for changes, message in (
+        ({"seed": 1}, r"another recovery \(seed: 0 there, 1 here\)"),
+        ({"test": documents()}, r"another recovery \(test: null there"),
+        ({"original": build_model()}, r"another recovery \(original: null there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            longrope.recover(extended(), documents(), **OPTIONS, **changes, out=tmp_path)
 
 
 @pytest.mark.parametrize(
