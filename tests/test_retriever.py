@@ -68,7 +68,7 @@ def test_the_script_trains_and_saves(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_retriever, "REPORT", 3)
     train_retriever.main(["--out", str(tmp_path), "--kind", kind])
     assert "step 3/3, windows of 256" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.config.model_type == kind and model.dtype == torch.bfloat16
     torch.manual_seed(0)
     fresh = train_retriever.build_model(kind)
