@@ -121,7 +121,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Give a model the weights that `save_weights` wrote, in place."""
-    stored = type(model).from_pretrained(path, dtype=model.dtype)
+    # In float32, which holds every 16-bit number: a model may have weights of several types.
+    stored = type(model).from_pretrained(path, dtype=torch.float32)
     model.load_state_dict(stored.state_dict())
 
 

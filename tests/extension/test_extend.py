@@ -128,6 +128,17 @@ def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
         extension_runs.run(out)
 
 
+def test_weights_of_several_types_come_back_as_they_were(tmp_path):
+    model, other = build_model().bfloat16(), build_model().bfloat16()
+    for each in (model, other):
+        each.model.norm.float()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 / 3)
+    folder.save_weights(model, tmp_path / "weights")
+    folder.load_weights(other, tmp_path / "weights")
+    assert weights_hash(other) == weights_hash(model)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
