@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_models
-from support.tokenizers import bpe
+from support.small_tokenizers import bpe
 from torch import nn
 
 import longrope

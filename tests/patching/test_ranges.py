@@ -12,7 +12,9 @@ from longrope.patching.families import FAMILIES, decoder
 from longrope.patching.ranges import joined, range_cache, ranges, turned_as_loaded
 
 ORIGINAL, MIDDLE, TARGET = 32, 64, 128
-BUILT = [t for f in FAMILIES if f.since < 5 or families.VERSION_5 for t in f.model_types]
+BUILT = [
+    t for f in FAMILIES if f.tiers and (f.since < 5 or families.VERSION_5) for t in f.model_types
+]
 
 
 def tiers_of(model, start_tokens=2):
