@@ -10,10 +10,13 @@ from longrope.checkpoints.hf import ABOUT, with_rope
 from longrope.checkpoints.source import TOKENIZER_FILES
 from longrope.factors import Tiers
 from longrope.patching import apply
+from longrope.patching.families import family_of
 
 
 def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     """Load a folder that `longrope.export` wrote, with its tiers by position applied.
+
+    Families that have none (gpt-oss) get the tiers by row.
 
     The configuration of the source is put back first, so that the first tier is the model as it was
     before the export, bit for bit where `tiers[0]` is the model as loaded.
@@ -62,4 +65,5 @@ def load(path: str | Path, **options: Any) -> tuple[Any, Any]:
     tokenizer = (
         AutoTokenizer.from_pretrained(path, trust_remote_code=False) if has_tokenizer else None
     )
-    return apply(model.eval(), tiers), tokenizer
+    rule = "position" if family_of(model).tiers else "row"
+    return apply(model.eval(), tiers, tiers=rule), tokenizer

@@ -18,7 +18,7 @@ from longrope.evaluation.perplexity import Perplexity, perplexity
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
 from longrope.patching.embedding import RescaledRotaryEmbedding
-from longrope.patching.families import decoder
+from longrope.patching.families import decoder, family_of
 from longrope.patching.tiered import TieredRotaryEmbedding
 
 
@@ -86,7 +86,8 @@ def measure_export(
         if plan.start_tokens:
             name = f"this export, were its {plan.start_tokens} start tokens known to readers"
             rows.append(measure(name, plan.long.replace(start_tokens=plan.start_tokens)))
-        rows.append(measure("longrope, tiers by position", plan.tiers))
+        rule = "position" if family_of(model).tiers else "row"
+        rows.append(measure(f"longrope, tiers by {rule}", plan.tiers, rule))
     return Measured(length, ranges, tuple(rows), len(tokens), scored[0].tokens, data)
 
 
