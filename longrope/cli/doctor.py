@@ -180,7 +180,12 @@ def _sliding(config: Any) -> str | None:
     if sliding == len(kinds):
         return (
             f"every layer sees {window} tokens at most: no distance beyond that occurs, whatever "
-            "the factors; sliding_window null in config.json lifts it"
+            "the factors; "
+            + (
+                'layer_types of "full_attention" in config.json lift it'
+                if getattr(config, "layer_types", None)
+                else "sliding_window null in config.json lifts it"
+            )
         )
     if not sliding:
         return None
