@@ -129,7 +129,8 @@ def test_search_of_a_ladder_writes_tiers_that_perplexity_takes(model_folder, tex
     assert tiers.limits == (32, 64, 128)
     assert tiers[-1] == longrope.RescaleFactors.load(run / "factors.json")
     assert str(tiers) in said and "tiers.json" in said
-    assert "64, 128 tokens" in call("info", run).stdout
+    shown = call("info", run).stdout
+    assert "64, 128 tokens" in shown and "tier 2" in shown
     options = ("--length", 128, "--factors", run / "tiers.json", "--device", "cpu")
     assert float(call("perplexity", model_folder, text, *options).stdout) > 1
     options = ("--target-length", 128, "--samples", 1, "--steps", 2, "--device", "cpu")

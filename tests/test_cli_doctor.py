@@ -119,6 +119,27 @@ def test_what_is_no_model_with_rotary_embeddings_is_one_sentence(tmp_path, conte
         diagnosis(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"head_dim": "64"},
+        {"num_attention_heads": 0},
+        {"layer_types": 3},
+        {"num_hidden_layers": None},
+    ],
+)
+def test_settings_of_a_wrong_type_are_no_traceback(tmp_path, fields):
+    config = {
+        "model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "max_position_embeddings": 64, "sliding_window": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    try:  # releases of transformers differ in what they refuse
+        assert diagnosis(tmp_path)["next"]
+    except ValueError as error:
+        assert str(error).startswith(("WHAT: ", "model: "))
+
+
 def test_phi_moe_and_a_family_that_is_not_tested(tmp_path):
     scaling = {"rope_type": "longrope", **TWOS, "short_mscale": 1.0, "long_mscale": 1.2,
                "original_max_position_embeddings": 64}  # fmt: skip

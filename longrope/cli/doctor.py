@@ -41,12 +41,26 @@ def diagnosis(folder: Path) -> dict[str, str]:
     Also where transformers cannot read its configuration, which is said. Raises `ValueError` where
     it is no model with rotary embeddings, or one that needs code of the folder's own.
     """
-    config, unread = _read(folder)
+    raw = check_config("WHAT", folder)
+    if not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"WHAT: {folder / 'config.json'}: expected one that names a model_type")
+    unread = None
     try:
-        settings = rope_settings(config)
-        config = text_config(config)
-    except (AttributeError, TypeError):  # not even the sizes of a language model
-        raise ValueError(f"WHAT: {unread or 'expected a model with rotary embeddings'}") from None
+        config, unread = _read(folder, raw)
+        return _facts(folder, config, unread)
+    except (ValueError, OSError, ImportError):
+        raise
+    except (AttributeError, TypeError) as error:  # not even the sizes of a language model
+        said = unread or f"expected a model with rotary embeddings ({_in_one_line(error)})"
+        raise ValueError(f"WHAT: {said}") from None
+    except Exception as error:  # what a value of a wrong type leads to has many kinds
+        raise ValueError(f"WHAT: {unread or _in_one_line(error)}") from None
+
+
+def _facts(folder: Path, config: Any, unread: str | None) -> dict[str, str]:
+    """Return the lines; any exception at all where settings are not of the type they should be."""
+    settings = rope_settings(config)
+    config = text_config(config)
     facts = {
         "model": f"{settings.model_type} ({_family(settings.model_type)})",
         "rope": f"theta {settings.rope_theta:g}, {settings.rotary_dim} of {settings.head_dim} "
@@ -75,19 +89,20 @@ def diagnosis(folder: Path) -> dict[str, str]:
     return facts
 
 
-def _read(folder: Path) -> tuple[Any, str | None]:
+def _read(folder: Path, raw: dict[str, Any]) -> tuple[Any, str | None]:
     """Return a folder's configuration, and what transformers says where it cannot read it."""
     import transformers
 
-    raw = check_config("WHAT", folder)
-    if not isinstance(raw.get("model_type"), str):
-        raise ValueError(f"WHAT: {folder / 'config.json'}: expected one that names a model_type")
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False), None
     except Exception as error:  # of many kinds: what it validates and how changes by release
-        reason = " ".join(str(error.args[0] if error.args else error).split())
-        said = f"transformers {transformers.__version__} cannot read config.json: {reason[:160]}"
+        reason = _in_one_line(error)
+        said = f"transformers {transformers.__version__} cannot read config.json: {reason}"
         return SimpleNamespace(**(_defaults(raw["model_type"]) | raw)), said
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())[:160]
 
 
 def _defaults(model_type: str) -> dict[str, Any]:
@@ -165,7 +180,12 @@ def _sliding(config: Any) -> str | None:
     if sliding == len(kinds):
         return (
             f"every layer sees {window} tokens at most: no distance beyond that occurs, whatever "
-            "the factors; sliding_window null in config.json lifts it"
+            "the factors; "
+            + (
+                'layer_types of "full_attention" in config.json lift it'
+                if getattr(config, "layer_types", None)
+                else "sliding_window null in config.json lifts it"
+            )
         )
     if not sliding:
         return None

@@ -13,6 +13,7 @@ from longrope.cli.common import (
     Model,
     Seed,
     TextField,
+    TokenCache,
     TokenDtype,
     one_sentence_errors,
 )
@@ -50,6 +51,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="RULER prompts of each task and length.")] = 20,
     text_field: TextField = "text",
     token_dtype: TokenDtype = None,
+    token_cache: TokenCache = None,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
@@ -70,8 +72,9 @@ def evaluate(
     if ladder:
         sets = {name: _by_position(network, each) for name, each in sets.items()}
     documents = load_documents(
-        "DATA", data, tokenizer, min(wanted), text_field=text_field, token_dtype=token_dtype
-    )
+        "DATA", data, tokenizer, min(wanted), text_field=text_field, token_dtype=token_dtype,
+        token_cache=token_cache,
+    )  # fmt: skip
     result = measure(
         network, documents, tokenizer, lengths=wanted, factors=sets, out=out,
         tasks=[task.strip() for task in tasks.split(",")], trials=trials, samples=samples,

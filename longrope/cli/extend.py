@@ -13,6 +13,7 @@ from longrope.cli.common import (
     Data,
     Model,
     TextField,
+    TokenCache,
     TokenDtype,
     one_sentence_errors,
 )
@@ -49,6 +50,7 @@ def extend(
     test_windows: Annotated[int, typer.Option(help="Windows that the table is measured on.")] = 8,
     text_field: TextField = "text",
     token_dtype: TokenDtype = None,
+    token_cache: TokenCache = None,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=READING)] = None,
 ) -> None:
@@ -58,7 +60,9 @@ def extend(
     from longrope.extension.run import ExtendArguments, prepared
 
     network, tokenizer = load_model(model, device)
-    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    reading = {
+        "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
+    }  # fmt: skip
     documents = load_documents("DATA", data, tokenizer, 2, **reading)
     test = None
     if held_out:

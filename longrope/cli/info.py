@@ -45,7 +45,7 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
     if Path(what).is_file():
         return _facts_of_factors(what)
     from longrope.extension import folder as extension
-    from longrope.factor_search.folder import FACTORS, summary
+    from longrope.factor_search.folder import FACTORS, TIERS, summary
     from longrope.runs.folder import JOURNAL
 
     if extension.is_one(Path(what)):
@@ -55,6 +55,8 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         said = summary(Path(what))
         if not found.is_file():
             return said
+        if (Path(what) / TIERS).is_file():  # of a ladder, whose last tier alone is in the other
+            found = Path(what) / TIERS
         length = said["target length"]
         following = f"longrope perplexity MODEL DATA --length {length} --factors {found}"
         return said | _facts_of_factors(found) | {"next": following}

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from longrope.cli.common import DEVICE, Data, TextField, TokenDtype, one_sentence_errors
+from longrope.cli.common import (
+    DEVICE,
+    Data,
+    TextField,
+    TokenCache,
+    TokenDtype,
+    one_sentence_errors,
+)
 from longrope.cli.inputs import choose_device, load_documents, load_model, on_device
 from longrope.cli.options import takes
 from longrope.extension.config import RecoverOptions
@@ -33,6 +40,7 @@ def recover(
     ] = None,
     text_field: TextField = "text",
     token_dtype: TokenDtype = None,
+    token_cache: TokenCache = None,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
@@ -50,7 +58,9 @@ def recover(
         tokenizer = None
     elif tokenizer is None:
         raise ValueError(f"MODEL: expected a tokenizer in the folder {model!r}, got none")
-    reading = {"text_field": text_field, "token_dtype": token_dtype}
+    reading = {
+        "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
+    }  # fmt: skip
     judged = None
     if test:
         judged = load_documents("--test", test, tokenizer, lengths[-1], **reading)

@@ -64,9 +64,10 @@ class TokenCache:
             # Copy-on-write: torch warns about arrays that it may not write.
             ids = np.load(entry / _IDS, mmap_mode="c", allow_pickle=False)
             *lengths, checksum = np.load(entry / _LENGTHS, allow_pickle=False).tolist()
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, TypeError, EOFError):  # also of other shapes
             return None
-        if sum(lengths) != len(ids) or zlib.crc32(ids) != checksum:
+        whole = ids.ndim == 1 and all(type(length) is int for length in lengths)
+        if not whole or sum(lengths) != len(ids) or zlib.crc32(ids) != checksum:
             return None
         return [part.view(np.ndarray) for part in np.split(ids, np.cumsum(lengths)[:-1])]
 

@@ -57,7 +57,8 @@ def load_data(
         The type of the tokens in `.bin` files, which do not say it: `"uint16"` or `"uint32"`, say.
     cache
         A folder that keeps the token ids of text files, by content and tokenizer: the next call
-        reads them from there. For fast tokenizers; None: nothing is kept.
+        reads them from there, all documents of a file in the largest of their types. Not inside a
+        folder that is read. For fast tokenizers; None: nothing is kept.
 
     Returns
     -------
@@ -105,7 +106,10 @@ def read_documents(
     notes = Notes()
     reading = Reading(text_field, checked_dtype(token_dtype), notes)
     encode = Encoder(tokenizer)
-    kept_tokens = None if cache is None else TokenCache(cache, encode, text_field)
+    kept_tokens = None
+    if cache is not None:
+        _check_outside(Path(cache), paths)
+        kept_tokens = TokenCache(cache, encode, text_field)
     documents: list[np.ndarray] = []
     ready_made = False  # ids that were in a file
     for one in paths:
@@ -131,6 +135,18 @@ def read_documents(
     if encode.knows_bos and not ready_made:
         kept = Documents(kept, encode.bos)
     return kept, notes.line()
+
+
+def _check_outside(cache: Path, paths: Sequence[Path]) -> None:
+    """Refuse a cache whose files would be read as documents the next time."""
+    for one in paths:
+        if one.is_dir() and cache.resolve().is_relative_to(one.resolve()):
+            inside = cache.resolve().relative_to(one.resolve()).parts
+            if not any(part.startswith(".") for part in inside):  # hidden ones are not read
+                raise ValueError(
+                    f"cache: expected a folder outside {str(one)!r}, whose files are documents, "
+                    f"got {str(cache)!r}"
+                )
 
 
 def _of_file(

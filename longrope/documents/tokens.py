@@ -83,7 +83,9 @@ class Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if getattr(self.tokenizer, "is_fast", False) is not True or not hasattr(backend, "to_str"):
             return None
-        return f"{backend.to_str()} {self._before} {self._after}"
+        # What the tokenizer says at every call is not part of its backend's own state.
+        split = getattr(self.tokenizer, "split_special_tokens", False)
+        return f"{backend.to_str()} {self._before} {self._after} {split}"
 
     def bare(self, text: str) -> np.ndarray:
         """Return the token ids of a short text alone, without BOS and EOS: int64, 1-D.

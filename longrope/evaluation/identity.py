@@ -40,7 +40,8 @@ def fingerprint(model: nn.Module) -> str:
     another folder, or under another release of transformers. Of a weight that cannot be read (on
     the meta device) its name and size count.
     """
-    found = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
+    settings = _settings(model) | _adapters(language_model(model))
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     # Sharded weights are whole in the state of what gathers them alone.
     source = model if is_sharded(model) else language_model(model)
     named = ((_name(name), name, value) for name, value in source.state_dict().items())
@@ -90,6 +91,17 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     }
     rope["original_length"] = rope_settings(config).original_length  # stated, or what it counts as
     return settings | {"rope": rope, "model_type": config.model_type}
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """Return which adapters of PEFT are in force in which layers, and their scales."""
+    found = {}
+    for name, module in model.named_modules():
+        disabled, scales = getattr(module, "disable_adapters", None), getattr(module, "scaling", {})
+        if isinstance(disabled, bool) and isinstance(scales, Mapping):
+            active = [] if disabled else module.active_adapters
+            found[_name(name)] = [[adapter, scales.get(adapter)] for adapter in active]
+    return {"adapters": found} if found else {}
 
 
 def _name(name: str) -> str:

@@ -41,22 +41,26 @@ def beside(
     Nothing is measured where windows go through the model in pieces, which frequencies by the
     length of the whole ("dynamic") cannot follow.
     """
-    rope = rope_settings(model)
-    loaded = rope.loaded
-    lambdas = [1.0] * len(result.factors.lambdas) if loaded is None else loaded.lambdas.tolist()
-    factor = 1.0 if loaded is None else loaded.attention_factor
+    applied, loaded = getattr(decoder(model).rotary_emb, "tiers", None), rope_settings(model).loaded
+    # Of several tiers the last: at the target they reach farthest.
+    last = loaded if applied is None else applied[-1]
+    dims = len(result.factors.lambdas)
+    said = ((1.0,) * dims, 0, 1.0) if last is None else (
+        tuple(last.lambdas.tolist()), last.start_tokens, last.attention_factor
+    )  # fmt: skip
     measured = []
     for role in (role for role in _NAMES if role in windows):
         loss = _measure(model, evaluator, windows[role], job)
         if loss is None:
             return result
         loss = loss if math.isfinite(loss) else math.inf
+        lambdas, start_tokens, factor = said
         count = len(windows[role])
-        measured.append(Evaluation(role, -1, AS_LOADED, tuple(lambdas), 0, loss, factor, count))
+        measured.append(Evaluation(role, -1, AS_LOADED, lambdas, start_tokens, loss, factor, count))
     if job.first:
         _compare(result, measured[-1])
     history = result.history
-    if rope.rope_type != "default" or hasattr(decoder(model).rotary_emb, "original"):
+    if applied is not None or rope_settings(model).rope_type != "default":
         history = (*history, *measured)
     return dataclasses.replace(result, loaded=tuple(measured), history=history)
 
@@ -78,7 +82,9 @@ def _measure(
     model: nn.Module, evaluator: PopulationEvaluator, windows: Tensor, job: Ranks
 ) -> float | None:
     """Return the mean NLL of windows, the same on all ranks; None where it cannot be measured."""
-    loaded = rope_settings(model).loaded
+    applied, loaded = getattr(decoder(model).rotary_emb, "tiers", None), rope_settings(model).loaded
+    if applied is not None:
+        loaded = applied[0] if len(applied) == 1 else None  # one set cannot stand for several
     sharded = isinstance(evaluator, ShardedEvaluator)
     stands = not sharded and (evaluator.chunk is None or may_be_cut(model))
     if not stands and loaded is None:

@@ -91,6 +91,8 @@ def summary(out: Path) -> dict[str, Any]:
         last = max((entry["tier"] for entry in entries), default=1)
         entries = [entry for entry in entries if entry["tier"] == last]
     chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
+    stage = problem.get("stage")
+    stage = None if stage is None else RescaleFactors(**stage)
     for role, name in ((Role.SEARCH, "search windows"), (Role.VALIDATION, "held-out windows")):
         found = [e for e in entries if e["role"] == role and e["nll"] is not None]
         if found:
@@ -98,7 +100,7 @@ def summary(out: Path) -> dict[str, Any]:
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
             compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
             # A margin may have kept another point than the best.
-            kept = [e for e in found if chosen is not None and _is(e, chosen)]
+            kept = [e for e in found if chosen is not None and _is(e, chosen, stage)]
             if kept and kept[-1]["nll"] > best["nll"]:
                 compared += f", {math.exp(best['nll']):.4f} at best"
             shown, what = (kept[-1], "chosen, on") if kept else (best, "best on")
@@ -106,11 +108,14 @@ def summary(out: Path) -> dict[str, Any]:
     return facts
 
 
-def _is(entry: Mapping[str, Any], factors: RescaleFactors) -> bool:
-    """Say whether an entry of the journal has measured these factors."""
+def _is(entry: Mapping[str, Any], factors: RescaleFactors, stage: RescaleFactors | None) -> bool:
+    """Say whether an entry of the journal, on top of a stage, has measured these factors."""
     own = entry["attention_factor"]  # None: that of the search
+    lambdas = np.array(entry["hundredths"]) / STEPS
+    if stage is not None and not entry.get("from_base"):
+        lambdas = stage.lambdas * lambdas
     return (
-        np.array_equal(np.array(entry["hundredths"]) / STEPS, factors.lambdas)
+        np.array_equal(lambdas, factors.lambdas)
         and entry["start_tokens"] == factors.start_tokens
         and (own is None or own == factors.attention_factor)
     )

@@ -60,7 +60,15 @@ class Problem:
         of it. `target_length` is that of a tier, where it is not the options'. Raises `ValueError`
         with one sentence where they do not fit the model.
         """
-        original = options.original_length or rope.original_length
+        original = (rope if stage is None else stage).original_length
+        if options.original_length is not None:
+            if stage is not None and options.original_length != original:
+                raise ValueError(
+                    f"original_length: expected {original}, from which the factors or the scaling "
+                    f"of the model count, got {options.original_length}; scaling='ignore' searches "
+                    "from the base"
+                )
+            original = options.original_length
         target = options.target_length if target_length is None else target_length
         if target <= original:
             raise ValueError(

@@ -146,7 +146,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         candidates; or `"search"`: learned in the descent, from YaRN's. None: `"yarn"` with
         `method="evolution"`, else `"search"`.
     original_length
-        The window the model was trained for; None: from its config.
+        The window the model was trained for; None: from its config. On top of a stage that from
+        which the stage counts, and no other.
     validation
         Held-out documents for the final choice.
     max_lambda

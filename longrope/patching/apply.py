@@ -13,7 +13,7 @@ from longrope.patching import cache_guard, row_tiers, tiered
 from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
-from longrope.patching.notices import warn_of_factors
+from longrope.patching.notices import warn_of_factors, without_windows
 from longrope.patching.rotation import accept_rotations
 from longrope.patching.saving import warn_on_save
 from longrope.patching.settings import RopeSettings, rope_settings
@@ -265,6 +265,6 @@ def check_windows(base: nn.Module, tiers: Tiers) -> None:
     if all(stays_as_loaded(layer, tiers.limits[0]) for layer in attention_layers(base)):
         raise ValueError(
             "model: expected a layer that sees beyond the first tier, "
-            f"{tiers.limits[0]} tokens, but every layer has a sliding window within it; set "
-            "config.sliding_window to None before loading to extend it"
+            f"{tiers.limits[0]} tokens, but every layer has a sliding window within it; to extend "
+            f"it, load the model with {without_windows(base.config)}"
         )

@@ -27,17 +27,22 @@ def farthest(model: Any) -> int | None:
     return None if not windows or None in windows else max(windows)
 
 
+def without_windows(config: Any) -> str:
+    """Return what a model is to be loaded with so that no layer slides, as keyword arguments.
+
+    Layers of named types ask for the window's size as long as they are sliding ones.
+    """
+    if getattr(config, "layer_types", None):
+        return f'layer_types=["full_attention"] * {config.num_hidden_layers}'
+    return "sliding_window=None"
+
+
 def window_notice(model: Any, length: int) -> str | None:
     """Return the sentence for a model whose layers all see less than `length` tokens, or None."""
     reach = farthest(model)
     if reach is None or reach >= length:
         return None
-    config = decoder(model).config
-    fields = "sliding_window=None"
-    if getattr(config, "use_sliding_window", False):
-        fields = "use_sliding_window=False"
-    elif getattr(config, "layer_types", None):
-        fields = f'layer_types=["full_attention"] * {config.num_hidden_layers}'
+    fields = without_windows(decoder(model).config)
     return (
         f"every layer of the model has a sliding window, of at most {reach} tokens: among {length} "
         f"tokens no distance beyond that occurs, whatever the factors; to extend it, load the "

@@ -132,3 +132,33 @@ def test_the_commands_name_their_option(files, tmp_path):
     kept = load_documents("DATA", files, tokenizer(), 1, token_cache=tmp_path / "kept")
     assert lists(kept) == lists(load_data(files, tokenizer()))
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_special_tokens_that_are_split_are_another_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three")
+    whole, split = tokenizer(), tokenizer()
+    for made in (whole, split):
+        made.add_special_tokens({"additional_special_tokens": ["two three"]})
+    split.split_special_tokens = True
+    found = [
+        lists(load_data(tmp_path / "a.txt", made, cache=tmp_path / "cache"))
+        for made in (whole, split)
+    ]
+    assert found[0] != found[1] == lists(load_data(tmp_path / "a.txt", split))
+
+
+def test_a_cache_among_the_documents_is_refused(files):
+    for inside in (files, files / "cache"):
+        with pytest.raises(ValueError, match=r"cache: expected a folder outside '.*texts', whose"):
+            load_data(files, tokenizer(), cache=inside)
+    for _ in range(2):  # hidden files are no documents
+        assert len(load_data(files, tokenizer(), cache=files / ".cache")) == 4
+
+
+@pytest.mark.parametrize("lengths", [np.int64(3), np.zeros((2, 2)), np.array([90.0, 1])])
+def test_an_entry_of_another_shape_is_read_again(files, tmp_path, lengths):
+    first = load_data(files / "a.txt", tokenizer(), cache=tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").iterdir()
+    np.save(entry / "lengths.npy", lengths)
+    again = load_data(files / "a.txt", tokenizer(), cache=tmp_path / "cache")
+    assert lists(again) == lists(first)

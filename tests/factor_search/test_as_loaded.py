@@ -71,6 +71,16 @@ def test_it_is_the_model_as_it_stands_on_the_same_windows(rope, applied):
     assert own or AS_LOADED not in {e.origin for e in result.history}
 
 
+def test_it_says_which_factors_were_applied():
+    factors = longrope.RescaleFactors.yarn(
+        original_length=16, target_length=24, rotary_dim=16
+    ).replace(start_tokens=2)
+    for applied in (factors, factors.ladder()):  # of tiers the last
+        result, _ = said(longrope.apply(build(), applied), windows(1), **ONCE)
+        expected = tuple(factors.lambdas.tolist()), 2, factors.attention_factor
+        assert {e.factors for e in result.loaded} == {expected}
+
+
 def test_a_result_that_is_worse_says_so(monkeypatch):
     """Never beaten silently: with a budget of the rules alone some model is better as loaded."""
     model = build(SCALED["linear"])

@@ -10,6 +10,7 @@ from support.tiny_search import SIZES, build_documents
 
 import longrope
 from longrope import RescaleFactors, Tiers
+from longrope.factor_search import folder
 from longrope.factor_search.history import AS_LOADED
 from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
@@ -181,8 +182,30 @@ def test_another_stage_is_another_search(texts, tmp_path):
     assert again.factors == RescaleFactors.load(tmp_path / "factors.json")
 
 
+def test_factors_that_count_from_another_window_than_the_config_says(texts):
+    own = FIRST.replace(original_length=8)
+    with pytest.warns(UserWarning, match="count from an original length of 8"):
+        model = longrope.apply(build(), own)
+    result = search(model, texts, ladder=True)
+    assert [tier.original_length for tier in result.tiers] == [8, 8]
+    first, second = result.stages
+    assert (first * second).original_length == result.factors.original_length == 8
+
+
+def test_what_is_said_of_its_folder(texts, tmp_path):
+    """The factors that came back are found in the journal, which has them on top of the stage."""
+    result = search(with_factors(), texts, out=tmp_path)
+    facts = folder.summary(tmp_path)
+    assert facts["chosen, on the search windows"].startswith(f"perplexity {result.perplexity:.4f}")
+    assert facts["chosen, on the held-out windows"].startswith(
+        f"perplexity {result.validation_perplexity:.4f}"
+    )
+
+
 def test_bad_input(texts):
     with pytest.raises(ValueError, match="target_length: expected more than the window of the mod"):
         search(with_factors(), texts, target_length=24)
+    with pytest.raises(ValueError, match="original_length: expected 16, from which the factors or"):
+        search(scaled(), texts, original_length=24)
     with pytest.raises(ValueError, match="scaling: expected one of 'compose', 'ignore', got 'n"):
         search(build(), texts, scaling="no")

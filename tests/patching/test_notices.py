@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
+import torch
 from support import families
 from support.tiny_models import ORIGINAL, ROTARY_DIM, TARGET, build, factors, tokens
+from transformers import AutoModelForCausalLM
 
 import longrope
 from longrope.patching.notices import farthest, window_notice
@@ -14,6 +17,9 @@ from longrope.patching.notices import farthest, window_notice
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW = "every layer of the model has a sliding window, of at most 16 tokens: among 128 tokens"
+
+#: What makes every layer of a family slide.
+ALL_SLIDE = {"mistral": {}, "qwen2": {"use_sliding_window": True, "max_window_layers": 0}}
 
 
 def said(call, *arguments, **options):
@@ -70,9 +76,21 @@ def test_layers_that_slide_among_layers_that_do_not(model_type):
     assert said(longrope.apply, model, yarn) == []
 
 
-def test_sliding_qwen2_names_its_own_switch():
-    model = build("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=0)
-    assert "load the model with use_sliding_window=False" in window_notice(model, TARGET)
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_model_that_is_loaded_as_the_notice_says_has_no_window(tmp_path, kind):
+    model = build(kind, sliding_window=16, **ALL_SLIDE[kind])
+    notice = window_notice(model, TARGET)
+    with pytest.raises(ValueError, match="a layer that sees beyond the first tier") as refused:
+        longrope.apply(model, factors().ladder())
+    name, text = re.search(r"load the model with (\w+)=(.*?) and count", notice).groups()
+    assert str(refused.value).endswith(f"load the model with {name}={text}")
+    value = None if text == "None" else ["full_attention"] * 2
+    assert text in ("None", '["full_attention"] * 2')
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **{name: value})
+    assert farthest(again) is None
+    ids = tokens(1, 40)
+    assert not torch.allclose(again(ids).logits, model(ids).logits)  # it sees farther
 
 
 def test_a_model_of_no_family_has_no_farthest():

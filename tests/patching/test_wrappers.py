@@ -223,6 +223,23 @@ def test_the_fingerprint_reads_the_parts_of_a_packed_weight():
     assert fingerprint(build(0.5)) == fingerprint(build(0.5)) != fingerprint(build(0.25))
 
 
+def test_the_fingerprint_knows_which_adapters_are_in_force():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build_model(), settings)
+    model.add_adapter("other", settings)
+    known_as = {fingerprint(model)}
+    model.set_adapter("other")
+    known_as.add(fingerprint(model))
+    with model.disable_adapter():
+        known_as.add(fingerprint(model))
+    for layer in model.modules():
+        if isinstance(getattr(layer, "scaling", None), dict):
+            layer.scaling["other"] *= 2
+    known_as.add(fingerprint(model))
+    assert len(known_as) == 4
+
+
 def test_the_fingerprint_of_weights_that_are_not_there_is_of_their_sizes():
     with torch.device("meta"):
         model = build_model()
