@@ -8,8 +8,8 @@
 # ones, in the same order. MODEL: folder of SmolLM2 (benchmarks/smollm2.py), DATA: a long text; the
 # last step needs both. REHEARSE=1 runs the flow on a CPU, small.
 # It builds in place and installs nothing; an extension that was built elsewhere for this torch and
-# lies in longrope/ is taken. Needs torch with CUDA, transformers, pytest and hypothesis; nvcc to
-# build; no network.
+# lies in longrope/ is taken. Needs torch with CUDA, transformers, pytest and hypothesis, with
+# pytest-xdist more tests in the time; nvcc to build; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu_check}
@@ -90,7 +90,9 @@ run ceilings 30 "$python" .ci/gpu_ceilings.py --device "$device" --csv "$out/res
 run attention 80 measure bench_attention --rounds 5
 run nll 45 measure bench_perplexity --dtype bfloat16 --shape 8192 4096 32000 --rounds 5
 run rope 45 measure bench_rope --tokens 65536 --graph --rounds 5
-run tests 120 "$python" -m pytest -q -n "$([ "$device" = cuda ] && echo 8 || echo 1)" -p no:cacheprovider \
+spread=()  # over processes where pytest-xdist is there
+"$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8)
+run tests 120 "$python" -m pytest -q "${spread[@]}" -p no:cacheprovider \
   tests/ops tests/test_devices.py -k "$([ "$device" = cuda ] && echo cuda || echo opcheck)" \
   --junitxml "$out/tests.xml"
 run search 60 measure bench_search --dtype bfloat16 --rounds 3
@@ -99,7 +101,7 @@ if [ "$device" = cuda ]; then
   run profile 60 profile
 fi
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
-  run smollm2 120 bash -c '"$python" -m longrope search "$MODEL" --data "$DATA" --target-length 65536 \
+  run smollm2 120 bash -c '"$python" -m longrope search "$MODEL" "$DATA" --target-length 65536 \
     --device "$device" --out "$out/run" > "$out/smollm2.txt" 2>&1; status=$?
     rm -rf "$out/run"; exit $status'
 fi

@@ -7,9 +7,9 @@ the packaged model reads Python source with a line `MAGIC_NUMBER = ...` near its
 asked to continue `MAGIC_NUMBER = ` at the end; a model of 3.5 M parameters rarely can.
 
 What a real model needs: an instruction-tuned model, and factors that keep retrieval alive: searched
-ones rather than YaRN's (`longrope search`), and a look at the distance (`longrope.passkey` where it
-exists). For an 8B Llama a document of 128k tokens, a novel, takes 16 GiB of keys and values and
-7e15 FLOP: some ten seconds on an H100, hours on a CPU. Each token of the answer reads the cache.
+ones rather than YaRN's (`longrope search`), and a look at the distance (`longrope passkey`).
+For an 8B Llama a document of 128k tokens, a novel, takes 16 GiB of keys and values and 7e15 FLOP:
+some ten seconds on an H100, hours on a CPU. Each token of the answer reads the cache.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ import pytest
 import torch
 from support import tiny_models
 from support.byte_tokenizer import byte_tokenizer
+from typer.main import get_command
+
+from longrope.cli.main import app
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -61,3 +64,19 @@ def test_a_model_of_your_own(blocks, tmp_path, monkeypatch, one_thread):
         exec(code, names)
     assert names["output"].shape == (2, 1024, 512)
     assert names["model"].tiers.limits == (256, 512, 1024)
+
+
+ROOT = README.parent
+COMMANDS = get_command(app).commands
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(ROOT.glob("docs/*.md")), README, ROOT / ".ci/gpu_check.sh"],
+    ids=lambda p: p.name,
+)
+def test_commands_have_the_options_that_they_are_shown_with(path):
+    text = path.read_text().replace("\\\n", " ")
+    for name, rest in re.findall(rf"longrope ({'|'.join(COMMANDS)})\b([^\n`]*)", text):
+        known = {option for p in COMMANDS[name].params for option in (*p.opts, *p.secondary_opts)}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) <= known | {"--help"}, name + rest

@@ -68,7 +68,13 @@ def evaluate(
         sets[name] = load_factors(
             path, network, max(wanted), rope_theta=None, attention_factor=None
         )
-    sets |= _baselines(network, baselines, max(wanted))
+    rules = _baselines(network, baselines, max(wanted))
+    for name in rules.keys() & sets.keys():
+        raise ValueError(
+            f"--baselines: expected names that no file of --factors has, got {name!r} twice; "
+            "rename the file"
+        )
+    sets |= rules
     if ladder:
         sets = {name: _by_position(network, each) for name, each in sets.items()}
     documents = load_documents(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +44,13 @@ def vocabulary(model: nn.Module) -> int | None:
         raise ValueError(
             "model: expected a Hugging Face causal language model, "
             f"got {type(inner).__name__}{without}"
+        )
+    taken = inspect.signature(inner.forward).parameters.values()
+    if not any(p.name == "input_ids" or p.kind is p.VAR_KEYWORD for p in taken):
+        hint = "; its .llama is one" * hasattr(inner, "llama")
+        raise ValueError(
+            "model: expected a Hugging Face causal language model, "
+            f"got {type(inner).__name__}, which takes no input_ids{hint}"
         )
     embedding = getattr(inner, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)

@@ -114,6 +114,8 @@ def passkey(
     choice("protocol", protocol, PROTOCOLS)
     wanted = check_lengths(lengths)
     trials, seed, depths = count("trials", trials), natural("seed", seed), count("depths", depths)
+    if batch_size is not None:
+        count("batch_size", batch_size)
     tokens = PromptTokens(tokenizer, model, bos)
     make = {"longrope": token_exact, "longlora": cut_by_characters}[protocol]
     prompts = [

@@ -50,11 +50,11 @@ class PromptTokens:
         Raises `ValueError` for ids that the model has no embedding of.
         """
         ids = self._encoder.bare(text)
-        most = int(ids.max(initial=0))
-        if self._vocabulary is not None and most >= self._vocabulary:
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+        if self._vocabulary is not None and not 0 <= low <= high < self._vocabulary:
             raise ValueError(
                 f"tokenizer: expected ids within the model's vocabulary of {self._vocabulary}, "
-                f"got {most}"
+                f"got {low if low < 0 else high}"
             )
         return ids.tolist()
 

@@ -75,8 +75,9 @@ def evaluate(
         `passkey.png`.
     tasks
         Of `"perplexity"` (windows that do not overlap), `"passkey"`, `"ruler"` and `"longppl"`,
-        whose key tokens are, for all rows, those of the first set of `factors` that has enough of
-        them (of the model itself, without factors); nothing at lengths within the original window.
+        whose key tokens are those of the first set of `factors` that has enough of them, for it
+        and all sets after it (of the model as loaded only where no set has); nothing at lengths
+        within the original window.
     trials
         Passkey prompts of each length.
     samples
@@ -106,6 +107,7 @@ def evaluate(
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks: expected names of {', '.join(TASKS)}, got {tasks!r}")
     tasks = tuple(dict.fromkeys(choice("tasks", task, TASKS) for task in tasks))
+    choice("tiers", tiers, ("position", "row"))
     trials, samples = count("trials", trials), count("samples", samples)
     asked = {"trials": trials, "samples": samples, "seed": natural("seed", seed), "bos": bos}
     sets: dict[str, Any] = {AS_LOADED: None, **(factors or {})}
@@ -160,7 +162,11 @@ def _figures(
     progress: bool,
 ) -> list[Figure]:
     """Return all figures, those of the journal and then those that are measured now."""
-    units = list(itertools.product(header["lengths"], header["tasks"], _judge_first(sets)))
+    units = [
+        (length, task, name)
+        for length, task in itertools.product(header["lengths"], header["tasks"])
+        for name in _order(sets, task)
+    ]
     # In units of the tokens that go through the model, roughly: what the time left is read from.
     costs = {"perplexity": 10, "longppl": 20, "passkey": header["trials"],
              "ruler": 6 * header["samples"]}  # fmt: skip
@@ -189,9 +195,15 @@ def _figures(
     return figures
 
 
-def _judge_first(sets: Mapping[str, Any]) -> list[str]:
-    """Return the names, the one whose LongPPL says which tokens are key before all others."""
+def _order(sets: Mapping[str, Any], task: str) -> list[str]:
+    """Return the names of the sets in the order in which a task measures them.
+
+    For LongPPL the model as loaded comes last: beyond its window it must not say which tokens are
+    key while any set of factors can.
+    """
     names = list(sets)
+    if task == "longppl":
+        return [*names[1:], names[0]]
     return names if len(names) == 1 else [names[1], names[0], *names[2:]]
 
 

@@ -30,6 +30,7 @@ def llama_config(
     sizes = {"d_model": d_model, "n_heads": n_heads, "num_layers": num_layers}
     sizes |= {"base_length": base_length, "vocab_size": vocab_size}
     sizes = {name: _validation.count(name, size) for name, size in sizes.items()}
+    d_model, n_heads = sizes["d_model"], sizes["n_heads"]
     n_kv_heads = n_heads if n_kv_heads is None else _validation.count("n_kv_heads", n_kv_heads)
     d_ff = 64 * -(-8 * d_model // 192) if d_ff is None else _validation.count("d_ff", d_ff)
     theta = _validation.positive("theta", theta, above=1)
@@ -89,9 +90,19 @@ def inputs(inputs: Any, labels: Any, config: Any) -> None:
     _check_ids("labels", labels, config.vocab_size, ignored=IGNORED)
 
 
+def prompt(ids: Any, config: Any) -> None:
+    """Refuse what is no prompt of token ids `[B, N]`."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        shown = _shown(ids) if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids: expected token ids [B, N], B and N at least 1, got {shown}")
+    _check_ids("input_ids", ids, config.vocab_size)
+
+
 def _check_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
     if ignored is not None:
         ids = ids.masked_fill(ids == ignored, 0)
+    if ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        ids = ids.long()  # torch has no comparisons of these
     low, high = (int(edge) for edge in torch.aminmax(ids))
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high

@@ -69,6 +69,9 @@ def recovered(
         )
     if lengths is None:
         lengths = [2 * base] if 2 * base < target else []
+    if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Iterable):
+        raise ValueError(f"lengths: expected numbers of tokens, got {lengths!r}")
+    lengths = list(lengths)
     for length in lengths:
         if not base < _validation.integer("lengths", length, 1) < target:
             raise ValueError(

@@ -347,7 +347,8 @@ class LongRoPEModel(nn.Module):
 
         Options are its own: `max_new_tokens`, `do_sample`, ... Returns int64 `[B, N + new]`.
         """
-        return self.llama.generate(input_ids.to(self.device), **options)
+        checks.prompt(input_ids, self.llama.config)
+        return self.llama.generate(input_ids.long().to(self.device), **options)
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -380,6 +381,6 @@ class LongRoPEModel(nn.Module):
         Without tiers its logits are this model's. Extended, it is what `longrope.export` writes of
         the last tier, and `options` are its own: plain transformers then turns the tokens of a
         whole sequence by one set, as this model does after `set_tiers(model.tiers[-1])`, and
-        `longrope.load` gives it its tiers back.
+        `longrope.load` gives it its tiers back (of a single set its ladder; `save` keeps the one).
         """
         return files.export(self, path, options)

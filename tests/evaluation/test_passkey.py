@@ -219,6 +219,13 @@ def test_intervals():
         ({"protocol": "longlora", "lengths": [200]}, "lengths: expected at least "),
         ({"tokenizer": 3}, "tokenizer: expected a tokenizer or a function"),
         ({"tokenizer": lambda text: [999] * len(text)}, "tokenizer: expected ids within"),
+        ({"tokenizer": lambda text: [-1] * len(text)}, "tokenizer: expected ids within"),
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        (
+            {"model": longrope.LongRoPEModel(16, 2, 1, 32)},
+            "model: expected a Hugging Face causal language model, got LongRoPEModel, which takes "
+            "no input_ids; its .llama is one",
+        ),
         ({"model": nn.Linear(2, 2)}, "model: expected a causal language model with generate"),
         ({"model": 3}, "model: expected a causal language model with generate"),
     ],

@@ -127,9 +127,27 @@ def test_key_tokens_are_those_of_the_first_set_for_all(tmp_path, monkeypatch):
     found = longrope.evaluate(build(), documents(), **ask)
     assert asked[0] is None and asked[1] == asked[2] == [list(range(40, 60))] * 6
     assert [f.n for f in found.figures] == [None] * 3 + [120] * 3  # 32 is the original window
-    assert [f.set for f in found.figures[3:]] == ["yarn", "as loaded", "cope"]
+    assert [f.set for f in found.figures[3:]] == ["yarn", "cope", "as loaded"]
     monkeypatch.setattr(suite, "_measure", None)
     assert longrope.evaluate(build(), documents(), **ask) == found
+
+
+def test_the_model_as_loaded_says_what_is_key_only_where_no_set_can(tmp_path, monkeypatch):
+    places = [range(40, 60)] * 6
+
+    def measured(model, texts, *, keys, **kwargs):
+        tiers = getattr(model.model.rotary_emb, "tiers", None)
+        if tiers == sets()["yarn"]:
+            raise ValueError("documents: expected at least 10 key tokens, got 3")
+        own = [range(50, 70)] * 6 if tiers is None else places
+        return long_perplexity(model, texts, keys=keys or own, **kwargs)
+
+    monkeypatch.setattr(suite, "long_perplexity", measured)
+    ask = {"lengths": [100], "tasks": ["longppl"], "factors": sets(), "out": tmp_path}
+    found = longrope.evaluate(build(), documents(), **ask)
+    assert found.of("longppl", "yarn")[100].value is None
+    for name in ("cope", "as loaded"):
+        assert found.of("longppl", name)[100].detail == [list(each) for each in places]
 
 
 def test_the_table_the_curves_and_the_commands():
@@ -158,6 +176,7 @@ def test_the_table_the_curves_and_the_commands():
         ({"lengths": [400]}, "lengths: expected at most 320, the tokens of the longest document"),
         ({"lengths": []}, "lengths: expected one or more numbers"),
         ({"factors": {"as loaded": tiny_models.factors()}}, "factors: expected names other than"),
+        ({"tiers": "rows"}, "tiers: expected one of 'position', 'row', got 'rows'"),
         ({"model": 3}, "model: expected a causal language model with generate"),
         ({"lengths": [100]}, "lengths: expected at least 253 tokens, which the prompt has"),
     ],
@@ -221,9 +240,15 @@ def test_the_command_passkey(folder, tmp_path):
         (("passkey", "--lengths", "300", "--protocol", "x"), "--protocol: expected one of"),
         (("evaluate", "--lengths", "300", "--baselines", "magic"), "--baselines: expected some of"),
         (("evaluate", "--lengths", "300", "--tasks", "magic"), "--tasks: expected one of"),
+        (
+            ("evaluate", "--lengths", "300", "--factors", "yarn.json", "--baselines", "yarn"),
+            "--baselines: expected names that no file of --factors has, got 'yarn' twice",
+        ),
     ],
 )
-def test_the_commands_refuse_in_one_sentence(folder, tmp_path, arguments, message):
+def test_the_commands_refuse_in_one_sentence(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    tiny_models.factors("pi", target=512).save("yarn.json")
     command, *options = arguments
     data = (folder / "text", "--out", tmp_path / "run") if command == "evaluate" else ()
     said = call(command, folder, *data, *options, "--device", "cpu", code=2).stderr.strip()

@@ -155,6 +155,13 @@ def test_recovery_of_random_weights_says_that_it_is_none(documents):
             .recover_short_context(d, lengths=[BASE]),
             "lengths: expected lengths above base_length, 32, and below",
         ),
+        (
+            lambda m, d: m.extend_context(None, TARGET, method="yarn")
+            .recover_short_context(d, lengths=2 * BASE),
+            "lengths: expected numbers of tokens, got 64",
+        ),
+        (lambda m, d: m.generate(d[0]), "input_ids: expected token ids [B, N]"),
+        (lambda m, d: m.generate([[1, 2]]), "input_ids: expected token ids [B, N]"),
         (lambda m, d: m.fit(d, steps=0), "steps: expected an integer of at least 1, got 0"),
         (lambda m, d: m.fit(d, length=10**6), "data holds no document of at least 1000000"),
         (lambda m, d: m.fit([], steps=1), "data: expected at least one document"),

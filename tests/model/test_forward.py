@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from support.small_model import BASE, WIDTH, build, ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import longrope
 from longrope.model import blocks
 
 
@@ -21,6 +23,19 @@ def test_logits_are_those_of_transformers_with_the_tiers(target, one_thread):
     torch.testing.assert_close(model(embeddings), hidden, rtol=1e-4, atol=1e-4)
     assert torch.equal(model(tokens, output="hidden"), model(embeddings))
     assert torch.equal(model(embeddings, output="logits"), model(tokens))
+
+
+@torch.no_grad()
+def test_any_integer_type_holds_token_ids(one_thread):
+    model, tokens = build(), ids()
+    expected = model(tokens)
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint64):
+        assert torch.equal(model(tokens.to(dtype)), expected)
+
+
+def test_sizes_may_be_of_numpy():
+    sizes = (np.int64(size) for size in (16, 2, 1, 32))
+    assert longrope.LongRoPEModel(*sizes).llama.config.intermediate_size == 64
 
 
 def test_the_tiers_matter_where_they_begin(one_thread):
