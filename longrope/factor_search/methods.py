@@ -59,6 +59,15 @@ class Task:
         """The role of the windows that decide: held-out ones, where there are any."""
         return Role.VALIDATION if Role.VALIDATION in self.measurer.windows else Role.SEARCH
 
+    @property
+    def guide(self) -> Role:
+        """The role of the windows that turn a descent back.
+
+        In a ladder a window costs its range alone, so those that decide: the few search windows
+        turned down points that were better on other text.
+        """
+        return Role.SEARCH if self.measurer.tier is None else self.judge
+
     def evolve(self, seeds: dict[str, Candidate]) -> None:
         """Run Algorithm 1 from these seeds, within the budget; `measurer` keeps the results."""
         measure, sizes = self.measurer.measure, self.options.sizes
@@ -164,9 +173,9 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     """Descend from the best start in the space; return the best point on the way and its NLL.
 
     `starts` have their NLL on the search windows. Points are put on the grid before they are
-    measured, so exactly what is returned was measured. Where a point is worse on the search windows
-    than the best so far, the descent goes back to the best and continues with smaller steps. The
-    deciding windows compare the points with the best start and YaRN, even if these lie outside the
+    measured, so exactly what is returned was measured. Where a point is worse on the windows that
+    guide than the best so far, the descent goes back to the best and continues with smaller steps.
+    The deciding windows compare the points with the best start and YaRN, even if these lie outside the
     space.
 
     The descent works on the free log lambdas alone. A matrix gives all others, and its transpose
@@ -199,7 +208,7 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
 
     best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
     slow = 1.0
-    least = task.measure(Role.SEARCH, [start], "start")[start]
+    least = task.measure(task.guide, [start], "start")[start]
     kept = [problem.rules()["yarn"], best_start, start]
     for steps in settings.segments:
         point = descent.run(best, loss_and_gradient, steps, slow)
@@ -207,7 +216,7 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
         if problem.learn_attention:
             factor = round(point.attention_factor, ATTENTION_DIGITS)
             candidate = dataclasses.replace(candidate, attention_factor=factor)
-        loss = task.measure(Role.SEARCH, [candidate], "gradient", steps.stop)[candidate]
+        loss = task.measure(task.guide, [candidate], "gradient", steps.stop)[candidate]
         if loss < least:
             best, least = point, loss
             kept.append(candidate)
