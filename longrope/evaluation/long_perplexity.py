@@ -210,10 +210,14 @@ def _nll(model: nn.Module, ids: torch.Tensor, scored: int) -> np.ndarray:
 
 def _mask(keys: Sequence[Sequence[int]], shape: tuple[int, ...], short: int) -> np.ndarray:
     mask = np.zeros(shape, bool)
+    if not hasattr(keys, "__len__"):
+        raise ValueError(f"keys: expected the places of each window, got {type(keys).__name__}")
     if len(keys) != len(mask):
         raise ValueError(f"keys: expected those of {len(mask)} windows, got {len(keys)}")
     for row, places in zip(mask, keys, strict=True):
-        within = [place - short for place in places]
+        within = [
+            integer("keys", int(p) if isinstance(p, np.integer) else p, 0) - short for p in places
+        ]
         if within and not (min(within) >= 0 and max(within) < len(row)):
             raise ValueError(
                 f"keys: expected places from {short} to {short + len(row) - 1}, got "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def ruler(
     """
     check_generates(model)
     wanted = check_lengths(lengths)
-    if isinstance(tasks, str) or not tasks:
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
         raise ValueError(f"tasks: expected names of longrope.RULER_TASKS, got {tasks!r}")
     tasks = tuple(dict.fromkeys(choice("tasks", task, RULER_TASKS) for task in tasks))
     samples, seed = count("samples", samples), natural("seed", seed)

@@ -104,7 +104,7 @@ def evaluate(
     """
     check_generates(model)
     wanted = check_lengths(lengths)
-    if isinstance(tasks, str) or not tasks:
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
         raise ValueError(f"tasks: expected names of {', '.join(TASKS)}, got {tasks!r}")
     tasks = tuple(dict.fromkeys(choice("tasks", task, TASKS) for task in tasks))
     choice("tiers", tiers, ("position", "row"))

@@ -143,6 +143,8 @@ def test_the_defaults_are_the_papers_for_a_large_window(monkeypatch):
             "evaluator: expected a model with the same tokenizer",
         ),
         ({"samples": 4}, "samples: expected at most 3 windows, got 4"),
+        ({"keys": 3}, "keys: expected the places of each window, got int"),
+        ({"keys": [[40.5], [50], []]}, "keys: expected an integer"),
         ({"keys": [[40]]}, "keys: expected those of 3 windows, got 1"),
         ({"keys": [[40], [31], [50]]}, "keys: expected places from 32 to 99, got 31 to 31"),
         ({"keys": [[40], [50], []]}, "documents: expected at least 10 key tokens, got 2 among 204"),

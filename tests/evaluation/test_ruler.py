@@ -263,6 +263,7 @@ def test_the_chat_template_stands_around_the_question():
         ({"tasks": ["qa"]}, "tasks: expected one of 'niah_single_1'"),
         ({"tasks": "vt"}, "tasks: expected names of longrope.RULER_TASKS"),
         ({"tasks": []}, "tasks: expected names"),
+        ({"tasks": 3}, "tasks: expected names of longrope.RULER_TASKS, got 3"),
         ({"samples": 0}, "samples: expected an integer of at least 1"),
         ({"chat": True}, "chat: expected a tokenizer with a chat template"),
         ({"tokenizer": lambda text: list(text.encode())}, "tokenizer: expected one with decode"),
