@@ -98,4 +98,4 @@ def main(argv: list[str] | None = None) -> Outcome:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,11 @@ def load(args: argparse.Namespace) -> Reader:
 
 def _on_device(model: Any) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run an example; what is wrong with its arguments or files is one sentence."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None

@@ -115,4 +115,4 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -175,8 +175,8 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     `starts` have their NLL on the search windows. Points are put on the grid before they are
     measured, so exactly what is returned was measured. Where a point is worse on the windows that
     guide than the best so far, the descent goes back to the best and continues with smaller steps.
-    The deciding windows compare the points with the best start and YaRN, even if these lie outside the
-    space.
+    The deciding windows compare the points with the best start and YaRN, even if these lie outside
+    the space.
 
     The descent works on the free log lambdas alone. A matrix gives all others, and its transpose
     the gradient by the free ones.

@@ -68,6 +68,14 @@ def device(found: torch.device) -> None:
         )
 
 
+def visible_device(value: Any) -> None:
+    """Refuse a device that torch does not know or does not see."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError, TypeError):  # without CUDA torch asserts
+        raise ValueError(f"device: expected one that torch sees, got {value!r}") from None
+
+
 def inputs(inputs: Any, labels: Any, config: Any) -> None:
     """Refuse inputs and labels that the model cannot take."""
     expected = f"token ids [B, N] or embeddings [B, N, {config.hidden_size}], B and N at least 1"

@@ -87,6 +87,7 @@ class LongRoPEModel(nn.Module):
             d_model, n_heads, num_layers, base_length, vocab_size, n_kv_heads, d_ff, theta
         )
         checks.dtype(dtype)
+        checks.visible_device(device)
         # Made in its dtype rather than cast: a cast would round the rotary frequencies too.
         with torch.device(device):
             llama = LlamaForCausalLM._from_config(config, dtype=dtype)

@@ -209,6 +209,7 @@ def test_bad_inputs(inputs, arguments, message):
         ({"d_model": 60, "n_heads": 4}, "got 4 for d_model 60"),
         ({"d_model": 1024, "n_heads": 2}, "at most 256"),
         ({"n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads, 4, got 3"),
+        ({"device": "bogus"}, "device: expected one that torch sees, got 'bogus'"),
         ({"theta": -1.0}, "theta: expected a finite number above 1, got -1.0"),
         ({"dtype": torch.int8}, "dtype: expected a torch dtype of float32"),
         ({"base_length": 2.5}, "base_length: expected an integer"),
