@@ -44,8 +44,8 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         return {**facts, "transformers": transformers.__version__}
     if Path(what).is_file():
         return _facts_of_factors(what)
-    from longrope.extension import folder as extension
     from longrope.errors import JournalError
+    from longrope.extension import folder as extension
     from longrope.factor_search.folder import FACTORS, KIND, TIERS, summary
     from longrope.runs.folder import JOURNAL
     from longrope.runs.journal import is_begun
