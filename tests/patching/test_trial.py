@@ -107,6 +107,8 @@ def test_queries_scaled_by_position_have_no_tiers_by_position():
     assert not torch.allclose(outputs(model, ids), plain)
     with pytest.raises(ValueError, match="expected a family whose attention tiers by position"):
         longrope.apply(model, yarn().ladder())
+    with pytest.raises(ValueError, match="expected a family whose attention tiers by position"):
+        longrope.search(model, list(tokens(2, TARGET)), target_length=TARGET, ladder=True)
     longrope.apply(model, yarn().ladder(), tiers="row")
 
 
