@@ -112,6 +112,19 @@ def test_queries_scaled_by_position_have_no_tiers_by_position():
     longrope.apply(model, yarn().ladder(), tiers="row")
 
 
+def test_a_trial_that_was_interrupted_is_made_again(monkeypatch):
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    model = build("cohere")
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "try_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            longrope.apply(model, yarn())
+    with pytest.raises(ValueError, match='works like them, got "cohere"'):
+        longrope.apply(model, yarn())
+
+
 def test_a_configuration_alone_cannot_be_tried():
     from longrope.patching.families import family_of
 
