@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import longrope
 from longrope.cli.main import app
+from longrope.runs.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,13 @@ def test_a_csv_takes_the_rest_from_the_model_and_says_so(model_folder, texts, tm
     said = perplexity(model_folder, tmp_path / "a.txt", *json_file, code=2).stderr
     assert "longrope: --rope-theta: expected none beside" in said
     assert "not stated" in call("info", tmp_path / "f.csv").stdout
+
+
+def test_info_of_a_run_that_it_does_not_sum_up_is_one_sentence(tmp_path):
+    with Journal(tmp_path / "journal.jsonl", {}, kind="recovery"):
+        pass
+    said = call("info", tmp_path, code=2).stderr
+    assert said.startswith("longrope: WHAT: expected the folder of a model, or of a run of search")
 
 
 def test_info_and_resume_find_an_altered_journal(model_folder, texts, tmp_path):

@@ -44,14 +44,23 @@ def _facts(what: str | None, runtime: bool) -> dict[str, Any]:
         return {**facts, "transformers": transformers.__version__}
     if Path(what).is_file():
         return _facts_of_factors(what)
+    from longrope.errors import JournalError
     from longrope.extension import folder as extension
-    from longrope.factor_search.folder import FACTORS, TIERS, summary
+    from longrope.factor_search.folder import FACTORS, KIND, TIERS, summary
     from longrope.runs.folder import JOURNAL
+    from longrope.runs.journal import is_begun
 
     if extension.is_one(Path(what)):
         return extension.summary(Path(what))
     if (Path(what) / JOURNAL).is_file():
         found = Path(what) / FACTORS
+        try:
+            is_begun(Path(what) / JOURNAL, KIND)
+        except JournalError:
+            raise ValueError(
+                "WHAT: expected the folder of a model, or of a run of search or extend, got that "
+                f"of another run, {what!r}"
+            ) from None
         said = summary(Path(what))
         if not found.is_file():
             return said

@@ -177,7 +177,8 @@ def cache_bytes(model: nn.Module, length: int, sliding: bool = True) -> int:
     held = {"sliding_attention": min(length, window)} if window else {}
     tokens = sum(held.get(kind, length) for kind in kinds)
     head_dim = rope_settings(config).head_dim
-    per_token = 2 * config.num_key_value_heads * head_dim * dtype_of(model).itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * heads * head_dim * dtype_of(model).itemsize
     return tokens * per_token
 
 

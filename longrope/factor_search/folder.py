@@ -92,7 +92,8 @@ def summary(out: Path) -> dict[str, Any]:
         entries = [entry for entry in entries if entry["tier"] == last]
     chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
     stage = problem.get("stage")
-    stage = None if stage is None else RescaleFactors(**stage)
+    if stage is not None:  # an infinite lambda is "inf" there
+        stage = RescaleFactors(**stage | {"lambdas": list(map(float, stage["lambdas"]))})
     for role, name in ((Role.SEARCH, "search windows"), (Role.VALIDATION, "held-out windows")):
         found = [e for e in entries if e["role"] == role and e["nll"] is not None]
         if found:

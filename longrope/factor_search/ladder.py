@@ -36,7 +36,7 @@ from longrope.factors import Tiers
 from longrope.factors.tiers import ladder_targets
 from longrope.patching import RopeSettings
 from longrope.patching.apply import check_windows
-from longrope.patching.attention import has_kernel_attention
+from longrope.patching.attention import check_tiered_attention, has_kernel_attention
 from longrope.patching.families import decoder
 from longrope.patching.wrappers import device_of, dtype_of
 from longrope.runs.journal import Replay
@@ -86,6 +86,7 @@ class Ladder:
                 f"{type(model).__name__} in {dtype_of(model)} on "
                 f"{device_of(model).type}"
             )
+        check_tiered_attention(decoder(model))
         check_windows(decoder(model), fixed)
         targets = ladder_targets(fixed.limits[-1], problem.target_length)
         begins = [fixed.limits[-1], *targets[:-1]]

@@ -22,24 +22,16 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[;\s]+[+-]?\d+(?:,\d+)?)*$")
 def write_json(path: Path, form: str, content: dict) -> None:
     """Write `content` so that `path` holds either what it held or all of the new.
 
-    `form` is `FACTORS` or `TIERS`. An infinite lambda, which JSON has no number for, is "inf".
+    `form` is `FACTORS` or `TIERS`; factors are what `RescaleFactors.as_fields` returns.
     """
     content = {"format": form, "version": VERSION} | content
-    text = json.dumps(_named_infinities(content), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
         with replacing(path) as file:
             file.write(text.encode())
     except OSError as error:
         reason = f"path: cannot write {path}: {error.strerror or error}"
         raise type(error)(error.errno or 0, reason) from None
-
-
-def _named_infinities(value):
-    if isinstance(value, dict):
-        return {key: _named_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_named_infinities(item) for item in value]
-    return "inf" if value == float("inf") else value
 
 
 def read(path: Path) -> list[dict] | list[float]:

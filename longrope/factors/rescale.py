@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +171,13 @@ class RescaleFactors(Baselines):
         files.write_json(Path(path), files.FACTORS, self.as_fields())
 
     def as_fields(self) -> dict:
-        """Return the fields as plain numbers and lists, as files hold them."""
+        """Return the fields as plain numbers and lists, as files hold them.
+
+        An infinite lambda, which JSON has no number for, is "inf".
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {"lambdas": self.lambdas.tolist()}
+        lambdas = ["inf" if value == math.inf else value for value in self.lambdas.tolist()]
+        return fields | {"lambdas": lambdas}
 
     @classmethod
     def load(cls, path: str | Path, **settings) -> RescaleFactors:

@@ -174,10 +174,10 @@ def _configs(base: nn.Module) -> list[Any]:
 # --- tiers by position ----------------------------------------------------------------------
 
 
-def use_tiered_attention(base: nn.Module) -> None:
-    """Make the layers of a decoder run attention under tiers by position, until the undoing.
+def check_tiered_attention(base: nn.Module) -> None:
+    """Raise `ValueError` where the layers of a decoder cannot attend under tiers by position.
 
-    Raises `ValueError` where they do not look their attention up, or the kernels do not take them.
+    They may do more around their attention, not look it up, or be none that the kernels take.
     """
     family = family_of(base)
     if not family.tiers:
@@ -198,6 +198,14 @@ def use_tiered_attention(base: nn.Module) -> None:
             f"model: expected a head_dim of at most {LARGEST_HEAD_DIM} for tiers by position, got "
             f"{head_dim}"
         )
+
+
+def use_tiered_attention(base: nn.Module) -> None:
+    """Make the layers of a decoder run attention under tiers by position, until the undoing.
+
+    Raises `ValueError` where they cannot.
+    """
+    check_tiered_attention(base)
     for config in _configs(base):
         name = config._attn_implementation or "eager"
         if not name.startswith(PREFIX):

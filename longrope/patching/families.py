@@ -124,6 +124,9 @@ def _tried(model: nn.Module) -> Family | str:
             _TRIED[file] = dataclasses.replace(_TRIED[file], kernels=kernels, tiers=tiers)
         except TrialError as error:
             _TRIED[file] = str(error)
+        except BaseException:  # interrupted, say: nothing is known
+            _TRIED.pop(file, None)
+            raise
     return _TRIED[file]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import families
 from support.tiny_models import build, tokens
 
 from longrope.evaluation import memory
@@ -176,3 +177,12 @@ def test_the_size_of_a_cache_that_gradients_flow_through():
         model.model(tokens(1, 40), past_key_values=cache, use_cache=True)
     held = sum(t.numel() * 4 for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_bytes(model, 40, sliding=False) == held
+
+
+def test_a_configuration_that_names_no_key_value_heads():
+    """As GPT-NeoX's, which has as many as heads."""
+    model = families.build("gpt_neox")
+    del model.config.num_key_value_heads  # which that of a Pythia does not have
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4
+    assert cache_bytes(model, 40) == 40 * per_token

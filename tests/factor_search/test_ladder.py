@@ -12,7 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from support import tiny_models
+from support import families, tiny_models
 from support.processes import environment
 from support.threads import threads
 from support.tiny_search import SIZES, build_documents, build_model
@@ -357,6 +357,14 @@ def test_sliding_windows_that_hold_no_range(texts):
     model = tiny_models.build("mistral", **sizes)
     with pytest.raises(ValueError, match="model: expected a layer that sees beyond the first tier"):
         search(model, texts)
+
+
+def test_a_family_that_names_no_key_value_heads():
+    model = families.build("gpt_neox")
+    del model.config.num_key_value_heads  # which that of a Pythia does not have
+    texts = list(torch.randint(1, 64, (3, 140), generator=torch.Generator().manual_seed(0)))
+    options = {"target_length": 128, "samples": 1, "steps": 1, "start_tokens": 0}
+    assert search(model, texts, **options).tiers.limits == (32, 64, 128)
 
 
 def test_results_compare():

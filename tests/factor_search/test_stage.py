@@ -173,6 +173,19 @@ def test_a_pair_that_the_stage_has_stopped_stays_stopped():
     assert len(problem.on_stage(problem.rules()["ntk"])) == 8
 
 
+def test_a_run_on_a_stage_with_a_stopped_pair_is_kept_and_resumed(texts, tmp_path):
+    """JSON has no number for its infinite lambda."""
+    stage = FIRST.replace(lambdas=[*FIRST.lambdas[:-1], np.inf])
+    for ladder in (False, True):
+        out = tmp_path / str(ladder)
+        first, again = (
+            search(longrope.apply(build(), stage), texts, out=out, ladder=ladder) for _ in range(2)
+        )
+        assert first == again
+        assert first.stages[0] == stage
+        assert folder.summary(out)["state"] == "finished"
+
+
 def test_another_stage_is_another_search(texts, tmp_path):
     search(with_factors(), texts, out=tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["problem"]["stage"]

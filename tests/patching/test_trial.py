@@ -107,7 +107,22 @@ def test_queries_scaled_by_position_have_no_tiers_by_position():
     assert not torch.allclose(outputs(model, ids), plain)
     with pytest.raises(ValueError, match="expected a family whose attention tiers by position"):
         longrope.apply(model, yarn().ladder())
+    with pytest.raises(ValueError, match="expected a family whose attention tiers by position"):
+        longrope.search(model, list(tokens(2, TARGET)), target_length=TARGET, ladder=True)
     longrope.apply(model, yarn().ladder(), tiers="row")
+
+
+def test_a_trial_that_was_interrupted_is_made_again(monkeypatch):
+    def interrupted(model):
+        raise KeyboardInterrupt
+
+    model = build("cohere")
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "try_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            longrope.apply(model, yarn())
+    with pytest.raises(ValueError, match='works like them, got "cohere"'):
+        longrope.apply(model, yarn())
 
 
 def test_a_configuration_alone_cannot_be_tried():
