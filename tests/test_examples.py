@@ -89,3 +89,10 @@ def test_a_chat_model_gets_its_template(example, tmp_path):
     assert reader.tokenizer.decode(reader.prompt("hello")) == "<hello>="
     with pytest.raises(SystemExit, match="--target: expected more than the model's window, 32"):
         common.load(common.parser("x").parse_args([*flags, "--target", "32"]))
+
+
+def test_a_wrong_path_is_one_sentence(example, monkeypatch):
+    module = example("document_qa")
+    monkeypatch.setattr(sys, "argv", ["document_qa.py", "--document", "nowhere.txt"])
+    with pytest.raises(SystemExit, match=r"^document_qa\.py: .*nowhere\.txt"):
+        module.common.run(module.main)
