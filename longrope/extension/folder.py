@@ -65,8 +65,14 @@ def explain(difference: str) -> str:
 
 
 def clear(out: Path) -> None:
-    """Remove what a killed process was writing, which has a hidden name until it is whole."""
-    for half in [*out.glob(".*.*"), *(out / STAGES).rglob(".*.*")]:
+    """Remove what a killed process was writing, which has a hidden name until it is whole.
+
+    Beside the folder of the stages only what is named after a file of a run: `out` may be a folder
+    that holds other things.
+    """
+    ours = (folder.CONFIG, TIERS, TABLE, MODEL)
+    beside = [path for name in ours for path in out.glob(f".{name}.????????")]
+    for half in [*beside, *(out / STAGES).rglob(".*.*")]:
         if half.is_dir():
             shutil.rmtree(half)
         else:

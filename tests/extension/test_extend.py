@@ -160,6 +160,20 @@ def test_the_folder_of_another_plan_is_refused(finished, changes, message):
     assert (finished[0].folder / "journal.jsonl").read_bytes() == before
 
 
+def test_only_what_a_killed_run_was_writing_is_cleared(tmp_path):
+    stage = tmp_path / "stages" / "01-search-1"
+    (stage / ".weights.abcd1234").mkdir(parents=True)
+    (tmp_path / ".model.abcd1234").mkdir()
+    (tmp_path / ".tiers.json.abcd1234").touch()
+    (tmp_path / ".pre-commit-config.yaml").touch()
+    (tmp_path / ".config.d").mkdir()
+    folder.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".config.d", ".pre-commit-config.yaml", "stages",
+    ]  # fmt: skip
+    assert not list(stage.iterdir())
+
+
 def test_without_resume_an_earlier_run_is_set_aside(finished, tmp_path):
     import shutil
 
