@@ -76,7 +76,7 @@ class FinetuneConfig(Options):
     save_steps, keep
         Steps between checkpoints, and how many complete ones stay.
     seed
-        Seed of rows and of the order of everything.
+        Seed of rows (which also depend on the name of the stage) and of the order of everything.
     """
 
     steps: int = _option(400, count, "Optimizer steps.")

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from longrope.runs.progress import bar
 LOSSES = "losses.csv"
 #: How it goes through the model, which a resumed stage has to adopt.
 NOTES = "notes.json"
+#: What transformers seeds, numpy's older generator among it, takes numbers below this.
+_SEEDS = 2**32
 
 
 def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
@@ -80,7 +83,8 @@ def rows_of(
         texts,
         stage.length,
         config.steps * config.batch_size,
-        config.seed,
+        # Of the stage too, or the next one would begin with the text of this one again.
+        (config.seed << 32) + zlib.crc32(stage.name.encode()),
         packed=config.packed,
         short_share=config.short_share,
         short_length=short,
@@ -136,7 +140,8 @@ def finetune(
             del model.peft_config
     for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)
-    return model.requires_grad_(True).eval()
+        parameter.requires_grad_(dtype.is_floating_point)  # quantised ones beside adapters are not
+    return model.eval()
 
 
 def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
@@ -147,7 +152,7 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % _SEEDS)
     return get_peft_model(
         model,
         LoraConfig(
@@ -227,7 +232,7 @@ def _train(
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
-        seed=config.seed,
+        seed=config.seed % _SEEDS,
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
     )
