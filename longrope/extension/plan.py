@@ -218,6 +218,12 @@ class Plan:
                         f"stages[{number}].factors: expected the name of a search before it "
                         f"({', '.join(known) or 'there is none'}), got {stage.factors!r}"
                     )
+                reached = next(s for s in reversed(before) if stage.factors in (None, s.name))
+                if stage.length > reached.length:
+                    raise ValueError(
+                        f"stages[{number}].length: expected at most what the factors of "
+                        f"{reached.name} reach, {reached.length} tokens, got {stage.length}"
+                    )
             seen[stage.name] = stage
 
     def as_dict(self) -> dict[str, Any]:
