@@ -260,6 +260,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path):
     assert not out.exists()
 
 
+def test_options_of_fine_tuning_without_any_are_refused(tmp_path):
+    error = call(
+        "extend", tmp_path / "model", tmp_path, "--out", tmp_path / "run", "--target-length", 64,
+        "--steps", 30, code=2,
+    ).stderr  # fmt: skip
+    assert error.startswith("longrope: --steps: expected --finetune or --stages")
+
+
 def test_the_commands_extend_and_recover(files, tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(
