@@ -25,6 +25,7 @@ from longrope.extension.data import TrainingRows, check_enough, eos_token
 from longrope.extension.plan import FinetuneStage
 from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
+from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
 from longrope.runs.folder import write_text
 from longrope.runs.progress import bar
@@ -51,6 +52,12 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
             "finetune: expected no context parallelism of accelerate, which splits SDPA alone and "
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
+        )
+    dropped = getattr(text_config(model), "attention_dropout", 0)
+    if config.tiers == "position" and dropped:
+        raise ValueError(
+            "model: expected no dropout in attention with tiers='position' (load it with "
+            f"attention_dropout=0.0), got {dropped}"
         )
     if config.lora_rank:
         return

@@ -126,9 +126,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Give a model the weights that `save_weights` wrote, in place."""
-    # In float32, which holds every 16-bit number: a model may have weights of several types.
-    stored = type(model).from_pretrained(path, dtype=torch.float32)
+    """Give a model the weights that `save_weights` wrote, in place.
+
+    Raises `ValueError` in one sentence where they are gone or damaged.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        # In float32, which holds every 16-bit number: a model may have weights of several types.
+        stored = type(model).from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such folder" if not path.is_dir() else str(error).split("\n")[0]
+        raise ValueError(
+            f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
+            "(--no-resume) to start again"
+        ) from None
     model.load_state_dict(stored.state_dict())
 
 

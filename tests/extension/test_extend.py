@@ -128,6 +128,31 @@ def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
         extension_runs.run(out)
 
 
+def test_weights_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    weights = out / "stages" / "02-finetune-2" / folder.WEIGHTS
+    (weights / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"out: cannot read .*weights \(.*\); choose another"):
+        extension_runs.run(out)
+    shutil.rmtree(weights)
+    with pytest.raises(ValueError, match=r"weights \(there is no such folder\); choose another"):
+        extension_runs.run(out)
+
+
+def test_a_model_that_was_removed_is_written_again(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    shutil.rmtree(out / "model")
+    extension_runs.run(out)
+    for name in extension_runs.RESULTS:
+        assert (out / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
 def test_weights_of_several_types_come_back_as_they_were(tmp_path):
     model, other = build_model().bfloat16(), build_model().bfloat16()
     for each in (model, other):
@@ -215,6 +240,9 @@ def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     quantised = build_model()
     quantised.is_quantized = True
     refused("got a quantised model", quantised)
+    dropping = build_model()
+    dropping.config.attention_dropout = 0.1
+    refused("model: expected no dropout in attention", dropping)
     refused("finetune: expected None or a FinetuneConfig, got dict", finetune={})
     refused("target_length: expected more than the window", target_length=16)
     refused("out: expected a path, got int", out=3)

@@ -89,6 +89,7 @@ def test_stages_of_one_seed_take_other_rows(documents):
     assert windows("first", 2**62) != first
 
 
+@pytest.mark.filterwarnings("error:save_pretrained writes")  # the run has the factors
 def test_a_seed_of_many_bits_trains(documents, tmp_path):
     train(tmp_path, documents, seed=2**62, steps=1)
     assert (tmp_path / finetune.LOSSES).is_file()
