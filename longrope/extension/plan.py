@@ -251,6 +251,8 @@ def read_stages(path: str | Path) -> list[dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"stages: cannot read {path} ({error.strerror})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected TOML, got values nested too deeply") from None
     except ValueError as error:  # of the encoding or of TOML
         raise ValueError(f"{path}: expected TOML, got a file broken at: {error}") from None
     stages = content.pop("stages", None)

@@ -175,7 +175,11 @@ def test_a_target_within_the_window_is_refused():
 
 def test_broken_files_are_refused(tmp_path):
     path = tmp_path / "plan.toml"
-    for text, message in (("[[stages", "expected TOML"), ("steps = 3", r"\[\[stages\]\] tables")):
+    deep = "a = " + "[" * 3000 + "]" * 3000
+    for text, message in (
+        ("[[stages", "expected TOML"), ("steps = 3", r"\[\[stages\]\] tables"),
+        (deep, "nested too deeply"),
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             plan(path)
