@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +75,16 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
 
 
 def rows_of(
-    model: nn.Module, documents: Sequence[torch.Tensor], stage: FinetuneStage, bos: int | None
+    model: nn.Module,
+    documents: Sequence[torch.Tensor],
+    stage: FinetuneStage,
+    bos: int | None,
+    first: int = 0,
 ) -> TrainingRows:
-    """Return the rows of text of a stage; `ValueError` where there is too little."""
+    """Return the rows of text of a stage from number `first` on.
+
+    Raises `ValueError` where there is too little text.
+    """
     config = stage.config
     texts = without_bos(documents, bos)
     before = int(bos is not None)
@@ -90,13 +96,13 @@ def rows_of(
         texts,
         stage.length,
         config.steps * config.batch_size,
-        # Of the stage too, or the next one would begin with the text of this one again.
-        (config.seed << 32) + zlib.crc32(stage.name.encode()),
+        config.seed,
         packed=config.packed,
         short_share=config.short_share,
         short_length=short,
         bos=bos,
         eos=eos_token(config.eos, model, vocabulary(model)),
+        first=first,
     )
 
 
@@ -107,6 +113,7 @@ def finetune(
     stage: FinetuneStage,
     out: Path,
     progress: bool = True,
+    first: int = 0,
 ) -> nn.Module:
     """Train a model's weights in place under factors; a killed stage goes on where it was.
 
@@ -124,6 +131,8 @@ def finetune(
         Where checkpoints lie, and `losses.csv` in the end.
     progress
         Whether to show a progress bar.
+    first
+        How many rows earlier stages have taken: this one goes on behind them.
 
     Returns
     -------
@@ -136,7 +145,7 @@ def finetune(
         In one sentence: too little text, a loss that is not finite, a disk that is full.
     """
     config = stage.config
-    rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents))
+    rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents), first)
     dtypes = [parameter.dtype for parameter in model.parameters()]
     trained = _trainable(model, config)
     with _factors(model, tiers, config.tiers), _own_precision():

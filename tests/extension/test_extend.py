@@ -113,6 +113,22 @@ def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path
         assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
 
 
+def test_stages_of_fine_tuning_take_one_row_after_another(tmp_path, monkeypatch):
+    from longrope.extension import stages
+
+    firsts = []
+
+    def counted(model, documents, tiers, stage, out, progress, first):
+        firsts.append(first)
+        return model
+
+    monkeypatch.setattr(stages, "finetune", counted)
+    search = {"kind": "search", "length": TARGET, "steps": 1, "samples": 1}
+    train = STAGES[1] | {"length": TARGET}
+    extension_runs.run(tmp_path, stages=[search, train, train | {"batch_size": 4}, train])
+    assert firsts == [0, 6, 18]
+
+
 def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
     import shutil
 

@@ -75,20 +75,6 @@ def whole(tmp_path_factory, documents):
     return out, train(out, documents)
 
 
-def test_stages_of_one_seed_take_other_rows(documents):
-    model = build_model()
-
-    def windows(name, seed):
-        stage = FinetuneStage(name, LENGTH, None, FinetuneConfig(**SMALL | {"seed": seed}))
-        rows = finetune.rows_of(model, documents, stage, None)
-        return [rows.pieces(index) for index in range(len(rows))]
-
-    first = windows("first", 0)
-    assert windows("first", 0) == first
-    assert windows("second", 0) != first
-    assert windows("first", 2**62) != first
-
-
 @pytest.mark.filterwarnings("error:save_pretrained writes")  # the run has the factors
 def test_a_seed_of_many_bits_trains(documents, tmp_path):
     train(tmp_path, documents, seed=2**62, steps=1)
