@@ -239,10 +239,6 @@ class Plan:
             stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
 
-    def trains(self) -> bool:
-        """Whether any stage changes weights."""
-        return any(isinstance(stage, FinetuneStage) for stage in self.stages)
-
 
 def read_stages(path: str | Path) -> list[dict[str, Any]]:
     """Return the tables `[[stages]]` of a TOML file; `ValueError` names the file."""
