@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,8 @@ def extend(
     from longrope.extension.estimate import estimate, table
     from longrope.extension.run import ExtendArguments, prepared
 
+    if not (finetune or stages):
+        _refuse_training_options(options)
     network, tokenizer = load_model(model, device)
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
@@ -86,3 +89,14 @@ def extend(
     print("Perplexity by range of positions, on text that no stage saw\n")
     print(result.measured.table())
     print(f"\nmodel in {result.folder / 'model'}, tiers in {result.folder / 'tiers.json'}")
+
+
+def _refuse_training_options(options: FinetuneConfig) -> None:
+    """Refuse what a run that trains nothing would silently ignore; its seed is everyone's."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name != "seed" and value != field.default:
+            raise ValueError(
+                f"{field.name}: expected --finetune or --stages with an option of fine-tuning, got "
+                f"{value!r} without either"
+            )

@@ -42,7 +42,7 @@ def is_complete(folder: Path) -> bool:
     try:
         sizes = strict_json((folder / MARKER).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last of JSON that is no object
         return False
 
 

@@ -76,7 +76,8 @@ class FinetuneConfig(Options):
     save_steps, keep
         Steps between checkpoints, and how many complete ones stay.
     seed
-        Seed of rows and of the order of everything.
+        Seed of rows and of the order of everything. A stage takes the rows behind those of the
+        stages before it.
     """
 
     steps: int = _option(400, count, "Optimizer steps.")

@@ -45,7 +45,7 @@ class TrainingRows(torch.utils.data.Dataset):
     count
         How many rows there are.
     seed
-        Row `i` depends on `(seed, i)` alone.
+        Row `i` depends on `(seed, first + i)` alone.
     packed
         Rows hold whole documents one after another, in random order; those that do not fit go on
         in the next row. Else a row is one window, drawn uniformly over all places.
@@ -54,6 +54,8 @@ class TrainingRows(torch.utils.data.Dataset):
     bos, eos
         The token in front of every window and document, and behind the end of every whole
         document; None: none.
+    first
+        The number of the first row, where earlier stages have had those before it.
     """
 
     def __init__(
@@ -68,12 +70,13 @@ class TrainingRows(torch.utils.data.Dataset):
         short_length: int | None = None,
         bos: int | None = None,
         eos: int | None = None,
+        first: int = 0,
     ):
         self.documents = documents
         self.length, self.count, self.seed = length, count, seed
         self.packed, self.short_share = packed, short_share
         self.short_length = short_length or length
-        self.bos, self.eos = bos, eos
+        self.bos, self.eos, self.first = bos, eos, first
         self._places: dict[int, np.ndarray] = {}
         added = (bos is not None) + (eos is not None)
         self._sizes = np.array([len(document) + added for document in documents])
@@ -98,6 +101,7 @@ class TrainingRows(torch.utils.data.Dataset):
 
     def pieces(self, index: int) -> list[Piece]:
         """Return what a row is made of."""
+        index += self.first
         random = np.random.default_rng([self.seed, 0, index])
         if random.random() < self.short_share:
             left, pieces = self.length, []

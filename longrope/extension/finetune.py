@@ -24,6 +24,7 @@ from longrope.extension.data import TrainingRows, check_enough, eos_token
 from longrope.extension.plan import FinetuneStage
 from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
+from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
 from longrope.runs.folder import write_text
 from longrope.runs.progress import bar
@@ -32,6 +33,8 @@ from longrope.runs.progress import bar
 LOSSES = "losses.csv"
 #: How it goes through the model, which a resumed stage has to adopt.
 NOTES = "notes.json"
+#: What transformers seeds, numpy's older generator among it, takes numbers below this.
+_SEEDS = 2**32
 
 
 def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
@@ -48,6 +51,12 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
             "finetune: expected no context parallelism of accelerate, which splits SDPA alone and "
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
+        )
+    dropped = getattr(text_config(model), "attention_dropout", 0)
+    if config.tiers == "position" and dropped:
+        raise ValueError(
+            "model: expected no dropout in attention with tiers='position' (load it with "
+            f"attention_dropout=0.0), got {dropped}"
         )
     if config.lora_rank:
         return
@@ -66,9 +75,16 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
 
 
 def rows_of(
-    model: nn.Module, documents: Sequence[torch.Tensor], stage: FinetuneStage, bos: int | None
+    model: nn.Module,
+    documents: Sequence[torch.Tensor],
+    stage: FinetuneStage,
+    bos: int | None,
+    first: int = 0,
 ) -> TrainingRows:
-    """Return the rows of text of a stage; `ValueError` where there is too little."""
+    """Return the rows of text of a stage from number `first` on.
+
+    Raises `ValueError` where there is too little text.
+    """
     config = stage.config
     texts = without_bos(documents, bos)
     before = int(bos is not None)
@@ -86,6 +102,7 @@ def rows_of(
         short_length=short,
         bos=bos,
         eos=eos_token(config.eos, model, vocabulary(model)),
+        first=first,
     )
 
 
@@ -96,6 +113,7 @@ def finetune(
     stage: FinetuneStage,
     out: Path,
     progress: bool = True,
+    first: int = 0,
 ) -> nn.Module:
     """Train a model's weights in place under factors; a killed stage goes on where it was.
 
@@ -113,6 +131,8 @@ def finetune(
         Where checkpoints lie, and `losses.csv` in the end.
     progress
         Whether to show a progress bar.
+    first
+        How many rows earlier stages have taken: this one goes on behind them.
 
     Returns
     -------
@@ -125,7 +145,7 @@ def finetune(
         In one sentence: too little text, a loss that is not finite, a disk that is full.
     """
     config = stage.config
-    rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents))
+    rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents), first)
     dtypes = [parameter.dtype for parameter in model.parameters()]
     trained = _trainable(model, config)
     with _factors(model, tiers, config.tiers), _own_precision():
@@ -136,7 +156,8 @@ def finetune(
             del model.peft_config
     for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)
-    return model.requires_grad_(True).eval()
+        parameter.requires_grad_(dtype.is_floating_point)  # quantised ones beside adapters are not
+    return model.eval()
 
 
 def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
@@ -147,7 +168,7 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % _SEEDS)
     return get_peft_model(
         model,
         LoraConfig(
@@ -227,7 +248,7 @@ def _train(
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
-        seed=config.seed,
+        seed=config.seed % _SEEDS,
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
     )

@@ -65,8 +65,14 @@ def explain(difference: str) -> str:
 
 
 def clear(out: Path) -> None:
-    """Remove what a killed process was writing, which has a hidden name until it is whole."""
-    for half in [*out.glob(".*.*"), *(out / STAGES).rglob(".*.*")]:
+    """Remove what a killed process was writing, which has a hidden name until it is whole.
+
+    Beside the folder of the stages only what is named after a file of a run: `out` may be a folder
+    that holds other things.
+    """
+    ours = (folder.CONFIG, TIERS, TABLE, MODEL)
+    beside = [path for name in ours for path in out.glob(f".{name}.????????")]
+    for half in [*beside, *(out / STAGES).rglob(".*.*")]:
         if half.is_dir():
             shutil.rmtree(half)
         else:
@@ -120,9 +126,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Give a model the weights that `save_weights` wrote, in place."""
-    # In float32, which holds every 16-bit number: a model may have weights of several types.
-    stored = type(model).from_pretrained(path, dtype=torch.float32)
+    """Give a model the weights that `save_weights` wrote, in place.
+
+    Raises `ValueError` in one sentence where they are gone or damaged.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        # In float32, which holds every 16-bit number: a model may have weights of several types.
+        stored = type(model).from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such folder" if not path.is_dir() else str(error).split("\n")[0]
+        raise ValueError(
+            f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
+            "(--no-resume) to start again"
+        ) from None
     model.load_state_dict(stored.state_dict())
 
 

@@ -218,6 +218,12 @@ class Plan:
                         f"stages[{number}].factors: expected the name of a search before it "
                         f"({', '.join(known) or 'there is none'}), got {stage.factors!r}"
                     )
+                reached = next(s for s in reversed(before) if stage.factors in (None, s.name))
+                if stage.length > reached.length:
+                    raise ValueError(
+                        f"stages[{number}].length: expected at most what the factors of "
+                        f"{reached.name} reach, {reached.length} tokens, got {stage.length}"
+                    )
             seen[stage.name] = stage
 
     def as_dict(self) -> dict[str, Any]:
@@ -233,10 +239,6 @@ class Plan:
             stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
 
-    def trains(self) -> bool:
-        """Whether any stage changes weights."""
-        return any(isinstance(stage, FinetuneStage) for stage in self.stages)
-
 
 def read_stages(path: str | Path) -> list[dict[str, Any]]:
     """Return the tables `[[stages]]` of a TOML file; `ValueError` names the file."""
@@ -245,6 +247,8 @@ def read_stages(path: str | Path) -> list[dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"stages: cannot read {path} ({error.strerror})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected TOML, got values nested too deeply") from None
     except ValueError as error:  # of the encoding or of TOML
         raise ValueError(f"{path}: expected TOML, got a file broken at: {error}") from None
     stages = content.pop("stages", None)

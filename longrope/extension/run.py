@@ -105,8 +105,9 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     Parameters
     ----------
     model
-        A causal language model that `longrope.apply` supports, without factors applied. It is not
-        changed: weights are trained in a copy.
+        A causal language model that `longrope.apply` supports, without factors applied. Its weights
+        are not changed: they are trained in a copy. Where no stage trains, it is itself the model
+        of the result, with the tiers applied; `longrope.remove` takes them out again.
     documents
         1-D token ids of any length, see `longrope.load_data`. A search takes those that are at
         least as long as its window; so does fine-tuning, unless it packs them.
@@ -264,10 +265,10 @@ def _words(stage: Stage) -> str:
 def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journal: Any) -> None:
     """Write what a finished run leaves: tiers, table, model."""
     table = measured.table()
-    if not journal.pending:
+    model = work.out / folder.MODEL
+    if not journal.pending or not model.is_dir():
         write_text(work.out / folder.TABLE, table + "\n")
         state.tiers.save(work.out / folder.TIERS)
-        model = work.out / folder.MODEL
         if model.exists():  # written, but the journal does not say so
             shutil.rmtree(model)
         given: Any = state.tiers

@@ -13,6 +13,8 @@ from longrope.extension.plan import Plan, read_stages, stage_of
 SEARCHED = 8
 #: Up to this ratio one stage of fine-tuning is enough: 8 by it, and 8 more by the second search.
 TRAINED_ONCE = SEARCHED * SEARCHED
+#: Above this length the paper searches with half the sizes and 3 documents.
+HALVED_ABOVE = 512 * 1024
 
 
 def by_ratio(window: int, target: int, finetune: FinetuneConfig | None) -> list[dict[str, Any]]:
@@ -49,10 +51,15 @@ def _paper(
 ) -> list[dict[str, Any]]:
     """LongRoPE, section 3.3 and appendix A: two searches, training under one set and the next."""
     short, middle = target // 16, target // 8
-    evolution = {"kind": "search", "method": "evolution", "tiers": "one"}
+
+    def search(length: int, **more: Any) -> dict[str, Any]:
+        preset = "paper-long" if length > HALVED_ABOVE else "paper"
+        how = {"method": "evolution", "preset": preset, "tiers": "one"}
+        return {"kind": "search", "length": length, **how, **more}
+
     return [
-        {**evolution, "length": short, "name": f"search-{short}"},
-        {**evolution, "length": middle, "name": f"search-{middle}"},
+        search(short, name=f"search-{short}"),
+        search(middle, name=f"search-{middle}"),
         *(
             {
                 "kind": "finetune", "length": rows(length), "factors": f"search-{length}",
@@ -60,7 +67,7 @@ def _paper(
             }
             for length, how in zip((short, middle), training, strict=True)
         ),
-        {**evolution, "length": target, "preset": "paper-long"},
+        search(target),
         *_recovered(window, target),
     ]  # fmt: skip
 

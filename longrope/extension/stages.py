@@ -81,6 +81,12 @@ class Work:
         number = self.plan.stages.index(stage) + 1
         return self.out / folder.STAGES / f"{number:02}-{stage.name}"
 
+    def rows_before(self, stage: FinetuneStage) -> int:
+        """Return how many rows of text the stages before one of fine-tuning take."""
+        before = self.plan.stages[: self.plan.stages.index(stage)]
+        trained = [s.config for s in before if isinstance(s, FinetuneStage)]
+        return sum(config.steps * config.batch_size for config in trained)
+
     def long_enough(self, length: int) -> Sequence[torch.Tensor]:
         """Return the documents of at least `length` tokens."""
         return like(self.documents, [d for d in self.documents if len(d) >= length])
@@ -158,7 +164,10 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
     if weights.is_dir():  # trained, but killed before the journal said so
         folder.load_weights(state.model, weights)
     else:
-        state.model = finetune(state.model, work.documents, tiers, stage, place, work.progress)
+        first = work.rows_before(stage)
+        state.model = finetune(
+            state.model, work.documents, tiers, stage, place, work.progress, first
+        )
         folder.save_weights(state.model, weights)
     for path in checkpoint.checkpoints(place):  # the weights are safe: room for the next stage
         shutil.rmtree(path)
@@ -179,7 +188,7 @@ def _trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
 def _own_copy(work: Work, state: State) -> None:
     """Copy the given model before its weights change."""
     if state.model is work.original:
-        state.model = copy.deepcopy(work.original)
+        state.model = copy.deepcopy(work.original).eval()  # as training leaves it
 
 
 def _recover(work: Work, stage: RecoverStage, state: State, place: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
 from longrope.extension import checkpoint
 from longrope.extension.data import NO_TARGET, TrainingRows
+from longrope.patching.saving import exporting
 
 
 @contextlib.contextmanager
@@ -115,7 +116,8 @@ class RowTrainer(Trainer):
         folder = Path(self.args.output_dir)
         path = folder / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with exporting():  # the run has the factors
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.mark(path)

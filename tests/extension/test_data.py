@@ -36,6 +36,13 @@ def test_a_row_is_a_window_of_one_document():
     assert seen == set(range(31)) | set(range(200, 204))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_later_stage_goes_on_behind_the_rows_of_those_before(packed):
+    every, later = rows(packed=packed), rows(count=50, packed=packed, first=150)
+    for index in range(50):
+        assert later.pieces(index) == every.pieces(150 + index)
+
+
 def test_rows_depend_on_the_seed_and_their_number_alone():
     made = rows(packed=True)
     again = rows(packed=True)

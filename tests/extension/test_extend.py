@@ -113,6 +113,22 @@ def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path
         assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
 
 
+def test_stages_of_fine_tuning_take_one_row_after_another(tmp_path, monkeypatch):
+    from longrope.extension import stages
+
+    firsts = []
+
+    def counted(model, documents, tiers, stage, out, progress, first):
+        firsts.append(first)
+        return model
+
+    monkeypatch.setattr(stages, "finetune", counted)
+    search = {"kind": "search", "length": TARGET, "steps": 1, "samples": 1}
+    train = STAGES[1] | {"length": TARGET}
+    extension_runs.run(tmp_path, stages=[search, train, train | {"batch_size": 4}, train])
+    assert firsts == [0, 6, 18]
+
+
 def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
     import shutil
 
@@ -126,6 +142,31 @@ def test_weights_that_were_altered_on_disk_are_refused(finished, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="does not hold the weights that stage finetune-2 ended"):
         extension_runs.run(out)
+
+
+def test_weights_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    weights = out / "stages" / "02-finetune-2" / folder.WEIGHTS
+    (weights / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"out: cannot read .*weights \(.*\); choose another"):
+        extension_runs.run(out)
+    shutil.rmtree(weights)
+    with pytest.raises(ValueError, match=r"weights \(there is no such folder\); choose another"):
+        extension_runs.run(out)
+
+
+def test_a_model_that_was_removed_is_written_again(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    shutil.rmtree(out / "model")
+    extension_runs.run(out)
+    for name in extension_runs.RESULTS:
+        assert (out / name).read_bytes() == (finished[0].folder / name).read_bytes()
 
 
 def test_weights_of_several_types_come_back_as_they_were(tmp_path):
@@ -158,6 +199,20 @@ def test_the_folder_of_another_plan_is_refused(finished, changes, message):
     with pytest.raises(ValueError, match=message):
         extension_runs.run(finished[0].folder, **changes)
     assert (finished[0].folder / "journal.jsonl").read_bytes() == before
+
+
+def test_only_what_a_killed_run_was_writing_is_cleared(tmp_path):
+    stage = tmp_path / "stages" / "01-search-1"
+    (stage / ".weights.abcd1234").mkdir(parents=True)
+    (tmp_path / ".model.abcd1234").mkdir()
+    (tmp_path / ".tiers.json.abcd1234").touch()
+    (tmp_path / ".pre-commit-config.yaml").touch()
+    (tmp_path / ".config.d").mkdir()
+    folder.clear(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".config.d", ".pre-commit-config.yaml", "stages",
+    ]  # fmt: skip
+    assert not list(stage.iterdir())
 
 
 def test_without_resume_an_earlier_run_is_set_aside(finished, tmp_path):
@@ -201,6 +256,9 @@ def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     quantised = build_model()
     quantised.is_quantized = True
     refused("got a quantised model", quantised)
+    dropping = build_model()
+    dropping.config.attention_dropout = 0.1
+    refused("model: expected no dropout in attention", dropping)
     refused("finetune: expected None or a FinetuneConfig, got dict", finetune={})
     refused("target_length: expected more than the window", target_length=16)
     refused("out: expected a path, got int", out=3)
@@ -244,6 +302,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path):
         assert words in shown
     assert "MiB" in shown
     assert not out.exists()
+
+
+def test_options_of_fine_tuning_without_any_are_refused(tmp_path):
+    error = call(
+        "extend", tmp_path / "model", tmp_path, "--out", tmp_path / "run", "--target-length", 64,
+        "--steps", 30, code=2,
+    ).stderr  # fmt: skip
+    assert error.startswith("longrope: --steps: expected --finetune or --stages")
 
 
 def test_the_commands_extend_and_recover(files, tmp_path):

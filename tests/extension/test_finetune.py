@@ -75,6 +75,12 @@ def whole(tmp_path_factory, documents):
     return out, train(out, documents)
 
 
+@pytest.mark.filterwarnings("error:save_pretrained writes")  # the run has the factors
+def test_a_seed_of_many_bits_trains(documents, tmp_path):
+    train(tmp_path, documents, seed=2**62, steps=1)
+    assert (tmp_path / finetune.LOSSES).is_file()
+
+
 # --- the loss ---------------------------------------------------------------------------------
 
 

@@ -64,6 +64,11 @@ def test_the_recipe_of_the_paper_for_llama2():
     assert (first.steps, second.steps) == (400, 600)
     assert (first.learning_rate, first.decay, first.batch_size) == (2e-5, "linear", 32)
     assert first.tiers == "one"
+    # Half the sizes above 512k alone.
+    searches = [s.options["preset"] for s in made.stages if isinstance(s, SearchStage)]
+    assert searches == ["paper", "paper", "paper-long"]
+    shorter = plan("longrope-llama2", 4096, 128 * 1024).stages[4]
+    assert (shorter.length, shorter.options["preset"]) == (128 * 1024, "paper")
 
 
 def test_the_recipe_of_the_paper_for_mistral_trains_on_short_rows():
@@ -130,6 +135,10 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
             [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "factors": "other"}],
             r"factors: expected the name of a search before it \(search-1\), got 'other'",
         ),
+        (
+            [SEARCH | {"length": 512}, TRAIN | {"length": 1024}, SEARCH | {"length": 2048}],
+            r"stages\[1\].length: expected at most what the factors of search-1 reach, 512 tokens",
+        ),
         ([SEARCH | {"length": 2048, "stepps": 3}], r"no such key \(did you mean steps\?\)"),
         ([SEARCH | {"length": 2048, "method": "magic"}], r"stages\[0\]: method: expected one of"),
         ([{"kind": "dance"}], r"stages\[0\].kind: expected one of 'search'"),
@@ -166,7 +175,11 @@ def test_a_target_within_the_window_is_refused():
 
 def test_broken_files_are_refused(tmp_path):
     path = tmp_path / "plan.toml"
-    for text, message in (("[[stages", "expected TOML"), ("steps = 3", r"\[\[stages\]\] tables")):
+    deep = "a = " + "[" * 3000 + "]" * 3000
+    for text, message in (
+        ("[[stages", "expected TOML"), ("steps = 3", r"\[\[stages\]\] tables"),
+        (deep, "nested too deeply"),
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             plan(path)
