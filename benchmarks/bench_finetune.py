@@ -12,7 +12,6 @@ that its peak memory is known: that of the process less what it held when traini
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -20,11 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from harness import RESULTS, commit, device_name
+from harness import RESULTS, append, commit, device_name
 
 WAYS = ("plain", "ours")
 FIELDS = (
@@ -142,13 +140,7 @@ def main() -> None:
                 f"{last['ratio_to_plain']:6.2f}x  peak {last['peak_bytes'] / 2**20:7.0f} MiB"
             )
     if args.save:
-        path = Path(RESULTS) / "finetune.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(rows, RESULTS / "finetune.csv", FIELDS)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 import time
@@ -60,13 +59,7 @@ class Rows(list):
 
     def save(self):
         """Append the rows to the results, and forget them."""
-        path = harness.RESULTS / "crossing.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(self)
+        harness.append(self, harness.RESULTS / "crossing.csv", FIELDS)
         self.clear()
 
 

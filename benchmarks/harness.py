@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -158,16 +158,16 @@ def compare(
 
 def save(rows: list[dict], device: str) -> Path:
     """Append rows to `results/<device name>.csv`."""
-    RESULTS.mkdir(exist_ok=True)
     name = device_name(device).lower().replace(" ", "-").replace("/", "-")
     return append(rows, RESULTS / f"{name}.csv")
 
 
-def append(rows: list[dict], path: Path) -> Path:
-    """Append rows to a CSV, which gets a header where it is new."""
+def append(rows: list[dict], path: Path, fields: Sequence[str] = FIELDS) -> Path:
+    """Append rows to a CSV, which gets a header of its fields where it is new."""
+    path.parent.mkdir(exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, fields)
         if new:
             writer.writeheader()
         writer.writerows(rows)

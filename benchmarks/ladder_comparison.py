@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, commit, device_name
+from harness import RESULTS, append, commit, device_name
 from search_comparison import clock, load
 
 import longrope
@@ -108,17 +108,6 @@ def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dic
             yield row(POWERS, result.factors.ladder(loaded=loaded), *spent)
 
 
-def save(row: dict) -> None:
-    """Append a row to the CSV file."""
-    FILE.parent.mkdir(exist_ok=True)
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def print_tables(rows: list[dict]) -> None:
     """Print a Markdown table for each model and budget: medians over seeds."""
     groups: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
@@ -165,7 +154,7 @@ def main() -> None:
         for row in one_seed(model, documents, seed, args):
             print("  ".join(str(row[k]) for k in list(row)[:6]), flush=True)
             if args.save:
-                save(row)
+                append([row], FILE, list(row))
             rows.append(row)
     print_tables(rows)
     return None

@@ -30,7 +30,7 @@ from pathlib import Path
 import book_model
 import numpy as np
 import torch
-from harness import RESULTS, commit, device_name
+from harness import RESULTS, append, commit, device_name
 from populations import losses_of_hugging_face
 
 import longrope
@@ -244,17 +244,6 @@ def as_row(name: str, seed: int, end: tuple, until: tuple, perplexity: float, ar
     }
 
 
-def save(row: dict) -> None:
-    """Append a row to the CSV file."""
-    FILE.parent.mkdir(exist_ok=True)
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def print_tables(rows: list[dict]) -> None:
     """Print a Markdown table for each model and budget: a line per method, medians over seeds."""
     groups: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
@@ -324,7 +313,7 @@ def main() -> None:
         for row in one_seed(model, documents, seed, args):
             print("  ".join(f"{row[k]!s:>8s}" for k in list(row)[:7]), flush=True)
             if args.save:
-                save(row)
+                append([row], FILE, list(row))
             rows.append(row)
     print_tables(rows)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -17,9 +16,8 @@ from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import Perplexity, perplexity
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
-from longrope.patching.embedding import RescaledRotaryEmbedding
-from longrope.patching.families import decoder, family_of
-from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.patching.apply import factors_kept
+from longrope.patching.families import family_of
 
 
 def measure_export(
@@ -75,7 +73,7 @@ def measure_export(
         return Row(name, found.by_range + missing, math.nan if missing else float(found))
 
     scored: list[Perplexity] = []
-    with put_back(model):
+    with factors_kept(model):
         rows = [
             measure("the model as loaded"),
             measure("**this export**, in any reader", plan.rule, "row"),
@@ -97,18 +95,3 @@ def _ranges(plan: Plan) -> tuple[tuple[int, int], ...]:
         edges.append(2 * edges[-1])
     edges.append(plan.long.target_length)
     return tuple(itertools.pairwise(edges))
-
-
-@contextlib.contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Give a model the factors back that are applied to it, after the block."""
-    before = decoder(model).rotary_emb
-    try:
-        yield
-    finally:
-        remove(model)
-        if isinstance(before, TieredRotaryEmbedding):
-            keys = "unrotated" if before.keeps_unrotated else "turned"
-            apply(model, before.tiers, cached_keys=keys)
-        elif isinstance(before, RescaledRotaryEmbedding):
-            apply(model, list(before.tiers), tiers="row")

@@ -14,7 +14,6 @@ from longrope._validation import choice, count, natural
 from longrope.documents import as_documents
 from longrope.documents.checks import Documents
 from longrope.evaluation import suite_report
-from longrope.evaluation.exported import put_back
 from longrope.evaluation.generation import check_generates
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.long_perplexity import long_perplexity
@@ -26,6 +25,7 @@ from longrope.evaluation.ruler import ruler
 from longrope.evaluation.suite_report import AS_LOADED, Evaluation, Figure
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove, rope_settings
+from longrope.patching.apply import factors_kept
 from longrope.runs.folder import JOURNAL, prepare, write_config
 from longrope.runs.journal import Journal
 from longrope.runs.progress import bar
@@ -115,7 +115,7 @@ def evaluate(
         raise ValueError(f"factors: expected names other than {AS_LOADED!r}")
     reads = {"perplexity", "longppl"} & set(tasks)
     texts = _texts(model, documents, wanted[-1]) if reads else []
-    with put_back(model):
+    with factors_kept(model):
         remove(model)
         header = {
             "tasks": tasks, "lengths": wanted, "tiers": tiers, **asked,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from longrope.extension.folder import digests, weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
-from longrope.patching.apply import rotary_of
+from longrope.patching.apply import factors_kept, rotary_of
 from longrope.runs.folder import write_text
 from longrope.runs.options import about, from_keywords
 
@@ -143,7 +143,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
         k: v for k, v in vars(options).items() if k in ("steps", "samples", "max_lambda", "seed")
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_factors_kept(model))
+        stack.enter_context(factors_kept(model))
         journal = None
         if options.out is not None:
             other = options.original
@@ -207,7 +207,7 @@ def _measured(
     """Return the perplexity of windows of a length under factors; None: the model as loaded."""
     windows = search.held_out(length) if test is None else [text[:length] for text in test]
     if factors is None:
-        with _factors_kept(model):
+        with factors_kept(model):
             remove(model)
             return _perplexity(model, windows, length, search.bos)
     apply(model, factors)
@@ -218,21 +218,3 @@ def _perplexity(model: nn.Module, windows: Any, length: int, bos: int | None) ->
     bos_or_none = False if bos is None else bos
     found = float(perplexity(model, windows, length=length, stride=length, bos=bos_or_none))
     return found if math.isfinite(found) else math.inf
-
-
-@contextlib.contextmanager
-def _factors_kept(model: nn.Module) -> Iterator[None]:
-    """Give a model the factors back that it had, if any, after the block."""
-    try:
-        rotary = rotary_of(model)
-    except ValueError:
-        yield
-        return
-    by_position = hasattr(rotary, "keeps_unrotated")
-    arguments: dict[str, Any] = {"tiers": "position" if by_position else "row"}
-    if by_position:
-        arguments["cached_keys"] = "unrotated" if rotary.keeps_unrotated else "turned"
-    try:
-        yield
-    finally:
-        apply(model, list(rotary.tiers), **arguments)

@@ -43,11 +43,14 @@ class Prefix:
         The tiers below the range, the first of them the model as loaded.
     score
         Runs the model, in chunks where windows are long.
+    keep
+        Whether the prefixes of windows are kept from one call to the next.
     """
 
-    def __init__(self, model: nn.Module, below: Tiers, score: NextTokenNLL):
-        self.model, self.below, self.score = model, below, score
+    def __init__(self, model: nn.Module, below: Tiers, score: NextTokenNLL, keep: bool):
+        self.model, self.below, self.score, self.keep = model, below, score, keep
         self.first_by_model = turned_as_loaded(model, below)
+        self._kept: dict[bytes, Any] = {}
 
     @property
     def end(self) -> int:
@@ -58,18 +61,28 @@ class Prefix:
         """Return an empty cache for windows of `length` tokens."""
         return range_cache(self.model, length - 1, self.below.limits[0], differentiable)
 
-    def of_window(
-        self, window: torch.Tensor, rotary: RangeRotaryEmbedding, kept: dict[bytes, Any]
+    def of_windows(
+        self, windows: torch.Tensor, rotary: RangeRotaryEmbedding, differentiable: bool = False
     ) -> Any:
-        """Return a cache that holds the prefix of a window `[1, N]`, and keep it in `kept`.
+        """Return a cache that holds the prefixes of windows `[B, N]`.
 
-        The window goes through the model by itself, whatever else is measured with it: so a search
+        Each window goes through the model by itself, whatever else is measured with it: so a search
         that is resumed finds the same bits.
         """
+        if not self.keep:
+            self.forget()
+        prefixes = [self._of_window(row[None], rotary) for row in windows]
+        return joined(prefixes, self.cache(windows.shape[1], differentiable))
+
+    def forget(self) -> None:
+        """Free the prefixes that are kept."""
+        self._kept.clear()
+
+    def _of_window(self, window: torch.Tensor, rotary: RangeRotaryEmbedding) -> Any:
         name = window.cpu().numpy().tobytes()
-        if name not in kept:
-            kept[name] = self._feed(window, rotary, self.cache(self.end + 1))
-        return kept[name]
+        if name not in self._kept:
+            self._kept[name] = self._feed(window, rotary, self.cache(self.end + 1))
+        return self._kept[name]
 
     def _feed(self, window: torch.Tensor, rotary: RangeRotaryEmbedding, cache: Any) -> Any:
         """Put the prefix of a window into an empty cache, tier by tier; returns it."""
@@ -109,13 +122,11 @@ class RangeEvaluator(PopulationEvaluator):
         keep: bool = True,
     ):
         super().__init__(model, to_factors, rows, last_tokens, chunk)
-        self.keep = keep
-        self._prefix = Prefix(model, below, self._score)
-        self._kept: dict[bytes, Any] = {}
+        self._prefix = Prefix(model, below, self._score, keep)
 
     def forget(self) -> None:
         """Free the prefixes that are kept."""
-        self._kept.clear()
+        self._prefix.forget()
 
     @contextlib.contextmanager
     def _turning(self) -> Iterator[Callable[..., None]]:
@@ -123,12 +134,9 @@ class RangeEvaluator(PopulationEvaluator):
             yield self._rotary.turn_by
 
     def _sums(self, ids: torch.Tensor, scored: int, blocks: int) -> torch.Tensor:
-        if not self.keep:
-            self._kept.clear()
         settings = self._rotary.settings
-        prefixes = [self._prefix.of_window(row[None], self._rotary, self._kept) for row in ids]
+        cache = self._prefix.of_windows(ids, self._rotary)
         self._rotary.settings = settings
-        cache = joined(prefixes, self._prefix.cache(ids.shape[1]))
         return self._score.sums(ids, scored, blocks, cache)
 
 
@@ -156,18 +164,13 @@ class RangeGradient(GradientEvaluator):
         keep: bool = True,
     ):
         super().__init__(model, base_inv_freq, plan, last_tokens, ranks)
-        self.keep = keep
-        self._prefix = Prefix(model, below, self._score)
-        self._kept: dict[bytes, Any] = {}
+        self._prefix = Prefix(model, below, self._score, keep)
 
     def _backward(
         self, window: torch.Tensor, inv_freq: torch.Tensor, start_tokens: int, factor: torch.Tensor
     ) -> torch.Tensor:
         with ranges(self.model) as rotary:
-            cache = self._prefix.cache(window.shape[1], differentiable=True)
             with torch.no_grad():
-                if not self.keep:
-                    self._kept.clear()
-                joined([self._prefix.of_window(window, rotary, self._kept)], cache)
+                cache = self._prefix.of_windows(window, rotary, differentiable=True)
             rotary.turn_by(inv_freq, start_tokens, factor)
             return self._score.backward(window, scored_tokens(window, self.last_tokens), cache)

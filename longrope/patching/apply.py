@@ -172,8 +172,8 @@ def rows(
         float or tensor `[B]` or `[]`. Gradients flow into it.
     """
     base = decoder(model)
-    under_tiers = base.rotary_emb if isinstance(base.rotary_emb, TieredRotaryEmbedding) else None
-    patched = isinstance(base.rotary_emb, RescaledRotaryEmbedding)
+    found = base.rotary_emb
+    patched = isinstance(found, RescaledRotaryEmbedding)
     if not patched:
         _install(model, _plain(model), False, "turned")
     rotary = base.rotary_emb
@@ -184,25 +184,29 @@ def rows(
     finally:
         rotary.rows = before
         if not patched:
-            remove(model)
-        if under_tiers is not None:
-            _apply_again(model, under_tiers)
+            _apply_again(model, found)
+
+
+@contextlib.contextmanager
+def factors_kept(model: nn.Module) -> Iterator[None]:
+    """Give a model the factors back that are applied to it, if any, after a block."""
+    rotary = decoder(model).rotary_emb
+    try:
+        yield
+    finally:
+        _apply_again(model, rotary)
 
 
 @contextlib.contextmanager
 def without_factors(model: nn.Module) -> Iterator[nn.Module]:
     """Take applied factors out for the time of a block; yields the decoder."""
-    base = decoder(model)
-    rotary = base.rotary_emb
-    remove(model)
-    try:
-        yield base
-    finally:
-        _apply_again(model, rotary)
+    with factors_kept(model):
+        yield decoder(remove(model))
 
 
 def _apply_again(model: nn.Module, rotary: nn.Module) -> None:
-    """Apply what a rotary module, which was taken out, had applied."""
+    """Apply what a rotary module, which was taken out, had applied, and nothing else."""
+    remove(model)
     if isinstance(rotary, TieredRotaryEmbedding):
         _install(model, rotary.tiers, True, "unrotated" if rotary.keeps_unrotated else "turned")
     elif isinstance(rotary, RescaledRotaryEmbedding):
