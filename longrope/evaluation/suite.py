@@ -12,7 +12,7 @@ from torch import nn
 
 from longrope._validation import choice, count, natural
 from longrope.documents import as_documents
-from longrope.documents.checks import Documents
+from longrope.documents.checks import Documents, like
 from longrope.evaluation import suite_report
 from longrope.evaluation.generation import check_generates
 from longrope.evaluation.identity import digest, fingerprint
@@ -139,7 +139,7 @@ def _texts(model: nn.Module, documents: Iterable[Any], longest: int) -> list[Any
         raise ValueError(
             f"lengths: expected at most {most}, the tokens of the longest document, got {longest}"
         )
-    return Documents(texts, given.bos) if isinstance(given, Documents) else texts
+    return like(given, texts)
 
 
 def _fields(factors: RescaleFactors | Tiers | None) -> Any:
@@ -244,9 +244,7 @@ def _measure(
             "value": mean.mean, "low": mean.low, "high": mean.high, "n": mean.samples,
             "detail": {name: scores.score(name, length).mean for name in scores.tasks},
         }  # fmt: skip
-    long_enough = [text for text in texts if len(text) >= length]
-    if isinstance(texts, Documents):
-        long_enough = Documents(long_enough, texts.bos)
+    long_enough = like(texts, [text for text in texts if len(text) >= length])
     if task == "perplexity":
         value = perplexity(model, long_enough, length=length, stride=length, bos=bos)
         return {"value": float(value), "low": None, "high": None, "n": value.tokens, "detail": None}
