@@ -78,7 +78,7 @@ def extend(
         "held_out": test,
         "test_windows": test_windows,
         "tokenizer": tokenizer,
-        "seed": options.seed,
+        "seed": options.seed or 0,
         "resume": resume,
     }
     if dry_run:
