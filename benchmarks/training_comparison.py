@@ -28,6 +28,7 @@ from harness import RESULTS, append, commit, device_name
 import longrope
 from longrope.demo import corpus
 from longrope.demo.run import load_packaged_model
+from longrope.documents import as_documents
 from longrope.extension.finetune import finetune
 from longrope.extension.plan import FinetuneStage
 from longrope.extension.table import excerpts
@@ -123,7 +124,7 @@ def trained(way: str, args, ladder, one, documents, **how: Any) -> Iterator[tupl
 
 def rows(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[list[dict]]:
     """Yield the rows of each training that `done` does not hold."""
-    documents = corpus.documents("search", min_length=LENGTH)
+    documents = as_documents(corpus.documents("search", min_length=LENGTH))
     ladder, one = factors(args.out, documents)
     measure = Measure(args.test_windows)
 
@@ -139,9 +140,7 @@ def rows(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[list[
         model = load_packaged_model()
         ways = {"as loaded": None, "by position": ladder, "one set": one}
         yield [row("none", run, how, measure(model, f, f)) for run, f in ways.items()]
-    for seed, steps, rate, way in itertools.product(
-        args.seeds, args.steps, args.rates, args.ways
-    ):
+    for seed, steps, rate, way in itertools.product(args.seeds, args.steps, args.rates, args.ways):
         how = {"steps": steps, "learning_rate": rate, "seed": seed}
         if key(way, how) not in done:
             found = trained(way, args, ladder, one, documents, **how)

@@ -76,7 +76,7 @@ def _paper(
 
 def paper_llama2(window: int, target: int) -> list[dict[str, Any]]:
     """LongRoPE's LLaMA2: 400 steps at 1/16 of the target, 600 at 1/8, batches of 32, 2e-5."""
-    how = {"learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20}
+    how = {"learning_rate": 2e-5, "decay": "linear", "batch_size": 32}
     return _paper(
         window, target, lambda length: length, [{"steps": 400, **how}, {"steps": 600, **how}]
     )
@@ -87,7 +87,7 @@ def paper_mistral(window: int, target: int) -> list[dict[str, Any]]:
 
     Rows of 16k where the factors reach so far, and never shorter than the model's window.
     """
-    how = {"learning_rate": 1e-6, "decay": "constant", "batch_size": 64, "warmup_steps": 20}
+    how = {"learning_rate": 1e-6, "decay": "constant", "batch_size": 64}
     return _paper(
         window,
         target,
@@ -109,7 +109,7 @@ def longrope2(window: int, target: int) -> list[dict[str, Any]]:
         },
         {
             "kind": "finetune", "length": target, "tiers": "row", "short_share": 0.1,
-            "learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20,
+            "learning_rate": 2e-5, "decay": "linear", "batch_size": 32,
             "steps": max(20, round(10e9 / (32 * target))),
         },
     ]  # fmt: skip

@@ -112,7 +112,9 @@ def test_what_was_given_wins_over_a_recipe():
 
 def test_a_configuration_and_a_stage_that_say_two_things_are_refused():
     stages = [SEARCH | {"length": 2048}, TRAIN | {"length": 2048, "steps": 60, "seed": 2}]
-    with pytest.raises(ValueError, match=r"steps: expected it in finetune or in stages\[1\], got 9"):
+    with pytest.raises(
+        ValueError, match=r"steps: expected it in finetune or in stages\[1\], got 9"
+    ):
         plan(stages, finetune=FinetuneConfig(steps=9))
     config = plan(stages, finetune=FinetuneConfig(steps=60, seed=1)).stages[1].config
     assert (config.steps, config.seed) == (60, 2)
