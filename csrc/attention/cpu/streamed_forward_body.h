@@ -220,14 +220,17 @@ struct StreamedProducts {
           state.o + r * padded + c * Chunk<T>::kElements, padded, state.alpha + r,
           r == 0 ? next + at * count * static_cast<int64_t>(sizeof(T)) : nullptr);
     };
-    constexpr int kTileChunks = kTileVectors<kRows, T> / Chunk<T>::kVectors;
-    int64_t c = 0;
+    add_chunks<kTileVectors<kRows, T> / Chunk<T>::kVectors>(0, add);
+    if (chunks.overlap > 0) add(std::integral_constant<int, 1>(), chunks.whole, chunks.last);
+  }
+
+  // Calls add(chunks of the tile, the first, its element) for all whole chunks, in tiles of as many
+  // as there are.
+  template <int kTileChunks, typename Add>
+  void add_chunks(int64_t c, const Add& add) const {
     for (; c + kTileChunks <= chunks.whole; c += kTileChunks) {
       add(std::integral_constant<int, kTileChunks>(), c, c * Chunk<T>::kElements);
     }
-    for (; c < chunks.whole; ++c) {
-      add(std::integral_constant<int, 1>(), c, c * Chunk<T>::kElements);
-    }
-    if (chunks.overlap > 0) add(std::integral_constant<int, 1>(), c, chunks.last);
+    if constexpr (kTileChunks > 1) add_chunks<kTileChunks / 2>(c, add);
   }
 };
