@@ -1,9 +1,10 @@
-"""What a search writes beside its journal: `config.json`, `factors.json`, `history.csv`, a plot."""
+"""What a search leaves beside its journal: `factors.json`, `history.csv`, a report and so on."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from longrope import report
 from longrope.factor_search.history import Evaluation, Role
-from longrope.factor_search.plot import plot
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors, Tiers
 from longrope.runs import folder, journal
@@ -20,25 +21,24 @@ from longrope.runs.folder import JOURNAL, write_text
 
 KIND = "search"
 FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
-TIERS = "tiers.json"
+TIERS, SUMMARY = "tiers.json", "summary.json"
 
 
 def prepare(out: str | Path, resume: bool = True) -> Path:
     """Create or check the folder of a search, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS), resume)
+    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS, SUMMARY), resume)
 
 
 def write_results(
     out: Path,
     factors: RescaleFactors,
     history: Sequence[Evaluation],
-    baselines: Mapping[str, RescaleFactors],
     tiers: Tiers | None = None,
     loaded: Sequence[Evaluation] = (),
 ) -> None:
-    """Write the factors, the tiers of a ladder, the history as a table, and the plot.
+    """Write the factors, the tiers of a ladder, the history as a table, and the report.
 
-    The plot shows the model as loaded, where it was measured; that of a ladder is its last tier's.
+    `loaded` is the model as loaded on the same windows, where it was measured.
     """
     if tiers is not None:
         tiers.save(out / TIERS)
@@ -59,9 +59,11 @@ def write_results(
     for number, e in enumerate(history):
         writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
     write_text(out / HISTORY, table.getvalue())
-    last = history[-1].tier
-    shown = [e for e in history if e.tier == last]
-    plot(out / PLOT, factors, shown, baselines, loaded)
+    reached = {e.role: e.perplexity if math.isfinite(e.perplexity) else None for e in loaded}
+    passes = sum(e.forward_equivalents for e in history)
+    content = {"forward_passes": passes, "as_loaded": reached}
+    write_text(out / SUMMARY, json.dumps(content, indent=1) + "\n")
+    report.at_end(out)
 
 
 def summary(out: Path) -> dict[str, Any]:
