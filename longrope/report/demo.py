@@ -9,7 +9,7 @@ from typing import Any
 from longrope.factors import RescaleFactors, Tiers
 from longrope.report import figures, search
 from longrope.report.page import Figure, Page, Row, Section, Table, number, read_csv
-from longrope.report.parts import factor_rows, lambda_figure, refer, tier_figure, tier_rows
+from longrope.report.parts import lambda_figure, refer, tier_figure, tier_rows
 from longrope.runs import journal
 from longrope.runs.folder import JOURNAL
 from longrope.runs.style import STYLES, Style, line
@@ -61,6 +61,7 @@ def page(out: Path, shown: str) -> Page:
             section.figures.append(drawn)
         if run.passes is not None:
             found.facts.append((f"passes, {run.header['method']}", f"{run.passes:.0f}"))
+        found.rows += [row._replace(set=f"{name}: {row.set}") for row in run.rows()]
         refer(section, out, name, shown, f"{name.replace('-', ' by ', 1)} in detail")
     found.sections.append(section)
     seeds = {run.header["seed"] for run in runs.values()}
@@ -131,7 +132,6 @@ def _factors(out: Path, runs: dict[str, search.Search], found: Page) -> list[Sec
                 for n in ("none", "pi", "ntk", "yarn")]  # fmt: skip
         for name, factors in known.items():
             sets.append((line(runs[name].header["method"]), factors.lambdas))
-            found.rows += factor_rows(name, factors.lambdas)
         section.figures.append(lambda_figure("factors", sets))
     if (out / TIERS).is_file():
         tiers = Tiers.load(out / TIERS)

@@ -18,6 +18,8 @@ from longrope.runs.folder import JOURNAL
 
 KIND = "evaluation"
 AS_LOADED = "as loaded"
+#: Of many documents the hashes of so many are told; the journal has all.
+_HASHES = 6
 #: What the value of a task is, its digits, and whether less (-1) or more is better.
 TASKS = {
     "perplexity": ("perplexity", 4, -1),
@@ -47,9 +49,8 @@ def page(out: Path, shown: str) -> Page:
         lead=f"{', '.join(TASKS[t][0] for t in tasks)}, for the model as loaded and "
         f"{len(names) - 1} sets of factors.",
         finished=finished,
-        settings=flat(asked | {"documents": f"{len(header['documents'])}, of hashes "
-                               + " ".join(header["documents"])}),
-    )  # fmt: skip
+        settings=flat(asked | {"documents": _hashes(header["documents"])}),
+    )
     found.facts = list(_facts(figures_of, tasks, names, longest))
     drawn = dict(zip(names, looks(names), strict=True))
     for task in tasks:
@@ -66,6 +67,11 @@ def page(out: Path, shown: str) -> Page:
     if factors:
         found.sections.append(Section("Rescale factors", figures=[factors]))
     return found
+
+
+def _hashes(documents: Sequence[str]) -> str:
+    more = ", ..." if len(documents) > _HASHES else ""
+    return f"{len(documents)}, hashes {', '.join(documents[:_HASHES])}{more}"
 
 
 def _facts(entries: Mapping[tuple, Any], tasks: Sequence[str], names: Sequence[str], length: int):
@@ -195,10 +201,10 @@ def _ruler(
 def _factors(sets: Mapping[str, Any], styles: Mapping[str, Any]) -> Figure | None:
     """Return lambda by dimension of every set; of tiers the last, which reaches farthest."""
     drawn = [
-        (styles[name], np.array([list(map(float, row)) if isinstance(row, list) else float(row)
-                                for row in fields[-1]["lambdas"]]))
-        for name, fields in sets.items() if fields
-    ]  # fmt: skip
+        (styles[name], np.array(fields[-1]["lambdas"]).astype(float))  # from text: JSON has no inf
+        for name, fields in sets.items()
+        if fields
+    ]
     return lambda_figure("factors", drawn) if drawn else None
 
 

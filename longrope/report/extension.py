@@ -199,7 +199,9 @@ def _searches(folders: Mapping[str, Path]) -> list[Section]:
     for name, place in folders.items():
         if journal.kind_of(place / "search" / JOURNAL) != search.KIND:
             continue
-        drawn = search.Search.read(place / "search").convergence(f"convergence-{name}", f"{name}: ")
+        drawn = search.Search.read(place / "search").convergence(
+            f"convergence-{place.name}", f"{name}: "
+        )
         if drawn is not None:
             section.figures.append(drawn)
     return [section] if section.figures else []

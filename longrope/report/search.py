@@ -50,7 +50,8 @@ def page(out: Path, shown: str) -> Page:
     values = run.by_set()
     ours = values.get(_FOUND, {}).get(deciding)
     if ours is not None:
-        found.facts.append((f"perplexity, {_WINDOWS[deciding]}", f"{ours:.3f}"))
+        where = "perplexity of the last tier" if run.ladder else "perplexity"
+        found.facts.append((f"{where}, {_WINDOWS[deciding]}", f"{ours:.3f}"))
     for name, words in (("yarn", "with YaRN"), ("none", "as loaded")):
         if values.get(name, {}).get(deciding) is not None:
             found.facts.append((words, f"{values[name][deciding]:.3f}"))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from longrope._files import replacing
 from longrope._warnings import warn
@@ -70,8 +71,8 @@ def at_end(out: Path) -> None:
 
     The results are on the disk by now, and a run of days must not end in an error for its pictures.
     """
-    times.ended(out)
     try:
+        times.ended(out)
         write(out)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -82,9 +83,13 @@ def page_of(out: Path) -> Page:
     """Return what the report of a folder holds, figures of runs inside it included."""
     kind = kind_of(out)
     if kind is None:
+        what = "which is no folder"
+        if out.is_dir():
+            what = "which holds none"
+        if (out / JOURNAL).is_file():
+            what = f"whose {JOURNAL} is damaged or that of something else"
         raise ValueError(
-            f"folder: expected the folder of a run of {_KINDS}, got {str(out)!r}, which "
-            + ("holds no such run" if out.is_dir() else "is no folder")
+            f"folder: expected the folder of a run of {_KINDS}, got {str(out)!r}, {what}"
         )
     shown = times.quoted(str(out))
     try:
@@ -123,11 +128,12 @@ def _take(found: Page, inner: Page, name: str) -> None:
 
 
 class _Image(NamedTuple):
-    """A figure as HTML has it: a PNG in a URL, and its size in pixels of a page."""
+    """A figure as HTML has it: a PNG in a URL, its size in pixels of a page, and its PDF."""
 
     url: str
     width: int
     height: int
+    pdf: str
 
 
 def _drawn(out: Path, figure: Figure) -> _Image:
@@ -140,7 +146,7 @@ def _drawn(out: Path, figure: Figure) -> _Image:
         figure.draw(made)
     width, height = (round(100 * inches) for inches in made.get_size_inches())
     encoded = base64.b64encode(paths[0].read_bytes()).decode()
-    return _Image(f"data:image/png;base64,{encoded}", width, height)
+    return _Image(f"data:image/png;base64,{encoded}", width, height, f"{PLOTS}/{quote(name)}.pdf")
 
 
 def html(found: Page, images: Mapping[str, _Image], processes: list[dict[str, Any]]) -> str:
