@@ -123,6 +123,12 @@ class Search:
             if entry["role"] == role and entry.get("origin") in _CLOSED_FORMS
         }
 
+    def drawn(self, tier: int | None) -> list[str]:
+        """Return the closed forms to draw: PI, NTK, YaRN, and the best where it is another."""
+        reached = self.reached(tier, "search") or self.reached(tier, "screen")
+        best = [min(reached, key=lambda name: reached[name])] if reached else []
+        return list(dict.fromkeys([*_RULES, *best]))
+
     def by_set(self) -> dict[str, dict[str, float]]:
         """Return perplexities by the name of a style, or `"searched"`, and role."""
         tier, found = self.last_tier, {}
@@ -256,7 +262,8 @@ class Search:
 
         def panel(number: int, axes: Any) -> None:
             tier = tiers[number]
-            levels = self.reached(tier, "search")
+            reached = self.reached(tier, "search")
+            levels = {n: v for n, v in reached.items() if n in self.drawn(tier)}
             if self.loaded.get("search") is not None and tier is None:
                 levels["none"] = self.loaded["search"]
             figures.draw_convergence(axes, self.measured(tier), levels)
@@ -286,9 +293,12 @@ class Search:
         }
         stage = np.ones(len(self.factors.lambdas.T)) if self.stage is None else self.stage
         sets = [(line("none", label="as loaded"), stage)]
-        for name in _RULES:
-            rule = getattr(RescaleFactors, name)(**lengths)
-            sets.append((line(name), rule.lambdas))
+        for name in self.drawn(self.last_tier):
+            if name in _RULES:
+                sets.append((line(name), getattr(RescaleFactors, name)(**lengths).lambdas))
+                continue
+            entry = next(e for e in self._of(self.last_tier) if e.get("origin") == name)
+            sets.append((line(name), self.lambdas(entry)))
         sets.append((line("gradient", label=_FOUND), self.factors.lambdas))
         section.figures.append(lambda_figure("factors", sets))
         if self.tiers is not None and len(self.tiers) > 1:
