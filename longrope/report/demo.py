@@ -10,6 +10,7 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.report import figures, search
 from longrope.report.page import Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import lambda_figure, refer, tier_figure, tier_rows
+from longrope.report.search_data import KIND, Search
 from longrope.runs import journal
 from longrope.runs.folder import JOURNAL
 from longrope.runs.style import STYLES, Style, line
@@ -25,7 +26,7 @@ def is_one(out: Path) -> bool:
 
 def _searches(out: Path) -> list[Path]:
     found = (p for p in sorted(out.glob(_SEARCHES)) if not p.is_symlink())
-    return [p for p in found if journal.kind_of(p / JOURNAL) == search.KIND]
+    return [p for p in found if journal.kind_of(p / JOURNAL) == KIND]
 
 
 def page(out: Path, shown: str) -> Page:
@@ -51,18 +52,18 @@ def page(out: Path, shown: str) -> Page:
     else:
         words = "The perplexities of all methods are measured when the searches are done."
         found.sections.append(Section("Perplexity by window", [words]))
-    runs = {path.name: search.Search.read(path) for path in _searches(out)}
+    runs = {path.name: Search.read(path) for path in _searches(out)}
     found.sections += _factors(out, runs, found)
     section = Section("Convergence of the searches")
     for name, run in runs.items():
-        drawn = run.convergence(f"convergence-{run.header['method']}",
-                                f"{name.replace('-', ' by ', 1)}: ")  # fmt: skip
+        words = name.replace("-", " by ", 1)
+        drawn = search.convergence(run, f"convergence-{run.header['method']}", f"{words}: ")
         if drawn is not None:
             section.figures.append(drawn)
         if run.passes is not None:
             found.facts.append((f"passes, {run.header['method']}", f"{run.passes:.0f}"))
-        found.rows += [row._replace(set=f"{name}: {row.set}") for row in run.rows()]
-        refer(section, out, name, shown, f"{name.replace('-', ' by ', 1)} in detail")
+        found.rows += [row._replace(set=f"{name}: {row.set}") for row in search.rows(run)]
+        refer(section, out, name, shown, f"{words} in detail")
     found.sections.append(section)
     seeds = {run.header["seed"] for run in runs.values()}
     found.settings = [("seed", ", ".join(map(str, sorted(seeds))))]
@@ -119,7 +120,7 @@ def _perplexity(lengths: list[int], table: dict[str, list[float]]) -> Section:
     )
 
 
-def _factors(out: Path, runs: dict[str, search.Search], found: Page) -> list[Section]:
+def _factors(out: Path, runs: dict[str, Search], found: Page) -> list[Section]:
     section = Section("Rescale factors")
     known = {name: run.factors for name, run in runs.items() if run.factors is not None}
     if known:

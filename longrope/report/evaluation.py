@@ -32,17 +32,13 @@ TASKS = {
 def page(out: Path, shown: str) -> Page:
     """Return the report of an evaluation, finished or not."""
     header, entries = journal.read(out / JOURNAL)
-    try:
-        names, tasks, lengths = header["sets"], header["tasks"], header["lengths"]
-        figures_of = {(e["task"], e["set"], e["length"]): e for e in entries}
-        finished = len(figures_of) == len(names) * len(tasks) * len(lengths)
-        asked = {k: header[k] for k in ("tasks", "lengths", "sets", "tiers", "trials", "samples",
-                                        "seed", "bos", "model", "documents")}  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{out / JOURNAL}: expected the journal of an evaluation of this version, got one "
-            f"without {error}"
-        ) from None
+    names, tasks, lengths = header["sets"], header["tasks"], header["lengths"]
+    figures_of = {(e["task"], e["set"], e["length"]): e for e in entries}
+    finished = len(figures_of) == len(names) * len(tasks) * len(lengths)
+    asked = {
+        k: header[k]
+        for k in ("tasks", "lengths", "sets", "tiers", "trials", "samples", "seed", "bos", "model")
+    }
     longest = max(lengths)
     found = Page(
         title=f"Evaluation up to {longest} tokens",

@@ -18,6 +18,8 @@ from longrope.report.parts import (
     tier_figure,
     tier_rows,
 )
+from longrope.report.search_data import KIND as KIND_OF_SEARCH
+from longrope.report.search_data import Search
 from longrope.runs import journal
 from longrope.runs.folder import JOURNAL
 from longrope.runs.style import line
@@ -33,15 +35,9 @@ _LOOKS = ("none", "gradient", "evolution", "hybrid", "position", "cope", "mrrope
 def page(out: Path, shown: str) -> Page:
     """Return the report of a run of `longrope.extend`, finished or not."""
     header, entries = journal.read(out / JOURNAL)
-    try:
-        plan = header["plan"]
-        window, target, stages = plan["window"], plan["target_length"], plan["stages"]
-        rows = [entry["row"] for entry in entries if "row" in entry]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{out / JOURNAL}: expected the journal of an extension of this version, got one "
-            f"without {error}"
-        ) from None
+    plan = header["plan"]
+    window, target, stages = plan["window"], plan["target_length"], plan["stages"]
+    rows = [entry["row"] for entry in entries if "row" in entry]
     done = {entry.get("stage") for entry in entries}
     baselines = json_object(out / BASELINES) if (out / BASELINES).is_file() else {}
     found = Page(
@@ -197,11 +193,10 @@ def _factors(out: Path, folders: Mapping[str, Path], done: set[Any], found: Page
 def _searches(folders: Mapping[str, Path]) -> list[Section]:
     section = Section("Convergence of the searches")
     for name, place in folders.items():
-        if journal.kind_of(place / "search" / JOURNAL) != search.KIND:
+        if journal.kind_of(place / "search" / JOURNAL) != KIND_OF_SEARCH:
             continue
-        drawn = search.Search.read(place / "search").convergence(
-            f"convergence-{place.name}", f"{name}: "
-        )
+        run = Search.read(place / "search")
+        drawn = search.convergence(run, f"convergence-{place.name}", f"{name}: ")
         if drawn is not None:
             section.figures.append(drawn)
     return [section] if section.figures else []

@@ -37,6 +37,8 @@ _RC = {
 _DPI = 200
 #: Values above this many times the third quartile are written above the axes.
 _FAR = 1.5
+#: A level up to so many times the range of the candidates is drawn with them.
+_NEAR = 3.5
 #: Curves no further apart than this share of their axis are one on top of the other.
 _COINCIDENT = 0.008
 #: Points of a curve that all carry a marker.
@@ -246,12 +248,11 @@ def draw_convergence(
         return
     # Failures can be orders of magnitude worse than what the search works on.
     top = max(finite[(3 * len(finite) - 1) // 4], best[0] if best[0] <= 1.5 * best[-1] else 0)
-    near = {name: v for name, v in baselines.items() if v <= 1.25 * top}
-    top = max([top, *near.values()])
     lowest = finite[0]
-    beyond = sum(not v <= top for v in values)
-    label = "candidates" + (f" ({beyond} above)" if beyond else "")
-    axes.plot(at, values, "o", color=MUTED, markersize=3.5, label=label)
+    reach = lowest + _NEAR * max(top - lowest, 0.01 * lowest)
+    near = {name: v for name, v in baselines.items() if v <= reach}
+    top = max([top, *near.values()])
+    axes.plot(at, values, "o", color=MUTED, markersize=3.5, label="candidates")
     axes.plot(at, [b if b <= top else math.nan for b in best], color=OURS, linewidth=2.2,
               label="best so far", drawstyle="steps-post")  # fmt: skip
     _scale(axes, lowest, top, log=False)
@@ -260,9 +261,11 @@ def draw_convergence(
     axes.set(xlabel="evaluation of the search", ylabel="perplexity, search windows")
     _label_levels(axes, near)
     missing = {name: v for name, v in baselines.items() if name not in near}
-    if missing:
-        text = ", ".join(f"{_style(name).label} {v:.3g}" for name, v in missing.items())
-        axes.set_title(f"above the axis: {text}", fontsize=8, color="0.35")
+    above = [f"{_style(name).label} {v:.3g}" for name, v in missing.items()]
+    others = sum(not v <= top for v in values) - sum(v in values for v in missing.values())
+    above += [f"{others} candidate{'s' * (others > 1)}"] if others > 0 else []
+    if above:
+        axes.set_title(f"above: {', '.join(above)}", fontsize=8, color="0.35")
 
 
 def _style(name: str) -> Style:

@@ -12,13 +12,22 @@ from urllib.parse import quote
 
 from longrope._files import replacing
 from longrope._warnings import warn
-from longrope.report import demo, evaluation, extension, figures, passkey, recovery, search
+from longrope.report import (
+    demo,
+    evaluation,
+    extension,
+    figures,
+    passkey,
+    recovery,
+    search,
+    search_data,
+)
 from longrope.report.page import Figure, Page
 from longrope.runs import journal, times
 from longrope.runs.folder import JOURNAL, PLOTS, REPORT, ROWS, write_text
 
 _BY_JOURNAL: dict[str, Callable[[Path, str], Page]] = {
-    search.KIND: search.page,
+    search_data.KIND: search.page,
     extension.KIND: extension.page,
     evaluation.KIND: evaluation.page,
     recovery.KIND: recovery.page,
@@ -101,6 +110,11 @@ def page_of(out: Path) -> Page:
         raise ValueError(
             f"{error.filename or out}: cannot be read ({error.strerror or error})"
         ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{out}: expected a run of this version of longrope, got one whose files do not hold "
+            f"what its report shows ({type(error).__name__}: {error})"
+        ) from error
     return found
 
 
