@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longrope import report
-from longrope.factor_search.history import Evaluation, Role
+from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_table, write_text
 
@@ -27,20 +27,12 @@ def prepare(out: str | Path, resume: bool = True) -> Path:
     return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS, SUMMARY), resume)
 
 
-def write_results(
-    out: Path,
-    factors: RescaleFactors,
-    history: Sequence[Evaluation],
-    tiers: Tiers | None = None,
-    loaded: Sequence[Evaluation] = (),
-) -> None:
-    """Write the factors, the tiers of a ladder, the history as a table, and the report.
-
-    `loaded` is the model as loaded on the same windows, where it was measured.
-    """
+def write_results(out: Path, result: SearchResult) -> None:
+    """Write the factors, the tiers of a ladder, the history as a table, and the report."""
+    history, tiers = result.history, result.tiers
     if tiers is not None:
         tiers.save(out / TIERS)
-    factors.save(out / FACTORS)
+    result.factors.save(out / FACTORS)
     names = [
         "role",
         *(["tier"] if tiers is not None else []),
@@ -56,11 +48,19 @@ def write_results(
         for number, e in enumerate(history)
     ]
     write_table(out / HISTORY, ["evaluation", *names, *lambdas], rows)
-    reached = {e.role: e.perplexity if math.isfinite(e.perplexity) else None for e in loaded}
-    passes = sum(e.forward_equivalents for e in history)
-    content = {"forward_passes": passes, "as_loaded": reached}
+    found = {Role.SEARCH: result.perplexity, Role.VALIDATION: result.validation_perplexity}
+    as_loaded = {e.role: e.perplexity for e in result.loaded}
+    content = {
+        "forward_passes": sum(e.forward_equivalents for e in history),
+        "found": {role: _finite(value) for role, value in found.items()},
+        "as_loaded": {role: _finite(value) for role, value in as_loaded.items()},
+    }
     write_text(out / SUMMARY, json.dumps(content, indent=1) + "\n")
     report.at_end(out)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def summary(out: Path) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 model, options, ladder, drawn, notes, journal, on_batch, job
             ).run()
         if options.out is not None and job.first:
-            folder.write_results(out, result.factors, result.history, result.tiers, result.loaded)
+            folder.write_results(out, result)
     return result
 
 

@@ -15,6 +15,7 @@ from longrope.report.parts import (
     flat,
     json_object,
     refer,
+    span,
     tier_figure,
     tier_rows,
 )
@@ -182,8 +183,7 @@ def _factors(out: Path, folders: Mapping[str, Path], done: set[Any], found: Page
         found.rows += factor_rows(f"up to {tiers[-1].target_length}", tiers[-1].lambdas)
     found.facts.append(("tiers by position", str(len(tiers))))
     attention = [
-        [f"up to {t.target_length}", f"{t.attention_factor:.4g}", str(t.start_tokens)]
-        for t in tiers
+        [f"up to {t.target_length}", span(t.attention_factor), str(t.start_tokens)] for t in tiers
     ]
     table = Table(["tier", "attention factor", "start tokens"], attention)
     words = "The token at a position takes the first tier that reaches it."

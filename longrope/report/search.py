@@ -11,14 +11,16 @@ import numpy as np
 from longrope.factors import RescaleFactors
 from longrope.report import figures
 from longrope.report.page import Command, Figure, Page, Row, Section, Table
-from longrope.report.parts import factor_rows, label, lambda_figure, tier_figure, tier_rows
+from longrope.report.parts import factor_rows, label, lambda_figure, span, tier_figure, tier_rows
 from longrope.report.search_data import (
+    BEST,
     CLOSED_FORMS,
     FACTORS,
     FOUND,
     RULES,
     TIERS,
     WINDOWS,
+    YARN_LADDER,
     Search,
     perplexity,
 )
@@ -39,17 +41,17 @@ def page(out: Path, shown: str) -> Page:
         settings=run.settings(),
     )
     values = run.by_set()
-    ours = values.get(FOUND, {}).get(deciding)
-    if ours is not None:
-        where = "perplexity of the last tier" if run.ladder else "perplexity"
-        found.facts.append((f"{where}, {WINDOWS[deciding]}", f"{ours:.3f}"))
-    for name, words in (("yarn", "with YaRN"), ("none", "as loaded")):
+    if run.ladder:
+        values.pop("yarn", None)  # of the last tier's range alone
+    ours = f"perplexity, {WINDOWS[deciding]}"
+    names = {FOUND: ours, BEST: f"{ours}, {BEST}", "yarn": "with YaRN", "none": "as loaded"}
+    for name, words in names.items():
         if values.get(name, {}).get(deciding) is not None:
             found.facts.append((words, f"{values[name][deciding]:.3f}"))
     if run.passes is not None:
         found.facts.append(("cost, forward passes of a window", f"{run.passes:.0f}"))
     if run.factors is not None:
-        found.facts.append(("attention factor", f"{run.factors.attention_factor:.4g}"))
+        found.facts.append(("attention factor", span(run.factors.attention_factor)))
         found.facts.append(("start tokens", str(run.factors.start_tokens)))
     found.sections = [*_perplexities(run, shown), *_factors(run)]
     found.rows = rows(run)
@@ -106,12 +108,20 @@ def _ladder_tables(run: Search) -> list[Table]:
     role, ends = run.deciding, run.ladder["targets"]
     columns = []
     for number in range(1, len(ends) + 1):
-        losses = [e["nll"] for e in run.of(number) if e["role"] == role]
-        best = min((loss for loss in losses if loss is not None), default=None)
-        reached: dict[str, float | None] = dict(run.reached(number, role))
-        columns.append(reached | {FOUND: None if best is None else perplexity(best)})
-    names = [name for name in (*CLOSED_FORMS, FOUND) if any(name in c for c in columns)]
-    rows = [[label(name), *(column.get(name) for column in columns)] for name in names]
+        entries = [e for e in run.of(number) if e["role"] == role]
+        ladder = [e for e in entries if e.get("origin") == YARN_LADDER]
+        losses = [e["nll"] for e in entries if e not in ladder and e["nll"] is not None]
+        column: dict[str, float] = run.reached(number, role)
+        if ladder or (number == 1 and "yarn" in column):
+            column[YARN_LADDER] = perplexity(ladder[-1]["nll"]) if ladder else column["yarn"]
+        if losses:
+            column[FOUND] = perplexity(min(losses))
+        columns.append(column)
+    names = [n for n in (*CLOSED_FORMS, YARN_LADDER, FOUND) if any(n in c for c in columns)]
+    rows = [
+        [label(name).replace("yarn", "YaRN"), *(column.get(name) for column in columns)]
+        for name in names
+    ]
     if not any(value is not None for row in rows for value in row[1:]):
         return []
     head = [f"perplexity of a tier's range, {WINDOWS[role]}", *(f"to {end}" for end in ends)]

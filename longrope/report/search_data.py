@@ -22,8 +22,10 @@ WINDOWS = {"screen": "first windows", "search": "search windows", "validation": 
 #: Factors that need no search, by their origin in the journal; the first three are always drawn.
 RULES = ("pi", "ntk", "yarn")
 CLOSED_FORMS = (*RULES, *(n for n in STYLES if n not in (*RULES, "none", *METHODS)))
-#: The name of what was found, or is the best so far.
-FOUND = "searched"
+#: The origin of YaRN behind tiers of YaRN, with which a ladder is compared.
+YARN_LADDER = "yarn by position"
+#: The names of what was found, and of the best candidate where nothing says what that is.
+FOUND, BEST = "searched", "best so far"
 
 
 class Search:
@@ -37,6 +39,7 @@ class Search:
         self.tiers = Tiers.load(out / TIERS) if (out / TIERS).is_file() else None
         summary = json_object(out / SUMMARY) if (out / SUMMARY).is_file() else {}
         self.passes = summary.get("forward_passes")
+        self.found: Mapping[str, float | None] = summary.get("found", {})
         self.loaded: Mapping[str, float | None] = summary.get("as_loaded", {})
         stage = self.problem.get("stage")
         self.stage = np.array(list(map(float, stage["lambdas"]))) if stage else None
@@ -63,7 +66,7 @@ class Search:
         return [
             (number, perplexity(entry["nll"]))
             for number, entry in enumerate(self.of(tier), 1)
-            if entry["role"] == "search"
+            if entry["role"] == "search" and entry.get("origin") != YARN_LADDER
         ]
 
     def of(self, tier: int | None) -> list[Mapping[str, Any]]:
@@ -85,26 +88,26 @@ class Search:
         return list(dict.fromkeys([*RULES, *best]))
 
     def by_set(self) -> dict[str, dict[str, float]]:
-        """Return perplexities by the name of a style, or `"searched"`, and role."""
+        """Return perplexities by the name of a style, `FOUND` or `BEST`, and role."""
         tier, found = self.last_tier, {}
         if any(value is not None for value in self.loaded.values()):
             found["none"] = {role: math.inf if v is None else v for role, v in self.loaded.items()}
         for role in WINDOWS:
             for name, value in self.reached(tier, role).items():
                 found.setdefault(name, {})[role] = value
-        ours = {}
-        for role in WINDOWS:
-            same = [e for e in self.of(tier) if e["role"] == role and self._is_chosen(e)]
-            if same:
-                ours[role] = perplexity(same[-1]["nll"])
-            elif self.factors is None and role != "screen":
-                losses = [e["nll"] for e in self.of(tier) if e["role"] == role]
-                best = min((loss for loss in losses if loss is not None), default=None)
-                if best is not None:
-                    ours[role] = perplexity(best)
-        if ours:
-            found[FOUND] = ours
-        return {name: found[name] for name in ("none", *CLOSED_FORMS, FOUND) if name in found}
+        if self.found:
+            found[FOUND] = {role: v for role, v in self.found.items() if v is not None}
+            return self._ordered(found)
+        for role in ("search", "validation"):
+            losses = [e["nll"] for e in self.of(tier) if e["role"] == role]
+            best = min((loss for loss in losses if loss is not None), default=None)
+            if best is not None:
+                found.setdefault(BEST, {})[role] = perplexity(best)
+        return self._ordered(found)
+
+    @staticmethod
+    def _ordered(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        return {n: found[n] for n in ("none", *CLOSED_FORMS, FOUND, BEST) if n in found}
 
     def lambdas(self, entry: Mapping[str, Any]) -> np.ndarray:
         """Return the lambdas of a candidate, counted from the base."""
@@ -112,16 +115,6 @@ class Search:
         if self.stage is not None and not entry.get("from_base"):
             lambdas = self.stage * lambdas
         return lambdas
-
-    def _is_chosen(self, entry: Mapping[str, Any]) -> bool:
-        if self.factors is None or entry.get("hundredths") is None:
-            return False
-        factor = entry.get("attention_factor")
-        return (
-            np.array_equal(self.lambdas(entry), self.factors.lambdas)
-            and entry["start_tokens"] == self.factors.start_tokens
-            and (factor is None or factor == self.factors.attention_factor)
-        )
 
     def settings(self) -> list[tuple[str, str]]:
         """Return what the search was asked to do, defaults that were left alone included."""
