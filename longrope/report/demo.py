@@ -47,8 +47,9 @@ def page(out: Path, shown: str) -> Page:
         ]
         least = min(table, key=lambda name: table[name][-1])
         found.facts = [(f"best at {lengths[-1]}", f"{table[least][-1]:.2f} ({least})")]
-        found.facts += [(f"{name} at {lengths[-1]}", f"{table[name][-1]:.2f}")
-                        for name in ("YaRN", "none") if name in table]  # fmt: skip
+        for name, words in (("YaRN", "YaRN"), ("none", "as loaded")):
+            if name in table:
+                found.facts.append((f"{words} at {lengths[-1]}", f"{table[name][-1]:.2f}"))
     else:
         words = "The perplexities of all methods are measured when the searches are done."
         found.sections.append(Section("Perplexity by window", [words]))
