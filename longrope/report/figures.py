@@ -290,13 +290,15 @@ def draw_losses(axes: Any, stages: Sequence[tuple[str, Sequence[float], Sequence
     every = [v for _, _, losses in stages for v in losses if math.isfinite(v)]
     if not every:
         return
-    _scale(axes, min(every), _top(every), log=False)
+    _scale(axes, min(every), max(every), log=False)
     for number, (name, steps, losses) in enumerate(stages):
         at = [before + step for step in steps]
         axes.plot(at, losses, color=MUTED, linewidth=1, marker=".", markersize=3,
                   label="each step")  # fmt: skip
         half = max(1, len(losses) // 24)
-        smooth = [np.mean(losses[max(0, n - half) : n + half + 1]) for n in range(len(losses))]
+        kernel = np.ones(2 * half + 1)
+        counts = np.convolve(np.ones(len(losses)), kernel)[half : half + len(losses)]
+        smooth = np.convolve(losses, kernel)[half : half + len(losses)] / counts
         axes.plot(at, smooth, color=OURS, linewidth=2, label=f"mean of {2 * half + 1} steps")
         axes.annotate(name, (at[0], 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
                       textcoords="offset points", fontsize=8.5)  # fmt: skip

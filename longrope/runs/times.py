@@ -98,7 +98,11 @@ def place(path: str | Path) -> str:
     text = str(path)
     if not os.path.isabs(text):
         return text
-    for base, start in ((Path.cwd(), ""), (Path.home(), "~/")):
+    for find, start in ((Path.cwd, ""), (Path.home, "~/")):
+        try:
+            base = find()
+        except (OSError, RuntimeError):  # a working folder that is gone, a user without a home
+            continue
         if text != str(base) and base != Path(base.anchor) and Path(text).is_relative_to(base):
             return start + str(Path(text).relative_to(base))
     return text
