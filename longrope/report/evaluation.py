@@ -42,7 +42,7 @@ def page(out: Path, shown: str) -> Page:
     longest = max(lengths)
     found = Page(
         title=f"Evaluation up to {longest} tokens",
-        lead=f"{', '.join(TASKS[t][0] for t in tasks)}, for the model as loaded and "
+        lead=f"{_sentence(', '.join(TASKS[t][0] for t in tasks))}, for the model as loaded and "
         f"{len(names) - 1} sets of factors.",
         finished=finished,
         settings=flat(asked | {"documents": _hashes(header["documents"])}),
@@ -63,6 +63,10 @@ def page(out: Path, shown: str) -> Page:
     if factors:
         found.sections.append(Section("Rescale factors", figures=[factors]))
     return found
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _hashes(documents: Sequence[str]) -> str:
@@ -89,7 +93,7 @@ def _section(
     styles: Mapping[str, Mapping[str, Any]],
 ) -> Section:  # fmt: skip
     label, digits, sign = TASKS[task]
-    section = Section(label[0].upper() + label[1:])
+    section = Section(_sentence(label))
     rows = []
     for name in names:
         cells = [entries.get((task, name, length)) for length in lengths]
@@ -139,7 +143,7 @@ def _by_length(
         figures.legend(figure)
 
     name = f"{task}-by-length"
-    return Figure(name, f"{label[0].upper()}{label[1:]}, by length.", draw, figures.SIZE)
+    return Figure(name, f"{_sentence(label)}, by length.", draw, figures.SIZE)
 
 
 def draw_by_length(

@@ -48,7 +48,7 @@ def page(out: Path, shown: str) -> Page:
         settings=_settings(plan),
     )
     ends = _ends(window, target)
-    found.sections.append(_perplexity(rows, list(baselines.values()), ends, len(stages)))
+    found.sections.append(_perplexity(rows, list(baselines.values()), ends, found.finished))
     if rows:
         found.facts.append(("perplexity before", _figure(rows[0]["overall"])))
     if len(rows) > 1:
@@ -87,7 +87,7 @@ def _ends(window: int, target: int) -> list[int]:
 
 
 def _perplexity(
-    rows: list[Mapping[str, Any]], rules: list[Mapping[str, Any]], ends: list[int], stages: int
+    rows: list[Mapping[str, Any]], rules: list[Mapping[str, Any]], ends: list[int], finished: bool
 ) -> Section:
     section = Section("Perplexity by position, before and after")
     if not rows:
@@ -97,7 +97,7 @@ def _perplexity(
         "Windows of the target length on held-out text: how well a token is predicted, by how far "
         "into the window it stands."
     )
-    if not rules:
+    if not rules and not finished:
         section.paragraphs.append("PI, NTK and YaRN are measured beside it at the end of the run.")
     looks = [line(_LOOKS[min(n, len(_LOOKS) - 1)], label=row["name"].partition(":")[0])
              for n, row in enumerate(rows)]  # fmt: skip

@@ -68,7 +68,7 @@ def passkey(out: Path) -> Path:
         writer.writerow(["length", "tokens", "depth", "key", "right", "nll"])
         for length in (1024, 2048, 4096, 16384):
             for trial in range(20):
-                right = int(random.random() < 1.5 - length / 8192)
+                right = int(random.random() < 1.1 - length / 16384)
                 depth = (trial % 10 + random.random()) / 10
                 writer.writerow([length, length, f"{depth:.4f}", "12345", right, "0.5"])
     (out / "passkey.json").write_text(json.dumps({"model": "m", "seed": 0}))
