@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -127,6 +128,49 @@ def stopped(rank: int, size: int, folder: Path) -> dict:
     return search(**SMALL)
 
 
+def extension(rank: int, size: int, folder: Path) -> dict:
+    """`longrope.extend`: without interruption, stopped in a step and again, and what is refused."""
+    from longrope.extension import trainer
+    from longrope.extension.folder import weights_hash
+    from longrope.factor_search import folder as search_folder
+    from support import extension_runs
+
+    search_folder.plot = lambda path, *arguments: path.touch()  # a second each
+    own_step, own_loss = trainer.RowTrainer.training_step, trainer.RowTrainer.compute_loss
+
+    def stopping(self, *args):
+        if self.state.global_step == 2:
+            raise ValueError("stopped")
+        return own_step(self, *args)
+
+    def broken(self, *args, **kwargs):
+        return own_loss(self, *args, **kwargs) * (math.nan if rank == 1 else 1)
+
+    def run(out, **changes):
+        try:
+            result = extension_runs.run(folder / out, **changes)
+            return [weights_hash(result.model), result.measured.table()]
+        except Exception as error:
+            return str(error)
+
+    stages = [extension_runs.STAGES[0], extension_runs.STAGES[1] | {"batch_size": 3}]
+    found = {
+        "whole": run("whole"),
+        "batch": run("none", stages=stages, target_length=32),
+    }
+    trainer.RowTrainer.training_step = stopping
+    found["stopped"] = run("cut")
+    trainer.RowTrainer.training_step = own_step
+    found["resumed"] = run("cut")
+    trainer.RowTrainer.compute_loss = broken
+    found["not finite"] = run("broken", stages=[stages[0], stages[1] | {"batch_size": 2}],
+                              target_length=32)  # fmt: skip
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    found["sharded"] = run("none")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return found
+
+
 def command(rank: int, size: int, folder: Path) -> dict:
     """`longrope search` as torchrun starts it."""
     return _command(folder)
@@ -171,6 +215,7 @@ SCENARIOS = [
     (killed, 2),
     (killed, 4),
     (stopped, 2),
+    (extension, 2),
     (command, 2),
     (command_refused, 2),
     (command_killed, 2),
