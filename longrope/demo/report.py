@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from longrope.factors import RescaleFactors
-from longrope.report import demo, figures
+from longrope.report import demo, figures, plots
 from longrope.runs.folder import write_table
 
 #: What a method applies: one set of factors, or a list of them for growing lengths.
@@ -53,7 +53,7 @@ def save_plot(
     with figures.canvas(path, size=(9.6, figures.SIZE[1])) as canvas:
         left, right = canvas.subplots(1, 2)
         demo.draw_perplexity(left, lengths, table)
-        figures.draw_factors(right, sets)
+        plots.draw_factors(right, sets)
         figures.legend(canvas, columns=4)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longrope.evaluation.intervals import proportion_interval
-from longrope.report import figures
+from longrope.report import figures, plots
 from longrope.report.passkey import bands
 from longrope.runs.folder import write_table
 
@@ -110,6 +110,6 @@ class Passkey:
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the share of right trials by depth and length into a PNG, PDF or SVG file."""
-        size = figures.map_size(1, len(self.lengths))
+        size = plots.map_size(1, len(self.lengths))
         with figures.canvas(Path(path), size=size) as canvas:
-            figures.draw_map(canvas.subplots(), self.bands(), self.lengths, title)
+            plots.draw_map(canvas.subplots(), self.bands(), self.lengths, title)

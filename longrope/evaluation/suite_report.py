@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from longrope.evaluation.passkey_result import Passkey, Trial
 from longrope.report import figures as drawing
+from longrope.report import plots
 from longrope.report.evaluation import AS_LOADED, TASKS, draw_by_length, looks
 from longrope.runs.folder import write_table
 
@@ -122,15 +123,11 @@ class Evaluation:
             drawing.legend(canvas)
 
     def _maps(self, path: Path) -> None:
-        results = [self.passkey(name) for name in self.sets]
-
-        def panel(number: int, axes: Any) -> None:
-            found = results[number]
-            drawing.draw_map(axes, found.bands(), found.lengths, self.sets[number])
-
-        size = drawing.map_size(len(results), max(len(found.lengths) for found in results))
+        results = {name: self.passkey(name) for name in self.sets}
+        maps = {name: (found.bands(), found.lengths) for name, found in results.items()}
+        size = plots.map_size(len(maps), max(len(lengths) for _, lengths in maps.values()))
         with drawing.canvas(path, size=size) as canvas:
-            drawing.panels(canvas, len(results), panel)
+            plots.draw_maps(canvas, maps)
 
     def passkey(self, name: str) -> Passkey:
         """Return the passkey trials of a set."""

@@ -74,6 +74,7 @@ def clear(out: Path) -> None:
     """
     ours = (folder.CONFIG, TIERS, TABLE, MODEL, BASELINES, folder.REPORT, folder.ROWS)
     beside = [path for name in ours for path in out.glob(f".{name}.????????")]
+    beside += (out / folder.PLOTS).glob(".*.????????")
     for half in [*beside, *(out / STAGES).rglob(".*.*")]:
         if half.is_dir():
             shutil.rmtree(half)

@@ -3,7 +3,8 @@
 `write(folder)` makes it from what the folder of a run holds, whoever made the run and however far
 it is: a run writes its own at its end, `longrope report DIR` writes it again at any time. Reading
 order: `writing.py`, `page.py` (what a report holds), a file for each kind of run (`search.py`,
-`extension.py`, ...), `figures.py` (how every plot of the project is drawn), `template.html`.
+`extension.py`, ...), `figures.py` and `plots.py` (how every plot of the project is
+drawn), `template.html`.
 """
 
 from longrope.report.writing import at_end, write

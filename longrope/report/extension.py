@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.factors import Tiers
-from longrope.report import figures, search
+from longrope.report import figures, plots, search
 from longrope.report.page import Command, Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import (
     factor_rows,
@@ -140,7 +140,7 @@ def _losses(folders: Mapping[str, Path], found: Page) -> list[Section]:
         return []
 
     def draw(figure: Any) -> None:
-        figures.draw_losses(figure.subplots(), stages)
+        plots.draw_losses(figure.subplots(), stages)
         figures.legend(figure)
 
     figure = Figure("losses", "Loss of fine-tuning, by step.", draw, figures.SIZE)

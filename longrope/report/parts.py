@@ -12,7 +12,7 @@ import numpy as np
 
 from longrope._files import strict_json
 from longrope.factors import RescaleFactors
-from longrope.report import figures
+from longrope.report import figures, plots
 from longrope.report.page import Command, Figure, Row, Section
 from longrope.runs import style
 from longrope.runs.folder import REPORT
@@ -22,7 +22,7 @@ def lambda_figure(name: str, sets: Sequence[tuple[Mapping[str, Any], np.ndarray]
     """Return the plot of lambda by pair of dimensions."""
 
     def draw(figure: Any) -> None:
-        figures.draw_factors(figure.subplots(), sets)
+        plots.draw_factors(figure.subplots(), sets)
         figures.legend(figure)
 
     return Figure(name, "Rescale factor by pair of dimensions.", draw, figures.SIZE)
@@ -30,7 +30,7 @@ def lambda_figure(name: str, sets: Sequence[tuple[Mapping[str, Any], np.ndarray]
 
 def tier_figure(name: str, tiers: Sequence[RescaleFactors]) -> Figure:
     """Return the plot of lambda of every tier."""
-    looks = figures.tier_looks([tier.target_length for tier in tiers])
+    looks = plots.tier_looks([tier.target_length for tier in tiers])
     made = lambda_figure(name, list(zip(looks, (t.lambdas for t in tiers), strict=True)))
     return made._replace(caption="Rescale factor by pair of dimensions, for every tier.")
 

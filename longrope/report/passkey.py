@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longrope.report import figures
+from longrope.report import plots
 from longrope.report.page import Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import flat, json_object
 
@@ -89,13 +89,8 @@ def map_figure(name: str, sets: Mapping[str, Sequence[tuple[int, float, bool]]])
     tables = {title: bands(trials) for title, trials in sets.items() if trials}
 
     def draw(figure: Any) -> None:
-        titles = list(tables)
-
-        def panel(at: int, axes: Any) -> None:
-            figures.draw_map(axes, *tables[titles[at]], titles[at])
-
-        figures.panels(figure, len(titles), panel)
+        plots.draw_maps(figure, tables)
 
     most = max((len(lengths) for _, lengths in tables.values()), default=1)
-    size = figures.map_size(len(tables), most)
+    size = plots.map_size(len(tables), most)
     return Figure(name, "Share of right prompts in percent, by depth and length.", draw, size)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longrope.factors import RescaleFactors
-from longrope.report import figures
+from longrope.report import figures, plots
 from longrope.report.page import Command, Figure, Page, Row, Section, Table
 from longrope.report.parts import factor_rows, label, lambda_figure, span, tier_figure, tier_rows
 from longrope.report.search_data import (
@@ -157,7 +157,7 @@ def convergence(run: Search, name: str, title: str = "") -> Figure | None:
         levels = {n: v for n, v in reached.items() if n in run.drawn(tier)}
         if run.loaded.get("search") is not None and tier is None:
             levels["none"] = run.loaded["search"]
-        figures.draw_convergence(axes, run.measured(tier), levels)
+        plots.draw_convergence(axes, run.measured(tier), levels)
         if tier is not None:
             text = f"tier to {figures.short(run.ladder['targets'][tier - 1])} tokens"
             above = axes.get_title(loc="left")
