@@ -4,6 +4,7 @@ One ladder and one set are searched for 1,024 bytes (four windows), once. Then e
 gets the same rows of text, steps and learning rate, and is measured on files that no stage saw:
 
 - position: each token under the tier of its position;
+- mixed: the same, and a third of the rows hold windows of the original length;
 - one: every position under the one set (LongRoPE), as it is and recovered at 256 and 512 as tiers;
 - row: mixed windows (LongRoPE2), short rows under the original RoPE, long rows under the one set;
 - plain: no factors at all, direct fine-tuning.
@@ -37,7 +38,7 @@ FILE = RESULTS / "training_comparison.csv"
 WINDOW, LENGTH = 256, 1024
 RANGES = [(0, 256), (256, 512), (512, 1024)]
 SHORT_ROWS = 0.34
-WAYS = ("position", "one", "row", "plain")
+WAYS = ("position", "mixed", "one", "row", "plain")
 SEARCH = {"target_length": LENGTH, "steps": 30, "samples": 3, "start_tokens": 0, "progress": False}
 
 
@@ -91,7 +92,8 @@ class Measure:
 def trained(way: str, args, ladder, one, documents, **how: Any) -> Iterator[tuple[str, Any, Any]]:
     """Train one way; yield how it is run, the model, the factors and those of short windows."""
     model = load_packaged_model()
-    given = ladder if way == "position" else longrope.Tiers([one])
+    by_position = way in ("position", "mixed")
+    given = ladder if by_position else longrope.Tiers([one])
     if way == "plain":
         settings = longrope.rope_settings(model)
         given = longrope.Tiers([longrope.RescaleFactors.none(**settings.lengths(LENGTH))])
@@ -99,14 +101,14 @@ def trained(way: str, args, ladder, one, documents, **how: Any) -> Iterator[tupl
         batch_size=args.batch_size,
         warmup_steps=min(5, how["steps"] // 4),
         save_steps=5,
-        tiers="one" if way == "plain" else way,
-        short_share=SHORT_ROWS if way == "row" else 0.0,
+        tiers={"mixed": "position", "plain": "one"}.get(way, way),
+        short_share=SHORT_ROWS if way in ("row", "mixed") else 0.0,
         **how,
     )
     name = f"{way}-{how['steps']}-{how['learning_rate']:g}-{how['seed']}"
     stage = FinetuneStage(name, LENGTH, None, config)
     model = finetune(model, documents, given, stage, args.out / name, progress=False)
-    if way == "position":
+    if by_position:
         yield "by position", model, ladder, ladder
     elif way == "plain":
         yield "no factors", model, None, None

@@ -127,13 +127,19 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def load_weights(name: str) -> Any:
-    """Load a model on the CPU, in eval mode and the dtype of its files."""
-    from transformers import AutoModelForCausalLM
+def _quiet() -> None:
+    """Let transformers show errors alone."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_weights(name: str) -> Any:
+    """Load a model on the CPU, in eval mode and the dtype of its files."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
     name = checked_model("MODEL", name)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -181,6 +187,7 @@ def load_extended(name: str, device: str | None = None) -> tuple[Any, Any]:
     """Load `(model, tokenizer)` of such a folder as `load_model` does, with its tiers applied."""
     import longrope
 
+    _quiet()
     device = choose_device(device)
     name = checked_model("MODEL", name)
     try:

@@ -196,10 +196,13 @@ def prepared(
     Returns the plan, the documents for the stages, and the excerpts for the table.
     """
     processes = ranks.processes()
-    if int(os.environ.get("WORLD_SIZE", "1")) != processes:
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate takes part in a job that says so in the environment, and in no other.
+    if told != processes or (told > 1 and "LOCAL_RANK" not in os.environ):
         raise ValueError(
-            "extend: expected torch.distributed.init_process_group to be called before it in a job "
-            f"of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, got {processes} joined"
+            "extend: expected a job that torchrun started and that all have joined "
+            f"(torch.distributed.init_process_group), got WORLD_SIZE={told}, "
+            f"LOCAL_RANK={os.environ.get('LOCAL_RANK')} and {processes} joined"
         )
     settings = rope_settings(model)
     plan = make_plan(

@@ -286,7 +286,7 @@ def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     refused("out: expected a path, got int", out=3)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        refused("extend: expected torch.distributed.init_process_group to be called .*, got 1")
+        refused("extend: expected a job .* got WORLD_SIZE=2, LOCAL_RANK=None and 1 joined")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
