@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, append, where
 from search_comparison import clock, load
 
 import longrope
@@ -108,10 +108,7 @@ def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dic
             ),
             "model": model_name(args),
             "budget": budget(args),
-            "device": device_name(args.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
+            **where(args.device),
         }
 
     yarn = longrope.RescaleFactors.yarn(**settings.lengths(length))
