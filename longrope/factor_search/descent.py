@@ -135,7 +135,26 @@ class Descent:
         """Take steps from a point, and return the mean of the later half of the iterates.
 
         `steps` are the numbers of the steps, which decide the learning rate; `slow` multiplies it.
-        The mean evens out the noise of the windows. After each step the lambdas are projected onto
+        The mean evens out the noise of the windows.
+        """
+        return self._run(start, loss_and_gradient, steps, slow, [range(len(steps))])[0]
+
+    def averages(self, start: Point, loss_and_gradient: LossAndGradient) -> list[Point]:
+        """Take all steps from a point, and return the mean of each segment as `run` does."""
+        steps = range(self.settings.steps)
+        return self._run(start, loss_and_gradient, steps, 1.0, self.settings.segments)
+
+    def _run(
+        self,
+        start: Point,
+        loss_and_gradient: LossAndGradient,
+        steps: range,
+        slow: float,
+        segments: list[range],
+    ) -> list[Point]:
+        """Take steps, and return the mean of the later half of each segment's iterates.
+
+        After each step the lambdas are projected onto
         the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
         point of that kind in units of the scales.
         """
@@ -153,7 +172,8 @@ class Descent:
             rate = slow * self.settings.rate(step)
             x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
             iterates.append(x)
-        return _point(np.mean(iterates[len(iterates) // 2 :], axis=0))
+        later = [iterates[s.start : s.stop][len(s) // 2 :] for s in segments]
+        return [_point(np.mean(each, axis=0)) for each in later]
 
     def _projected(self, x: np.ndarray) -> np.ndarray:
         log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)

@@ -65,7 +65,8 @@ def header(
 def _fields(problem: Problem) -> dict[str, Any]:
     """Return what a problem is, in JSON values, without what follows from the rest."""
     fields = dataclasses.asdict(dataclasses.replace(problem, stage=None, below=None))
-    del fields["stage"], fields["below"], fields["yarn_attention"]
+    for found in ("stage", "below", "shapes", "yarn_attention"):
+        del fields[found]
     # First, so that it is what a refusal names: the rest follows from it.
     return {"stage": None if problem.stage is None else problem.stage.as_fields(), **fields}
 
