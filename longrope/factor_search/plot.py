@@ -36,14 +36,19 @@ def plot(
     for name, baseline in baselines.items():
         label = STYLES[name].label + _reached([e for e in history if e.origin == name])
         right.plot(baseline.lambdas, **line(name, label=label, markersize=2.5))
-    chosen = (tuple(factors.lambdas.tolist()), factors.start_tokens, factors.attention_factor)
+    mean = factors.mean()
+    chosen = (tuple(mean.lambdas.tolist()), mean.start_tokens, mean.attention_factor)
     label = "searched" + _reached([e for e in history if e.factors == chosen])
-    right.plot(factors.lambdas, **line("gradient", label=label, markersize=3))
+    right.plot(mean.lambdas, **line("gradient", label=label, markersize=3))
+    if factors.per_head:
+        least, most = factors.lambdas.min((0, 1)), factors.lambdas.max((0, 1))
+        pairs = range(len(least))
+        right.fill_between(pairs, least, most, color=OURS, alpha=0.2, label="of all heads")
     right.set(
         xlabel="pair of dimensions i",
         ylabel="rescale factor $\\lambda_i$",
         title=f"$\\hat n$ = {factors.start_tokens} start tokens, "
-        f"attention factor {factors.attention_factor:.3f}",
+        f"attention factor {mean.attention_factor:.3f}",
     )
     right.legend(frameon=False, title="perplexity: search, held out")
     tidy(left, right)

@@ -22,7 +22,8 @@ inline bool rope_streams(const RopeParams& p, const RopeTensor& in, const RopeTe
                          int64_t element_bytes) {
   constexpr int64_t kLarge = 32 << 20;
   const auto lines = [&](int64_t elements) { return elements * element_bytes % kCacheLine == 0; };
-  const int64_t bytes = p.batch * p.tokens * (p.q.heads + p.k.heads) * p.head_dim * element_bytes;
+  const int64_t heads = p.groups * (p.q.heads + p.k.heads);  // p is the share of one group
+  const int64_t bytes = p.batch * p.tokens * heads * p.head_dim * element_bytes;
   return in.data != out.data && bytes >= kLarge && lines(p.head_dim) && lines(out.batch_stride) &&
          lines(out.head_stride) && lines(out.token_stride) &&
          reinterpret_cast<uintptr_t>(out.data) % kCacheLine == 0;
