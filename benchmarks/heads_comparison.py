@@ -73,9 +73,7 @@ def one_search(model: torch.nn.Module, documents, per: str, seed: int, args) -> 
     for name, found in ((SHARED, result.shared), (per, result)):
         longrope.apply(model, found.factors if found.tiers is None else found.tiers)
         try:
-            measured = longrope.perplexity(
-                model, test, length=length, stride=length, ranges=ranges
-            )
+            measured = longrope.perplexity(model, test, length=length, stride=length, ranges=ranges)
         finally:
             longrope.remove(model)
         by_range = zip(ranges, measured.by_range, strict=True)
@@ -104,7 +102,7 @@ def print_tables(rows: list[dict]) -> None:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["budget"], row["excerpts"], row["of"]), []).append(row)
-    print("| model; budget | excerpts | per | seeds | passes | shared | own | change: median | worst |")
+    print("| model; budget | excerpts | per | seeds | passes | shared | own | median | worst |")
     print("| --- " * 9 + "|")
     for (model, budget, excerpts, per), found in groups.items():
         shared, own = (

@@ -18,7 +18,7 @@ from longrope.cli.common import (
     TokenDtype,
     one_sentence_errors,
 )
-from longrope.cli.inputs import load_documents, load_model
+from longrope.cli.inputs import has_tiers, load_documents, load_model, say
 from longrope.cli.options import takes
 from longrope.extension.config import FinetuneConfig
 
@@ -63,6 +63,11 @@ def extend(
     if not (finetune or stages):
         _refuse_training_options(options)
     network, tokenizer = load_model(model, device)
+    if has_tiers(model):
+        say(
+            "MODEL: extended from the one set of its config.json, as a model with a scaling; the "
+            "tiers of its longrope.json are for longrope search"
+        )
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
     }  # fmt: skip
@@ -78,7 +83,7 @@ def extend(
         "held_out": test,
         "test_windows": test_windows,
         "tokenizer": tokenizer,
-        "seed": options.seed,
+        "seed": options.seed or 0,
         "resume": resume,
     }
     if dry_run:

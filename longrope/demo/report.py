@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from longrope.factors import RescaleFactors
 from longrope.runs import style
+from longrope.runs.folder import write_table
 
 #: What a method applies: one set of factors, or a list of them for growing lengths.
 Factors = RescaleFactors | Sequence[RescaleFactors]
@@ -37,10 +37,8 @@ def as_rich_table(table: Table, lengths: Sequence[int]):
 
 def save_csv(table: Table, lengths: Sequence[int], path: Path) -> None:
     """Write one row per method."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", *lengths])
-        writer.writerows([name, *(f"{v:.6f}" for v in row)] for name, row in table.items())
+    rows = [[name, *(f"{v:.6f}" for v in row)] for name, row in table.items()]
+    write_table(path, ["method", *lengths], rows)
 
 
 def save_plot(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from longrope.evaluation.intervals import proportion_interval
 from longrope.runs import style
+from longrope.runs.folder import write_table
 
 #: The bands of depth that the heat map shows.
 DEPTH_BANDS = 10
@@ -112,12 +112,11 @@ class Passkey:
 
     def save_csv(self, path: str | Path) -> None:
         """Write one row for each trial."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Trial._fields)
-            for trial in self.trials:
-                depth, nll = f"{trial.depth:.4f}", f"{trial.nll:.6f}"
-                writer.writerow(trial._replace(depth=depth, right=int(trial.right), nll=nll))
+        shown = [
+            t._replace(depth=f"{t.depth:.4f}", right=int(t.right), nll=f"{t.nll:.6f}")
+            for t in self.trials
+        ]
+        write_table(path, Trial._fields, shown)
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the share of right trials by depth and length into a PNG, PDF or SVG file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longrope.evaluation.intervals import bootstrap_interval, proportion_interval
+from longrope.runs.folder import write_table
 
 #: NoLiMa's rule (arXiv 2502.05167): a length counts while 85 % of the short score is reached.
 SHARE_OF_SHORT = 0.85
@@ -120,12 +120,11 @@ class Ruler:
 
     def save_csv(self, path: str | Path) -> None:
         """Write one row for each sample; references are separated by spaces."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Scored._fields)
-            for sample in self.samples:
-                listed = " ".join(sample.references)
-                writer.writerow(sample._replace(score=f"{sample.score:.4f}", references=listed))
+        shown = [
+            s._replace(score=f"{s.score:.4f}", references=" ".join(s.references))
+            for s in self.samples
+        ]
+        write_table(path, Scored._fields, shown)
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the score of every task, and the average, by length."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 
 from longrope.evaluation.passkey_result import Passkey, Trial, draw_bands
 from longrope.runs import style
-from longrope.runs.folder import write_text
+from longrope.runs.folder import write_table
 
 AS_LOADED = "as loaded"
 CSV, PLOT, MAPS = "evaluation.csv", "evaluation.png", "passkey.png"
@@ -101,13 +99,11 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Write the table and the plots into a folder."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*Figure._fields[:-1], "parts"])
-        for figure in self.figures:
-            parts = json.dumps(figure.detail) if figure.task == "ruler" else ""
-            writer.writerow([*figure[:-1], parts])
-        write_text(folder / CSV, text.getvalue())
+        rows = [
+            [*figure[:-1], json.dumps(figure.detail) if figure.task == "ruler" else ""]
+            for figure in self.figures
+        ]
+        write_table(folder / CSV, [*Figure._fields[:-1], "parts"], rows)
         self._plot(folder / PLOT)
         if "passkey" in self.tasks:
             self._maps(folder / MAPS)

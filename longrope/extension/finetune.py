@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.util
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
-from longrope.runs.folder import write_text
+from longrope.runs.folder import write_table, write_text
 from longrope.runs.progress import bar
 
 #: What a stage leaves beside its weights: the loss of every step.
@@ -306,11 +304,7 @@ def _quiet(trainer: Any) -> None:
 
 
 def _write_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
     names = ("step", "loss", "grad_norm", "learning_rate")
-    writer.writerow(names)
-    for entry in history:
-        if "loss" in entry:
-            writer.writerow([entry.get(name) for name in names])
-    write_text(path, table.getvalue())
+    write_table(
+        path, names, ([entry.get(n) for n in names] for entry in history if "loss" in entry)
+    )

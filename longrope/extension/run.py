@@ -16,6 +16,7 @@ from torch import nn
 
 from longrope._validation import count, natural, switch
 from longrope.checkpoints import Measured, export
+from longrope.checkpoints.card import on_top_of
 from longrope.documents import as_documents
 from longrope.documents.checks import like
 from longrope.evaluation.modes import vocabulary
@@ -274,8 +275,12 @@ def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journ
         given: Any = state.tiers
         if len(given) == 1:
             given = for_every_position(given[0], work.plan.window)
+        found = {"plan": json.loads(json.dumps(work.plan.as_dict()))}
+        last = state.tiers[-1].target_length
+        if state.trained is not None and state.trained[-1].target_length < last:
+            found["stage_one"] = on_top_of(state.trained[-1], last)
         export(
             state.model, model, given, drop_start_tokens=True, tokenizer=tokenizer,
-            measured=measured, found={"plan": json.loads(json.dumps(work.plan.as_dict()))},
+            measured=measured, found=found,
         )  # fmt: skip
         journal.append([{"stage": folder.EXPORT}])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from longrope.factor_search.plot import plot
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors, Tiers
 from longrope.runs import folder, journal
-from longrope.runs.folder import JOURNAL, write_text
+from longrope.runs.folder import JOURNAL, write_table
 
 KIND = "search"
 FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
@@ -43,8 +41,6 @@ def write_results(
     if tiers is not None:
         tiers.save(out / TIERS)
     factors.save(out / FACTORS)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
     names = [
         "role",
         *(["tier"] if tiers is not None else []),
@@ -55,10 +51,11 @@ def write_results(
         "attention_factor",
     ]
     lambdas = [f"lambda_{i}" for i in range(len(history[0].lambdas))]
-    writer.writerow(["evaluation", *names, *lambdas])
-    for number, e in enumerate(history):
-        writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
-    write_text(out / HISTORY, table.getvalue())
+    rows = [
+        [number, *(getattr(e, name) for name in names), *e.lambdas]
+        for number, e in enumerate(history)
+    ]
+    write_table(out / HISTORY, ["evaluation", *names, *lambdas], rows)
     last = history[-1].tier
     shown = [e for e in history if e.tier == last]
     plot(out / PLOT, factors, shown, baselines, loaded)

@@ -13,6 +13,9 @@ from longrope.factor_search.history import AS_LOADED, BASELINES, Evaluation, Rol
 from longrope.factors import RescaleFactors
 from longrope.runs.style import MUTED, OURS, STYLES, line, tidy
 
+#: The closed forms that are always drawn; of the others only the best.
+DRAWN = ("pi", "ntk", "yarn")
+
 
 def plot(
     path: Path,
@@ -33,9 +36,9 @@ def plot(
     if loaded:
         label = "as loaded" + _reached(loaded)
         right.plot(loaded[0].lambdas, **line("none", label=label, markersize=2.5))
-    for name, baseline in baselines.items():
+    for name in _drawn([e for e in history if e.role == Role.SEARCH]):
         label = STYLES[name].label + _reached([e for e in history if e.origin == name])
-        right.plot(baseline.lambdas, **line(name, label=label, markersize=2.5))
+        right.plot(baselines[name].lambdas, **line(name, label=label, markersize=2.5))
     mean = factors.mean()
     chosen = (tuple(mean.lambdas.tolist()), mean.start_tokens, mean.attention_factor)
     label = "searched" + _reached([e for e in history if e.factors == chosen])
@@ -61,7 +64,8 @@ def _plot_convergence(
 ) -> None:
     searched = [(n, e) for n, e in enumerate(history, 1) if e.role == Role.SEARCH]
     at, values = [n for n, _ in searched], [e.perplexity for _, e in searched]
-    reached = {e.origin: e.perplexity for _, e in searched if e.origin in BASELINES}
+    drawn = _drawn([e for _, e in searched])
+    reached = {e.origin: e.perplexity for _, e in searched if e.origin in drawn}
     # Failures can be orders of magnitude worse: show the range in which the search works.
     lowest, good = min(values), sorted(values)[len(values) * 3 // 4]
     top = max(good, 1.1 * min(reached.values(), default=0))
@@ -85,6 +89,13 @@ def _plot_convergence(
         xlim=(0, len(history) + 1),
     )  # fmt: skip
     axes.legend(frameon=False, loc="upper right")
+
+
+def _drawn(searched: Sequence[Evaluation]) -> list[str]:
+    """Return the closed forms to draw, of what was measured on the search windows."""
+    known = [e for e in searched if e.origin in BASELINES]
+    best = min(known, key=lambda e: e.nll, default=None)
+    return list(dict.fromkeys([*DRAWN, *([best.origin] if best else [])]))
 
 
 def _reached(evaluations: Sequence[Evaluation]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader never sees half of it."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def write_table(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Replace a CSV file as a whole. Raises `OSError` with one sentence where it cannot."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(Path(path), table.getvalue())

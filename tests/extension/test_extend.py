@@ -61,7 +61,9 @@ def test_the_table_has_a_row_for_the_model_as_it_was_and_for_each_stage(finished
     assert rows[1].by_range[0] == pytest.approx(rows[0].by_range[0], rel=1e-5)
     assert rows[2].by_range[0] != rows[0].by_range[0]
     assert result.measured.table() == (result.folder / "table.md").read_text().strip()
-    assert (result.folder / "model" / "README.md").read_text().count(rows[3].name) == 1
+    card = (result.folder / "model" / "README.md").read_text()
+    assert card.count(rows[3].name) == 1
+    assert "| stage one | factors for 32 tokens" in card
     # On text that no stage sees.
     plan, kept, held_out = run.prepared(
         model, documents(), run.ExtendArguments(target_length=TARGET, out="x", stages=STAGES)
@@ -310,6 +312,19 @@ def test_options_of_fine_tuning_without_any_are_refused(tmp_path):
         "--steps", 30, code=2,
     ).stderr  # fmt: skip
     assert error.startswith("longrope: --steps: expected --finetune or --stages")
+
+
+def test_flags_win_over_a_recipe(files, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox " * 30)
+    shown = call(
+        "extend", files / "model", tmp_path, "--out", tmp_path / "run", "--target-length", 512,
+        "--stages", "longrope-llama2", "--steps", 9, "--learning-rate", 1e-3, "--dry-run",
+        "--device", "cpu",
+    ).stdout  # fmt: skip
+    for length in (32, 64):
+        trained = f"9 steps of 32 rows of {length} tokens, lr 0.001 linear, tiers by one"
+        assert trained in shown
 
 
 def test_the_commands_extend_and_recover(files, tmp_path):

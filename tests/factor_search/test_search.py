@@ -415,9 +415,10 @@ def test_a_candidate_that_fails_ranks_last(shared_model, documents, tmp_path, mo
         ]
 
     monkeypatch.setattr(run.PopulationEvaluator, "__call__", sometimes_nan)
-    result = search(shared_model, documents, out=tmp_path, iterations=5)
+    more = {"population": 12, "iterations": 5}  # mutations beside the closed forms
+    result = search(shared_model, documents, out=tmp_path, **more)
     failed = [e for e in result.history if e.start_tokens > 4]
     assert failed
     assert all(e.nll == e.perplexity == math.inf for e in failed)
     assert result.factors.start_tokens <= 4
-    assert search(shared_model, documents, out=tmp_path, iterations=5).history == result.history
+    assert search(shared_model, documents, out=tmp_path, **more).history == result.history
