@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longrope.factor_search.history import Evaluation, Role
-from longrope.factor_search.plot import plot
+from longrope.factor_search.plot import plot, plot_heads
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors, Tiers
 from longrope.runs import folder, journal
@@ -18,12 +18,12 @@ from longrope.runs.folder import JOURNAL, write_table
 
 KIND = "search"
 FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
-TIERS = "tiers.json"
+TIERS, HEADS = "tiers.json", "heads.png"
 
 
 def prepare(out: str | Path, resume: bool = True) -> Path:
     """Create or check the folder of a search, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS), resume)
+    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS, HEADS), resume)
 
 
 def write_results(
@@ -59,6 +59,8 @@ def write_results(
     last = history[-1].tier
     shown = [e for e in history if e.tier == last]
     plot(out / PLOT, factors, shown, baselines, loaded)
+    if factors.per_head:
+        plot_heads(out / HEADS, factors)
 
 
 def summary(out: Path) -> dict[str, Any]:

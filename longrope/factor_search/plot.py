@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longrope._files import replacing
 from longrope.factor_search.history import AS_LOADED, BASELINES, Evaluation, Role
 from longrope.factors import RescaleFactors
@@ -103,3 +105,38 @@ def _reached(evaluations: Sequence[Evaluation]) -> str:
     by_role = {e.role: f"{e.perplexity:.2f}" for e in evaluations}
     known = [by_role[role] for role in (Role.SEARCH, Role.VALIDATION) if role in by_role]
     return ": " + ", ".join(known) if known else ""
+
+
+def plot_heads(path: Path, factors: RescaleFactors) -> None:
+    """Draw factors by layer and head as heat maps, relative to their mean.
+
+    Left, a column for each head, layer after layer, and a row for each pair: log2 of the lambda
+    over the mean set's. Right, by layer and head, log2 of the attention factor over the mean.
+    """
+    from matplotlib.figure import Figure
+
+    mean, (layers, heads) = factors.mean(), factors.heads
+    ratios = np.log2(factors.lambdas / mean.lambdas).reshape(layers * heads, -1).T
+    logits = np.log2(factors.attention_factor / mean.attention_factor)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for axes, values, name in (
+        (left, ratios, "log$_2$ of $\\lambda_i$ over the mean of all heads"),
+        (right, logits, "log$_2$ of the attention factor over the mean"),
+    ):
+        most = max(float(np.abs(values).max()), 1e-6)
+        image = axes.imshow(
+            values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
+        )
+        figure.colorbar(image, ax=axes, label=name)
+    for layer in range(1, layers):
+        left.axvline(layer * heads - 0.5, color="black", linewidth=0.6)
+    left.set(
+        xlabel=f"layer ({heads} heads each)" if heads > 1 else "layer",
+        ylabel="pair of dimensions i",
+        xticks=[(layer + 0.5) * heads - 0.5 for layer in range(layers)],
+        xticklabels=range(layers),
+    )
+    right.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -198,7 +198,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`.
+        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`, and of factors
+        by layer and head `heads.png`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,

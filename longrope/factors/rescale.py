@@ -113,15 +113,16 @@ class RescaleFactors(PerHead, Baselines):
                     f"{name}: expected the same value in both factors of a product, "
                     f"got {ours} and {theirs}"
                 )
+        one, two = self, other
         if self.per_head and other.per_head:
-            heads = map(max, self.heads, other.heads)
-            other = other.spread(*heads)  # refuses other layers and heads
+            heads = tuple(map(max, self.heads, other.heads))
+            one, two = self.spread(*heads), other.spread(*heads)  # refuse others
         # Whole numbers of any size divide exactly here; floats would round beyond 2^53.
         product, original = self.target_length * other.target_length, other.original_length
         return self.replace(
-            lambdas=self.lambdas * other.lambdas,
+            lambdas=one.lambdas * two.lambdas,
             start_tokens=other.start_tokens,
-            attention_factor=self.attention_factor * other.attention_factor,
+            attention_factor=one.attention_factor * two.attention_factor,
             target_length=max(1, (2 * product + original) // (2 * original)),
         )
 
