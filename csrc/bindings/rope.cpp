@@ -34,7 +34,7 @@ void run(const RopeParams& params, const Tensor& like) {
     return;
   }
 #endif
-  const int64_t items = params.groups * params.batch * rope_blocks(params);
+  const int64_t items = params.batch * rope_blocks(params);
   at::parallel_for(0, items, grain(params, items),
                    [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
 }
@@ -59,7 +59,7 @@ Tensor run_grad(RopeBackwardParams& params, const Tensor& like) {
     return partial;
   }
 #endif
-  const int64_t blocks = rope_blocks(p), items = p.groups * p.batch * blocks;
+  const int64_t blocks = rope_blocks(p), items = p.batch * blocks;
   Tensor partial = allocate(blocks);
   at::parallel_for(0, items, grain(p, items),
                    [&](int64_t begin, int64_t end) { rope_backward_cpu(params, begin, end); });

@@ -76,9 +76,9 @@ struct RopeBackwardParams {
   double* partial;
 };
 
-// Work is cut into rope_blocks(params) blocks of tokens per row and group of heads: items
-// [0, groups * blocks * batch), in any split over threads. The table of cosines and sines of a
-// block is made once and used by all heads of the group.
+// Work is cut into rope_blocks(params) blocks of tokens per row: items [0, blocks * batch), in any
+// split over threads. The tables of cosines and sines of a block, one for each group of heads, are
+// made once and used by all heads.
 int64_t rope_blocks(const RopeParams& params);
 
 // On a CUDA device: every pointer is device memory, `stream` a cudaStream_t. float64 is refused.

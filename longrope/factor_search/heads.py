@@ -79,16 +79,21 @@ class HeadSearch:
             self.forget(task)
         task.measurer.finish()
         perplexity = {r: math.exp(np.average(s, weights=scored)) for r, s in sums.items()}
-        last = found[-1]
+        result = dataclasses.replace(shared, history=(*shared.history, *history), shared=shared)
+        held_out = perplexity.get(Role.VALIDATION)
+        gains = (
+            perplexity[Role.SEARCH] < shared.perplexity
+            if held_out is None else held_out < shared.validation_perplexity
+        )  # fmt: skip
+        if not gains:  # tiers that gain for themselves can cost those above
+            return result
         return dataclasses.replace(
-            shared,
-            factors=last,
+            result,
+            factors=found[-1],
             tiers=None if tiers is None else Tiers(found),
             perplexity=perplexity[Role.SEARCH],
-            validation_perplexity=perplexity.get(Role.VALIDATION),
-            history=(*shared.history, *history),
-            stages=task.problem.stage_parts(last),
-            shared=shared,
+            validation_perplexity=held_out,
+            stages=task.problem.stage_parts(found[-1]),
         )
 
 

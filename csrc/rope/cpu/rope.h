@@ -7,10 +7,12 @@
 namespace longrope {
 
 // Tokens per block. Enough that a head's share of a block is a long run of memory; few enough that
-// the block's cosines and sines stay in the second-level cache and that threads find work.
+// the block's cosines and sines, those of all groups, stay in the second-level cache and that
+// threads find work.
 inline int64_t rope_block_tokens(const RopeParams& p) {
   constexpr int64_t kTableValues = 8192;  // of cosines, and as many sines: 64 KiB in float32
-  const int64_t most = kTableValues / p.pairs > 8 ? kTableValues / p.pairs : 8;
+  const int64_t of_token = p.pairs * p.groups;
+  const int64_t most = kTableValues / of_token > 8 ? kTableValues / of_token : 8;
   const int64_t spread = p.tokens / 64 > 16 ? p.tokens / 64 : 16;
   return most < spread ? most : spread;
 }
@@ -22,8 +24,7 @@ inline bool rope_streams(const RopeParams& p, const RopeTensor& in, const RopeTe
                          int64_t element_bytes) {
   constexpr int64_t kLarge = 32 << 20;
   const auto lines = [&](int64_t elements) { return elements * element_bytes % kCacheLine == 0; };
-  const int64_t heads = p.groups * (p.q.heads + p.k.heads);  // p is the share of one group
-  const int64_t bytes = p.batch * p.tokens * heads * p.head_dim * element_bytes;
+  const int64_t bytes = p.batch * p.tokens * (p.q.heads + p.k.heads) * p.head_dim * element_bytes;
   return in.data != out.data && bytes >= kLarge && lines(p.head_dim) && lines(out.batch_stride) &&
          lines(out.head_stride) && lines(out.token_stride) &&
          reinterpret_cast<uintptr_t>(out.data) % kCacheLine == 0;
