@@ -25,6 +25,8 @@ from search_comparison import load
 
 import longrope
 from longrope.patching import rope_settings
+from longrope.report.figures import canvas
+from longrope.report.heads import head_figure
 
 SHARED = "shared"
 FILE = RESULTS / "heads_comparison.csv"
@@ -126,12 +128,14 @@ def print_tables(rows: list[dict]) -> None:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw the last tier of each run in --runs, as heat maps by layer and head."""
-    from longrope.factor_search.plot import plot_heads
-
-    for seed in args.seeds:
-        out = args.runs / search_name(args, "head", seed)
-        plot_heads(args.plot, longrope.RescaleFactors.load(out / "factors.json"))
+    """Draw the last tier of the first seed's run in --runs, as heat maps by layer and head."""
+    seed = args.seeds[0]
+    factors = longrope.RescaleFactors.load(
+        args.runs / search_name(args, "head", seed) / "factors.json"
+    )
+    drawn = head_figure("heads", factors)
+    with canvas(args.plot, size=drawn.size) as figure:
+        drawn.draw(figure)
 
 
 def main() -> None:

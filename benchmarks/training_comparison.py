@@ -157,11 +157,11 @@ def print_table(saved: list[dict]) -> None:
     columns = [*(f"{a}-{b - 1}" for a, b in RANGES), "all", "windows of 256"]
     groups: dict[tuple[str, ...], list[dict]] = {}
     for row in saved:
-        label = (row["steps"], f"{float(row['learning_rate']):g}", row["way"], row["run"])
+        label = (str(row["steps"]), f"{float(row['learning_rate']):g}", row["way"], row["run"])
         groups.setdefault(label, []).append(row)
     print(f"| steps | rate | trained by | run | seeds | {' | '.join(columns)} |")
     print("| --- " * (5 + len(columns)) + "|")
-    for label in sorted(groups, key=lambda k: (int(k[0]), float(k[1]))):
+    for label in sorted(groups, key=lambda k: (int(k[0]), float(k[1]), *k[2:])):
         cells = [
             f"{statistics.median(float(row[column]) for row in groups[label]):.3f}"
             for column in columns

@@ -198,8 +198,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`, and of factors
-        by layer and head `heads.png`.
+        `factors.json`, `history.csv`, `report.html`, `results.csv`, plots; of a ladder also
+        `tiers.json`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
@@ -298,10 +298,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 model, options, ladder, drawn, notes, journal, on_batch, job
             ).run()
         if options.out is not None and job.first:
-            folder.write_results(
-                out, result.factors, result.history, problem.baselines(), result.tiers,
-                result.loaded,
-            )  # fmt: skip
+            folder.write_results(out, result)
     return result
 
 

@@ -228,6 +228,26 @@ def test_without_resume_an_earlier_run_is_set_aside(finished, tmp_path):
     assert len(list((out / "stages").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "most, said", [(1_500, r"File too large: .*config\.json"), (20_000, r"search-1/search")]
+)
+def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on_later(finished, tmp_path, most, said):
+    """At the start, and in a search; of a checkpoint see test_finetune."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match=said) as caught:
+            extension_runs.run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    extension_runs.run(tmp_path)
+    for name in extension_runs.RESULTS:
+        assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -266,7 +286,7 @@ def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     refused("out: expected a path, got int", out=3)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        refused("extend: expected one process, got a job of 2 ranks")
+        refused("extend: expected torch.distributed.init_process_group to be called .*, got 1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
@@ -300,7 +320,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path):
         "extend", files / "model", files / "texts", "--out", out, "--target-length", 64,
         "--finetune", "--steps", 30, "--dry-run", "--device", "cpu",
     ).stdout  # fmt: skip
-    for words in ("search-64 (search)", "30 steps of 32 rows of 64 tokens", "tiers for 16, 32"):
+    for words in (
+        "search-64 (search)", "30 steps of 32 rows of 64 tokens", "tiers for 16, 32", "the table",
+    ):  # fmt: skip
         assert words in shown
     assert "MiB" in shown
     assert not out.exists()

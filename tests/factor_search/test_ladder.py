@@ -235,7 +235,6 @@ def test_windows_in_chunks_give_the_same_losses(texts, monkeypatch):
 def test_resuming_from_any_line_gives_the_uninterrupted_run(
     finished, method, texts, held_out, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = finished
     lines = (out / "journal.jsonl").read_bytes().splitlines(keepends=True)
     for kept in range(1, len(lines) + 1, max(1, len(lines) // 7)):
