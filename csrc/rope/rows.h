@@ -1,6 +1,8 @@
 // What holds for one group of heads, and for one row of the batch, on the CPU and on CUDA.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/host_device.h"
 #include "rope/rope.h"
 
