@@ -36,19 +36,22 @@ ATTENTION_REACH = 1.5
 
 @dataclass(frozen=True)
 class Point:
-    """Factors off the grid: log lambda `[dims]` and the attention factor."""
+    """Factors off the grid: log lambda `[dims]` and the attention factor.
+
+    By layer and head `[L, Hk, dims]` and `[L, Hk]`.
+    """
 
     log_lambdas: np.ndarray
-    attention_factor: float
+    attention_factor: float | np.ndarray
 
     @property
     def lambdas(self) -> np.ndarray:
-        """The rescale factors, `[dims]`."""
+        """The rescale factors, in the shape of `log_lambdas`."""
         return np.exp(self.log_lambdas)
 
 
-#: Returns the loss at a point in a step, and its gradient `[dims + 1]` with respect to log lambda
-#: and, last, to the log of the attention factor.
+#: Returns the loss at a point in a step, and its gradient with respect to log lambda and, last, to
+#: the log of the attention factor: `[dims + 1]`, or flat where there are those of heads.
 LossAndGradient = Callable[[Point, int], tuple[float, np.ndarray]]
 
 
@@ -158,13 +161,13 @@ class Descent:
         the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
         point of that kind in units of the scales.
         """
-        x = np.append(start.log_lambdas, math.log(start.attention_factor))
-        first, second = np.zeros(len(x)), np.zeros(len(x))
+        x = self._numbers(start)
+        first, second = np.zeros(x.shape), np.zeros(x.shape)
         iterates = []
         for taken, step in enumerate(steps, 1):
-            _, gradient = loss_and_gradient(_point(x), step)
-            gradient = gradient * self._free * self._scales
-            gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30)
+            _, gradient = loss_and_gradient(self._point(x), step)
+            gradient = self._by_number(gradient, x) * self._free * self._scales
+            gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30) * self._norm(x)
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
             mean = first / (1 - BETAS[0] ** taken)
@@ -173,7 +176,19 @@ class Descent:
             x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
             iterates.append(x)
         later = [iterates[s.start : s.stop][len(s) // 2 :] for s in segments]
-        return [_point(np.mean(each, axis=0)) for each in later]
+        return [self._point(np.mean(each, axis=0)) for each in later]
+
+    def _numbers(self, point: Point) -> np.ndarray:
+        return np.append(point.log_lambdas, math.log(point.attention_factor))
+
+    def _point(self, x: np.ndarray) -> Point:
+        return Point(x[:-1], math.exp(x[-1]))
+
+    def _by_number(self, gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return gradient
+
+    def _norm(self, x: np.ndarray) -> float:
+        return 1.0
 
     def _projected(self, x: np.ndarray) -> np.ndarray:
         log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)
@@ -182,5 +197,28 @@ class Descent:
         return np.append(np.clip(log_lambdas, self._lower, self._upper), factor)
 
 
-def _point(x: np.ndarray) -> Point:
-    return Point(x[:-1], math.exp(x[-1]))
+class HeadDescent(Descent):
+    """The same for all layers and heads at once, each projected for itself: `[L, Hk, dims + 1]`.
+
+    The gradient of the mean head has norm 1 then, as that of the one set of a `Descent`.
+    """
+
+    def _numbers(self, point: Point) -> np.ndarray:
+        factors = np.log(point.attention_factor)[..., None]
+        return self._projected(np.concatenate([point.log_lambdas, factors], -1))
+
+    def _point(self, x: np.ndarray) -> Point:
+        return Point(x[..., :-1], np.exp(x[..., -1]))
+
+    def _by_number(self, gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
+        # All lambdas first, then all attention factors.
+        heads = x.size // x.shape[-1]
+        lambdas, factors = gradient[:-heads], gradient[-heads:, None]
+        return np.concatenate([lambdas.reshape(heads, -1), factors], -1).reshape(x.shape)
+
+    def _norm(self, x: np.ndarray) -> float:
+        return math.sqrt(x.size / x.shape[-1])
+
+    def _projected(self, x: np.ndarray) -> np.ndarray:
+        rows = [super(HeadDescent, self)._projected(row) for row in x.reshape(-1, x.shape[-1])]
+        return np.stack(rows).reshape(x.shape)

@@ -89,6 +89,7 @@ def summary(out: Path) -> dict[str, Any]:
         facts["ladder"] = f"tiers up to {ends} tokens; the figures are of the last one begun"
         last = max((entry["tier"] for entry in entries), default=1)
         entries = [entry for entry in entries if entry["tier"] == last]
+    entries = [entry for entry in entries if "heads" not in entry]
     chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
     stage = problem.get("stage")
     if stage is not None:  # an infinite lambda is "inf" there

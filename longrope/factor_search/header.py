@@ -45,6 +45,8 @@ def header(
         asked["descent"] = vars(options.descent)
     if options.method == "hybrid" or (options.ladder and not options.has_steps):
         asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
+    if options.per != "model":
+        asked["per"] = options.per
     return {
         "method": options.method,
         "objective": options.objective,

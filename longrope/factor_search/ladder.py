@@ -24,6 +24,8 @@ from longrope.distributed.ranks import Ranks
 from longrope.evaluation import needles
 from longrope.evaluation.memory import BackwardPlan, cache_bytes, free_memory
 from longrope.factor_search.evolution import Proposal
+from longrope.factor_search.heads import HeadSearch, heads_of
+from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.measurer import Measurer, TierCost
 from longrope.factor_search.methods import METHODS, Task, most_evaluations
@@ -54,6 +56,8 @@ LAST_STEPS, LOWER_STEPS = 1.5, 0.75
 #: to by a power can be far off: with the packaged model at 8 times the window it was 8 % above the
 #: tier's end in perplexity, the best ramp of the first tier 2 %.
 RAMPS = 6
+#: Names the random windows on which factors by layer and head are found: other ones.
+BY_HEAD = (1,)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,11 @@ class Ladder:
             most_evaluations(problem, self.options_of(number, options), held_out)
             for number, problem in enumerate(self.problems, 1)
         ]
-        return sum(each) + 2 * len(each)  # and those of YaRN by position
+        each += [
+            most_by_head(self.options_of(number, options), held_out)
+            for number, _ in enumerate(self.problems, 1)
+        ]
+        return sum(each) + 2 * len(self.problems)  # and those of YaRN by position
 
     def options_of(self, number: int, options: SearchOptions) -> SearchOptions:
         """Return the options of a tier, with steps of its own."""
@@ -206,10 +214,9 @@ class LadderSearch:
                 known = len(task.measurer.history)
                 _measure_rule(task, rule, Role.SEARCH)
                 history += task.measurer.history[known:]
-        searched[-1][0].measurer.finish()
         tiers = self._tiers(taken)
         held_out = Role.VALIDATION in self.windows.windows
-        return SearchResult(
+        result = SearchResult(
             factors=tiers[-1],
             perplexity=math.exp(_loss(taken, Role.SEARCH)),
             validation_perplexity=math.exp(_loss(taken, Role.VALIDATION)) if held_out else None,
@@ -217,15 +224,34 @@ class LadderSearch:
             tiers=tiers,
             stages=self.ladder.problems[-1].stage_parts(tiers[-1]),
         )
+        if self.options.per == "model":
+            searched[-1][0].measurer.finish()
+            return result
+        return self._by_head(result)
+
+    def _by_head(self, result: SearchResult) -> SearchResult:
+        """Search the factors of layers or heads, from a ladder for all of them on."""
+        problems = self.ladder.problems
+        return HeadSearch(
+            heads_of(self.model, self.options.per),
+            lambda number, below: self._task(number, problems[number - 1], below, BY_HEAD),
+            len(problems),
+            _forget,
+        ).run(result)
 
     def _tiers(self, rungs: Sequence[tuple[Task, Candidate]]) -> Tiers:
         """Return the tiers up to those that are known."""
         return Tiers([*self.ladder.fixed, *(task.problem.factors(c) for task, c in rungs)])
 
-    def _task(self, number: int, problem: Problem, below: Tiers) -> Task:
-        """Return what a method works with to search a tier above others."""
+    def _task(
+        self, number: int, problem: Problem, below: Tiers, stream: tuple[int, ...] = ()
+    ) -> Task:
+        """Return what a method works with to search a tier above others.
+
+        `stream` names random numbers of its own.
+        """
         end, begin, target = problem.target_length, below.limits[-1], self.ladder.targets[-1]
-        seeds = np.random.SeedSequence((self.options.seed, number)).spawn(3)
+        seeds = np.random.SeedSequence((self.options.seed, number, *stream)).spawn(3)
         for_method, for_windows, for_needles = map(np.random.default_rng, seeds)
         windows = self.windows.first(
             end, for_needles if self.options.objective == "needle" else None

@@ -10,6 +10,7 @@ import numpy as np
 
 from longrope.factors import RescaleFactors
 from longrope.report import figures, plots
+from longrope.report.heads import head_figure
 from longrope.report.page import Command, Figure, Page, Row, Section, Table
 from longrope.report.parts import factor_rows, label, lambda_figure, span, tier_figure, tier_rows
 from longrope.report.search_data import (
@@ -195,6 +196,8 @@ def _factors(run: Search) -> list[Section]:
     section.figures.append(lambda_figure("factors", sets))
     if run.tiers is not None and len(run.tiers) > 1:
         section.figures.append(tier_figure("tiers", run.tiers))
+    if run.factors.per_head:
+        section.figures.append(head_figure("heads", run.factors))
     return [section]
 
 

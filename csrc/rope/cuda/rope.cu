@@ -155,7 +155,9 @@ void run(const RopeParams& p, cudaStream_t stream) {
 void rope_cuda(const RopeParams& params, void* stream) {
   if (params.batch == 0 || params.tokens == 0 || params.q.heads + params.k.heads == 0) return;
   cuda::for_dtype(params.dtype, [&](auto zero) {
-    cuda::run<decltype(zero)>(params, static_cast<cudaStream_t>(stream));
+    for (int64_t group = 0; group < params.groups; ++group) {
+      cuda::run<decltype(zero)>(group_of(params, group), static_cast<cudaStream_t>(stream));
+    }
   });
 }
 

@@ -188,6 +188,7 @@ void run(const RopeBackwardParams& params, cudaStream_t stream) {
 
 int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params) {
   return cuda::for_dtype(params.forward.dtype, [&](auto zero) {
+    // The same for every group of heads, since what is packed is for all of them.
     const cuda::Tiling t = cuda::tiling_of(params.forward, cuda::pack_of<decltype(zero)>(params));
     return t.blocks * t.chunks;
   });
@@ -195,8 +196,11 @@ int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params) {
 
 void rope_backward_cuda(const RopeBackwardParams& params, void* stream) {
   if (params.forward.batch == 0 || params.forward.tokens == 0) return;
+  const int64_t blocks = rope_backward_cuda_blocks(params);
   cuda::for_dtype(params.forward.dtype, [&](auto zero) {
-    cuda::run<decltype(zero)>(params, static_cast<cudaStream_t>(stream));
+    for (int64_t group = 0; group < params.forward.groups; ++group) {
+      cuda::run<decltype(zero)>(group_of(params, group, blocks), static_cast<cudaStream_t>(stream));
+    }
   });
 }
 
