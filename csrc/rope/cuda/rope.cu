@@ -5,10 +5,11 @@
 // Mapping: a block takes one row of the batch, a tile of tokens and up to kHeadsPerBlock heads of q
 // or of k (one launch serves both). A thread keeps the cosines and sines of one unit (8 pairs of
 // 16-bit elements, 4 of float32) of one token in registers and walks through the heads with 16-byte
-// accesses, kFlight heads in flight; neighbouring threads take neighbouring units, so a warp reads
-// whole rows. Threads beyond the rotated dimensions copy. Bytes moved: 2 (H + Hk) N D elements
-// (each element once in, once out), positions and frequencies from the cache. The cosines of a
-// token are computed once for kHeadsPerBlock heads.
+// accesses, kFlight heads in flight, the first of them while the block makes its frequencies;
+// neighbouring threads take neighbouring units, so a warp reads whole rows. Threads beyond the
+// rotated dimensions copy. Bytes moved: 2 (H + Hk) N D elements (each element once in, once out),
+// positions and frequencies from the cache. The cosines of a token are computed once for
+// kHeadsPerBlock heads.
 #include <algorithm>
 
 #include "common/cuda/device.cuh"
@@ -32,24 +33,6 @@ struct Tiling {
   int64_t tiles;      // of tokens, per row of the batch
 };
 
-template <bool kInterleaved, typename T, int kCount>
-__device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& second,
-                                       const float (&cos)[kCount], const float (&sin)[kCount]) {
-  float x[kCount], y[kCount];
-  unpack(first, x);
-  unpack(second, y);
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    float& one = one_of<kInterleaved>(x, y, j);
-    float& two = two_of<kInterleaved>(x, y, j);
-    const float turned = one * cos[j] - two * sin[j];
-    two = two * cos[j] + one * sin[j];
-    one = turned;
-  }
-  first = pack<T>(x);
-  second = pack<T>(y);
-}
-
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling tiling) {
   const int64_t row = blockIdx.x / tiling.tiles, tile = blockIdx.x % tiling.tiles;
@@ -63,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
     token_end = end < token_end ? end : token_end;
     token_begin = first > token_begin ? first : token_begin;
   }
-  const RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
+  RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
   // The chunks of q come first, then those of k.
   const bool is_q = static_cast<int>(blockIdx.y) < tiling.q_chunks;
   const int begin =
@@ -78,25 +61,24 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
                row * (is_q ? p.q_out.batch_stride : p.k_out.batch_stride);
   const float factor = static_cast<float>(factor_of(p, row, tiers));
 
-  for (int item = threadIdx.x; item < tiling.tokens * tiling.units; item += blockDim.x) {
+  // At least once, for the barrier; the first heads are on their way while frequencies are made.
+  int item = threadIdx.x;
+  do {
     const int64_t token = token_begin + item / tiling.units;
-    if (token >= token_end) break;
+    const bool works = item < tiling.tokens * tiling.units && token < token_end;
     const int unit = item % tiling.units;
     const bool turns = unit < tiling.rotated_units;
-    float cos[kCount], sin[kCount];
     int first = 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
     int second = first + kCount;
     if (turns) {
-      frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
       first = first_of<kCount>(p, unit);
       second = second_of<kCount>(p, unit);
     }
     const bool has_second = second < p.head_dim;
     const T* in = in_row + token * (is_q ? p.q.token_stride : p.k.token_stride);
     T* out = out_row + token * (is_q ? p.q_out.token_stride : p.k_out.token_stride);
-
-    for (int head = 0; head < count; head += kFlight) {
-      Pack<T, kCount> x[kFlight], y[kFlight];
+    Pack<T, kCount> x[kFlight], y[kFlight];
+    const auto load_heads = [&](int head) {
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
         if (head + j < count) {
@@ -105,6 +87,17 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
           in += in_stride;
         }
       }
+    };
+    if (works) load_heads(0);
+    if (item == static_cast<int>(threadIdx.x)) frequencies.fill(p, row, tiers, tiling.sets);
+    if (!works) break;
+
+    float cos[kCount], sin[kCount];
+    if (turns) {
+      frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
+    }
+    for (int head = 0; head < count; head += kFlight) {
+      if (head > 0) load_heads(head);
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
         if (head + j < count) {
@@ -116,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
         }
       }
     }
-  }
+    item += blockDim.x;
+  } while (item < tiling.tokens * tiling.units);
 }
 
 LONGROPE_MAX_REGISTERS(rope_kernel, 80)
