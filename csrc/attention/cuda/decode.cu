@@ -25,8 +25,8 @@ constexpr int kKeys = 16;    // of a tile: one step of the second product
 constexpr int kStages = 2;   // tiles of a warp, one of which is copied while the other is used
 constexpr int kTurning = 4;  // units of 8 pairs that a lane turns at once: 64 registers of sines
 
-// Eight tiles a warp of 16 keys and values beside the rows: 72 KiB for head_dim 128, so that three
-// blocks share a multiprocessor of an H100, and 74 KiB for 256 with half the warps.
+// Four tiles a warp of 16 keys and values beside the rows: 72 KiB for head_dim 128, so that two
+// blocks share a multiprocessor of an A100 or H100, and 74 KiB for 256 with half the warps.
 template <int kHeadDim>
 constexpr int kWarps = kHeadDim > 128 ? 2 : 4;
 

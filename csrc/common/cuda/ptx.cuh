@@ -174,6 +174,16 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// Asks for the line of an address in global memory, to the second-level cache. A hint: nothing is
+// read.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
+#endif
+}
+
 // ---- tensor cores -------------------------------------------------------------------------------
 
 // kCount (1, 2 or 4) 8x8 matrices of 16-bit elements from shared memory. Lane 8 m + r gives the

@@ -5,11 +5,10 @@
 // Mapping: a block takes one row of the batch, a tile of tokens and up to kHeadsPerBlock heads of q
 // or of k (one launch serves both). A thread keeps the cosines and sines of one unit (8 pairs of
 // 16-bit elements, 4 of float32) of one token in registers and walks through the heads with 16-byte
-// accesses, kFlight heads in flight, the first of them while the block makes its frequencies;
-// neighbouring threads take neighbouring units, so a warp reads whole rows. Threads beyond the
-// rotated dimensions copy. Bytes moved: 2 (H + Hk) N D elements (each element once in, once out),
-// positions and frequencies from the cache. The cosines of a token are computed once for
-// kHeadsPerBlock heads.
+// accesses, kFlight heads in flight; neighbouring threads take neighbouring units, so a warp reads
+// whole rows. Threads beyond the rotated dimensions copy. Bytes moved: 2 (H + Hk) N D elements
+// (each element once in, once out), positions and frequencies from the cache. The cosines of a
+// token are computed once for kHeadsPerBlock heads.
 #include <algorithm>
 
 #include "common/cuda/device.cuh"
@@ -46,7 +45,6 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
     token_end = end < token_end ? end : token_end;
     token_begin = first > token_begin ? first : token_begin;
   }
-  RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
   // The chunks of q come first, then those of k.
   const bool is_q = static_cast<int>(blockIdx.y) < tiling.q_chunks;
   const int begin =
@@ -60,25 +58,47 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
   T* out_row = static_cast<T*>(is_q ? p.q_out.data : p.k_out.data) + begin * out_stride +
                row * (is_q ? p.q_out.batch_stride : p.k_out.batch_stride);
   const float factor = static_cast<float>(factor_of(p, row, tiers));
+  const auto offsets = [&](int unit, int& first, int& second) {
+    const bool turns = unit < tiling.rotated_units;
+    first = turns ? first_of<kCount>(p, unit)
+                  : 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
+    second = turns ? second_of<kCount>(p, unit) : first + kCount;
+  };
 
-  // At least once, for the barrier; the first heads are on their way while frequencies are made.
-  int item = threadIdx.x;
-  do {
+  // What this thread reads first is on its way while the block makes the frequencies: to the
+  // second-level cache, for which no registers are needed.
+  const int64_t first_token = token_begin + threadIdx.x / tiling.units;
+  if (threadIdx.x < tiling.tokens * tiling.units && first_token < token_end) {
+    int first, second;
+    offsets(threadIdx.x % tiling.units, first, second);
+    const T* in = in_row + first_token * (is_q ? p.q.token_stride : p.k.token_stride);
+#pragma unroll
+    for (int j = 0; j < kFlight; ++j, in += in_stride) {
+      if (j >= count) break;
+      prefetch_l2(in + first);
+      if (second < p.head_dim) prefetch_l2(in + second);
+    }
+  }
+  RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
+  frequencies.fill(p, row, tiers, tiling.sets);
+
+  for (int item = threadIdx.x; item < tiling.tokens * tiling.units; item += blockDim.x) {
     const int64_t token = token_begin + item / tiling.units;
-    const bool works = item < tiling.tokens * tiling.units && token < token_end;
+    if (token >= token_end) break;
     const int unit = item % tiling.units;
     const bool turns = unit < tiling.rotated_units;
-    int first = 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
-    int second = first + kCount;
+    float cos[kCount], sin[kCount];
+    int first, second;
+    offsets(unit, first, second);
     if (turns) {
-      first = first_of<kCount>(p, unit);
-      second = second_of<kCount>(p, unit);
+      frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
     }
     const bool has_second = second < p.head_dim;
     const T* in = in_row + token * (is_q ? p.q.token_stride : p.k.token_stride);
     T* out = out_row + token * (is_q ? p.q_out.token_stride : p.k_out.token_stride);
-    Pack<T, kCount> x[kFlight], y[kFlight];
-    const auto load_heads = [&](int head) {
+
+    for (int head = 0; head < count; head += kFlight) {
+      Pack<T, kCount> x[kFlight], y[kFlight];
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
         if (head + j < count) {
@@ -87,17 +107,6 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
           in += in_stride;
         }
       }
-    };
-    if (works) load_heads(0);
-    if (item == static_cast<int>(threadIdx.x)) frequencies.fill(p, row, tiers, tiling.sets);
-    if (!works) break;
-
-    float cos[kCount], sin[kCount];
-    if (turns) {
-      frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
-    }
-    for (int head = 0; head < count; head += kFlight) {
-      if (head > 0) load_heads(head);
 #pragma unroll
       for (int j = 0; j < kFlight; ++j) {
         if (head + j < count) {
@@ -109,8 +118,7 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
         }
       }
     }
-    item += blockDim.x;
-  } while (item < tiling.tokens * tiling.units);
+  }
 }
 
 LONGROPE_MAX_REGISTERS(rope_kernel, 80)
