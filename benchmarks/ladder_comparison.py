@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, append, where
 from search_comparison import clock, load
 
 import longrope
@@ -82,10 +82,7 @@ def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dic
             "model": Path(args.model).name if args.model else "packaged",
             "budget": f"{args.steps} steps; {args.samples} windows; {args.ratio}x; start tokens "
             f"{args.start_tokens}",
-            "device": device_name(args.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
+            **where(args.device),
         }
 
     yarn = longrope.RescaleFactors.yarn(**settings.lengths(length))

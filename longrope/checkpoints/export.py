@@ -58,8 +58,11 @@ def export(
         `longrope.load` as the last tier of `factors.ladder()`.
     short
         `"long"`: the long factors for every length, so that nothing changes when a sequence grows.
-        `"none"`: the model as loaded for sequences within its window. Or factors with a smaller
-        `target_length`.
+        `"none"`: the model as loaded for sequences within its window, that of its own scaling
+        included. Or factors with a smaller `target_length`. Readers change sets by what they call
+        `original_max_position_embeddings`: it is the `target_length` of the short factors, and with
+        `"none"` on a model with a scaling not the window that lambdas count from, which
+        `longrope.json` keeps.
     format
         `"hf"` or `"gguf"`.
     drop_start_tokens

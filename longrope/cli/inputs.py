@@ -170,6 +170,30 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def has_tiers(name: str) -> bool:
+    """Say whether MODEL is a folder that `longrope.export` wrote, with tiers beside the weights."""
+    from longrope.checkpoints.hf import ABOUT
+
+    return (Path(os.path.expanduser(name)) / ABOUT).is_file()
+
+
+def load_extended(name: str, device: str | None = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)` of such a folder as `load_model` does, with its tiers applied."""
+    import longrope
+
+    device = choose_device(device)
+    name = checked_model("MODEL", name)
+    try:
+        model, tokenizer = longrope.load(name)
+    except Exception as error:  # many kinds, of transformers, safetensors and json
+        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+    if model.config.vocab_size == 256:
+        tokenizer = None
+    elif tokenizer is None:
+        raise ValueError(f"MODEL: expected a folder with a tokenizer, got {name!r} without one")
+    return on_device(model, device), tokenizer
+
+
 def on_device(model: Any, device: str) -> Any:
     """Move a model; in 16 bits to a CPU that is slower in them, it becomes float32."""
     import torch

@@ -7,10 +7,10 @@ import html
 import math
 from dataclasses import dataclass
 
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors, Tiers, baselines
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
-BASELINES = ("pi", "ntk", "yarn")
+BASELINES = tuple(baselines.BASELINES)
 #: The origin of the model as loaded, which is no candidate.
 AS_LOADED = "model as loaded"
 
@@ -42,8 +42,9 @@ class Evaluation:
     iteration
         The generation or the number of the step; -1 at the end of a search.
     origin
-        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"critical"` and `"critical pi"`
-        (and so on: the first three put into the space of `critical_dimension`), `"ramp"`,
+        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"` and the other closed forms by their
+        names in `longrope.factors.baselines.BASELINES`, `"critical"` and `"critical pi"` (and so
+        on: the closed forms put into the space of `critical_dimension`), `"ramp"`,
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
         `"finalist"`. On top of a stage `"stage pi"` and so on: the rules for what is left of the
         ratio. In a ladder also `"tier below"` and `"stretched"`, what the tier below leads to, and

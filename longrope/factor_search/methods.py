@@ -89,7 +89,8 @@ class Task:
         """Return the NLL of each candidate; one that was measured in this role is not again."""
         known = self.measurer.losses(role)
         named = {**self.problem.seeds(), **self.problem.rules()}
-        names = {candidate: name for name, candidate in named.items()}
+        # Two rules can be the same factors: the first gives the name.
+        names = {candidate: name for name, candidate in reversed(named.items())}
         candidates = list(dict.fromkeys(candidates))
         fresh = [c for c in candidates if c not in known]
         proposals = [Proposal(c, names.get(c, origin), iteration) for c in fresh]
@@ -114,12 +115,13 @@ def evolution(task: Task) -> Candidate:
 
 
 def gradient(task: Task) -> Candidate:
-    """A descent from the best of the baselines and of a family of ramps, then a sweep of n_hat."""
+    """A descent from the best closed form or the best of a family of ramps; a sweep of n_hat."""
     rules = task.problem.rules()
     family = [*task.problem.seeds().values(), *rules.values(), *_ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
-    yarn = rules["yarn"]
-    starts = task.measure(Role.SEARCH, [*screened[:STARTS], yarn], "ramp", 0)
+    best_rule = next(c for c in screened if c in rules.values())
+    starts = [*screened[:STARTS], best_rule, rules["yarn"]]
+    starts = task.measure(Role.SEARCH, starts, "ramp", 0)
     chosen, loss = _descended(task, starts)
     numbers = task.problem.space.start_tokens
     if task.problem.below is not None:  # a sweep like that of the tier below gained nothing
@@ -139,9 +141,11 @@ def hybrid(task: Task) -> Candidate:
     task.evolve(seeds)
     chosen, loss = _descended(task, task.measurer.losses(Role.SEARCH))
     plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
-    judged = task.measure(task.judge, [plain, task.problem.rules()["yarn"]], "start tokens")
-    # Without start tokens where these gain next to nothing, and never worse than YaRN.
-    return plain if judged[plain] <= min(loss + START_TOKEN_GAIN, *judged.values()) else chosen
+    own = task.measure(task.judge, [plain], "start tokens")[plain]
+    judged = task.measurer.losses(task.judge)
+    rules = [judged[c] for c in task.problem.rules().values() if c in judged]
+    # Without start tokens where these gain next to nothing, and never worse than the rules.
+    return plain if own <= min(loss + START_TOKEN_GAIN, *rules) else chosen
 
 
 METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}
@@ -154,13 +158,15 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
     """
     seeds = len({*problem.seeds().values(), *problem.rules().values()})
     family = len(_ramps(problem))
-    evolved = min(options.sizes.most_evaluations, options.max_evaluations or sys.maxsize)
+    first = max(0, len(problem.seeds()) - options.sizes.population)  # all seeds are in it
+    evolved = options.sizes.most_evaluations + first
+    evolved = min(evolved, options.max_evaluations or sys.maxsize)
     descent = options.descent.steps + 2 * options.descent.checkpoints + 2
     return {
         "evolution": evolved + (FINALISTS + seeds if held_out else 0),
         "gradient": seeds + family + STARTS + descent + len(problem.space.start_tokens)
-        + START_TOKEN_FINALISTS + 2,
-        "hybrid": family + evolved + descent + 2,
+        + START_TOKEN_FINALISTS + 4,
+        "hybrid": family + evolved + descent + 3,
     }[options.method]  # fmt: skip
 
 
@@ -175,8 +181,8 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     `starts` have their NLL on the search windows. Points are put on the grid before they are
     measured, so exactly what is returned was measured. Where a point is worse on the windows that
     guide than the best so far, the descent goes back to the best and continues with smaller steps.
-    The deciding windows compare the points with the best start and YaRN, even if these lie outside
-    the space.
+    The deciding windows compare the points with the best start, the best closed form and YaRN, even
+    if these lie outside the space.
 
     The descent works on the free log lambdas alone. A matrix gives all others, and its transpose
     the gradient by the free ones.
@@ -209,7 +215,9 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
     slow = 1.0
     least = task.measure(task.guide, [start], "start")[start]
-    kept = [problem.rules()["yarn"], best_start, start]
+    rules = problem.rules()
+    measured = {c: starts[c] for c in rules.values() if c in starts}
+    kept = [rules["yarn"], *([_best(measured)] if measured else []), best_start, start]
     for steps in settings.segments:
         point = descent.run(best, loss_and_gradient, steps, slow)
         candidate = space.snap_like(all_pairs(point).lambdas, start)

@@ -21,6 +21,7 @@ from longrope.ops._arguments import (
     is_int64,
 )
 from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
+from longrope.ops._forward_mode import linear_in, refuse_tangents, tangents
 
 __all__ = ["rerotate", "rerotate_rows_", "rope", "rope_"]
 
@@ -65,19 +66,26 @@ def rope(
     -------
     q, k : fresh tensors
         In the memory order of the inputs (`[B, N, H, D]` or `[B, H, N, D]`). Differentiable in q,
-        k, inv_freq, base_inv_freq and attention_factor, twice in q and k.
+        k, inv_freq, base_inv_freq and attention_factor, twice in q and k. Forward-mode tangents
+        (`torch.func.jvp`) of q and k turn with them.
 
     Raises
     ------
     ValueError
         Where a shape, dtype, device or stride is not as above, a frequency or factor is not finite
         (CPU), or `base_inv_freq` is missing.
+    NotImplementedError
+        Where the frequencies or the factor have forward-mode tangents.
     """
     _check(q, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved)
-    return torch.ops.longrope.rope(
-        q, k, positions, inv_freq, base_inv_freq,
-        *_start_and_factor(start_tokens, attention_factor), interleaved, False,
+    refuse_tangents(
+        "rope", inv_freq=inv_freq, base_inv_freq=base_inv_freq, attention_factor=attention_factor
+    )
+    turned_by = (
+        positions, inv_freq, base_inv_freq, *_start_and_factor(start_tokens, attention_factor),
+        interleaved, False,
     )  # fmt: skip
+    return linear_in(lambda q, k: torch.ops.longrope.rope(q, k, *turned_by), q, k)
 
 
 def rope_(
@@ -137,7 +145,7 @@ def rerotate(
     Returns
     -------
     Tensor
-        `out`, or a fresh tensor that is differentiable in k.
+        `out`, or a fresh tensor that is differentiable in k, in forward mode too.
 
     Raises
     ------
@@ -149,7 +157,8 @@ def rerotate(
     expect(isinstance(interleaved, bool), "interleaved", "a bool", interleaved)
     sets = factor_sets(from_factors, to_factors, k.device)
     if out is None:
-        return torch.ops.longrope.rerotate(k, positions, *sets, interleaved)
+        turned_by = (positions, *sets, interleaved)
+        return linear_in(lambda k: (torch.ops.longrope.rerotate(k, *turned_by),), k)[0]
     _refuse_gradients("rerotate(out=...)", "rerotate without out", k, out)
     if out is k:
         torch.ops.longrope.rerotate_(k, positions, *sets, interleaved)
@@ -261,6 +270,11 @@ def _refuse_gradients(name: str, instead: str, *arguments: object) -> None:
         raise ValueError(
             f"{name}: writes in place and has no gradient, got an argument that requires one; "
             f"use {instead}, or torch.no_grad()"
+        )
+    if tangents(*arguments):
+        raise NotImplementedError(
+            f"{name}: expected no forward-mode tangents (torch.func.jvp, jacfwd), got an argument "
+            f"that has one; use {instead}, which writes to fresh memory"
         )
 
 

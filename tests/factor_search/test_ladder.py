@@ -133,7 +133,8 @@ def test_a_tier_begins_with_what_the_tier_below_leads_to(texts):
     problem = Problem.of(rope, SearchOptions(target_length=TARGET, ladder=True))
     taken = Candidate((100, 110, 150, 150, 180, 200, 210, 220), 2, attention_factor=1.1)
     seeds = dataclasses.replace(problem, below=(taken, 32)).seeds()
-    assert list(seeds) == ["pi", "ntk", "yarn", "tier below", "stretched"]
+    assert list(seeds)[:3] == ["pi", "ntk", "yarn"]
+    assert list(seeds)[-2:] == ["tier below", "stretched"]
     squares = (1.0, 1.21, 2.25, 2.25, 3.24, 4.0, 4.41, 4.84)
     assert seeds["tier below"].lambdas == squares
     assert seeds["stretched"].lambdas == (2.0, 2.2, 3.0, 3.0, 3.6, 4.0, 4.2, 4.4)
@@ -234,7 +235,6 @@ def test_windows_in_chunks_give_the_same_losses(texts, monkeypatch):
 def test_resuming_from_any_line_gives_the_uninterrupted_run(
     finished, method, texts, held_out, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = finished
     lines = (out / "journal.jsonl").read_bytes().splitlines(keepends=True)
     for kept in range(1, len(lines) + 1, max(1, len(lines) // 7)):
