@@ -21,6 +21,8 @@ from longrope.ops._arguments import (
     is_int64,
 )
 from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
+from longrope.ops._forward_mode import push_forward, refuse_tangents
+from longrope.ops._groups import attend_groups
 from longrope.ops._rotation import Rotation
 from longrope.ops.rope import _fresh, _start_and_factor
 
@@ -94,8 +96,12 @@ def attention(
     ValueError
         Where a shape, dtype, device, stride or range is not as above; on CPU also where the limits
         do not grow or the tiers of a row's queries fall.
+    NotImplementedError
+        Where an argument has a forward-mode tangent (`torch.func.jvp`), or a second derivative is
+        asked for.
     """
     check_tensors(q=q, k=k, v=v)
+    refuse_tangents("attention", q=q, k=k, v=v)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
     keys = k.shape[2] if k.dim() == 4 else 0
     queries = q.shape[2] if q.dim() == 4 else 0
@@ -128,9 +134,17 @@ def attention(
         out, lse = torch.ops.longrope.attention(q, k, v, *options)
     else:
         expect(isinstance(rotation, Rotation), "rotation", "an ops.Rotation, or None", rotation)
+        if rotation.groups is not None:
+            out, lse = attend_groups(
+                attention, q, k, v, rotation, query_range, causal=causal, query_start=query_start,
+                key_length=key_length, key_start=key_start, window=window, scale=scale,
+                softcap=softcap,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
         check_positions("query_positions", rotation.query_positions, q.shape[0], queries)
         check_positions("key_positions", rotation.key_positions, k.shape[0], keys)
         check_tensors(q=q, **rotation.tensors())
+        refuse_tangents("attention", **rotation.tensors())
         inv_freq, start_tokens, attention_factor = rotation.by_tier()
         out, lse = torch.ops.longrope.attention_rotated(
             q, k, v, *options, rotation.query_positions, rotation.key_positions, rotation.limits,
@@ -158,7 +172,8 @@ def merge_attention(
     Returns
     -------
     out, lse : as the inputs
-        Fresh, differentiable in all four arguments; 0 and -inf where both sides are empty.
+        Fresh, differentiable in all four arguments, in forward mode (`torch.func.jvp`) too; 0 and
+        -inf where both sides are empty.
 
     Raises
     ------
@@ -166,7 +181,9 @@ def merge_attention(
         Where a shape, dtype, device or stride is not as above.
     """
     check_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    return torch.ops.longrope.merge_attention(out_a, lse_a, out_b, lse_b)
+    return push_forward(
+        torch.ops.longrope.merge_attention, _merge_tangents, out_a, lse_a, out_b, lse_b
+    )
 
 
 def _bound(name: str, value: int | Tensor | None, default: int) -> tuple[int, Tensor | None]:
@@ -236,23 +253,40 @@ def _merge_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _merge_backward(ctx, grad_out, grad_lse):
-    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
+def _merge_shares(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each side's share of the union `[B, H, N, 1]`, and how far the outputs are apart."""
     # exp(lse_a - lse) as sigmoid(lse_a - lse_b): infinities of one sign are equal, an empty side
     # has no part.
     difference = torch.where(lse_a == lse_b, 0, lse_a - lse_b)
-    share_a = torch.sigmoid(difference).masked_fill(lse_a == -torch.inf, 0)
-    share_b = torch.sigmoid(-difference).masked_fill(lse_b == -torch.inf, 0)
-    wide = grad_out.to(lse_a.dtype)
-    empty_a, empty_b = ((share == 0)[..., None] for share in (share_a, share_b))
-    apart = out_a.to(lse_a.dtype).masked_fill(empty_a, 0) - out_b.masked_fill(empty_b, 0)
-    moved = share_a * share_b * (wide * apart).sum(-1)
+    share_a = torch.sigmoid(difference).masked_fill(lse_a == -torch.inf, 0)[..., None]
+    share_b = torch.sigmoid(-difference).masked_fill(lse_b == -torch.inf, 0)[..., None]
+    apart = out_a.to(lse_a.dtype).masked_fill(share_a == 0, 0)
+    return share_a, share_b, apart - out_b.masked_fill(share_b == 0, 0)
+
+
+def _merge_backward(ctx, grad_out, grad_lse):
+    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
+    share_a, share_b, apart = _merge_shares(out_a, lse_a, out_b, lse_b)
+    wide, grad_lse = grad_out.to(lse_a.dtype), grad_lse[..., None]
+    moved = share_a * share_b * (wide * apart).sum(-1, keepdim=True)
     return (
-        (share_a[..., None] * wide).to(out_a.dtype),
-        share_a * grad_lse + moved,
-        (share_b[..., None] * wide).to(out_b.dtype),
-        share_b * grad_lse - moved,
+        (share_a * wide).to(out_a.dtype),
+        (share_a * grad_lse + moved).squeeze(-1),
+        (share_b * wide).to(out_b.dtype),
+        (share_b * grad_lse - moved).squeeze(-1),
     )
+
+
+def _merge_tangents(primals: list[Tensor], moves: list[Tensor]) -> tuple[Tensor, Tensor]:
+    share_a, share_b, apart = _merge_shares(*primals)
+    of_out_a, of_lse_a, of_out_b, of_lse_b = moves
+    of_lse_a, of_lse_b = of_lse_a[..., None], of_lse_b[..., None]
+    wide = of_lse_a.dtype
+    of_out = share_a * of_out_a.to(wide) + share_b * of_out_b.to(wide)
+    of_out = of_out + share_a * share_b * (of_lse_a - of_lse_b) * apart
+    return of_out.to(primals[0].dtype), (share_a * of_lse_a + share_b * of_lse_b).squeeze(-1)
 
 
 torch.library.register_autograd(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import expect
+from longrope.ops._forward_mode import push_forward, refuse_tangents
 
 __all__ = ["candidate_sums", "linear_nll"]
 
@@ -29,7 +30,8 @@ def linear_nll(
     In plain torch: `F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none",
     ignore_index=ignore_index)`. Logits are accumulated, kept and summed in float32 for every dtype;
     memory is `O(T E)` and no `[T, V]` tensor exists, neither here nor in the backward, which
-    computes the logits again. Rows that are ignored cost nothing.
+    computes the logits again. Rows that are ignored cost nothing. Under `torch.autocast` hidden and
+    weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
 
     Parameters
     ----------
@@ -55,7 +57,14 @@ def linear_nll(
     ValueError
         Where a shape, dtype or device is not as above, and on CPU where a target is out of range
         (on CUDA its row is NaN).
+    NotImplementedError
+        Where hidden or weight has a forward-mode tangent (`torch.func.jvp`), or a second derivative
+        is asked for.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor))
+    refuse_tangents("linear_nll", hidden=hidden, weight=weight)
+    hidden, weight = _as_autocast(hidden), _as_autocast(weight)
     return torch.ops.longrope.linear_nll(hidden, weight, targets, ignore_index, softcap)[0]
 
 
@@ -86,7 +95,7 @@ def candidate_sums(
     -------
     nll_sum : float64 `[candidates]`
         Rows are added in float64, in a fixed order: the result does not depend on the number of
-        threads beyond the rounding of each row. Differentiable in nll.
+        threads beyond the rounding of each row. Differentiable in nll, in forward mode too.
     count : int64 `[candidates]`
         Rows that are not ignored.
 
@@ -96,7 +105,21 @@ def candidate_sums(
         Where a shape, dtype or device is not as above, and on CPU where a candidate is out of range
         (on CUDA it counts nowhere).
     """
-    return torch.ops.longrope.candidate_sums(nll, targets, candidate, candidates, ignore_index)
+    rest = (targets, candidate, candidates, ignore_index)
+    return push_forward(
+        lambda nll: torch.ops.longrope.candidate_sums(nll, *rest),
+        lambda _, moves: (torch.ops.longrope.candidate_sums(*moves, *rest)[0], None),
+        nll,
+    )
+
+
+def _as_autocast(t: Tensor) -> Tensor:
+    """Return a factor of a product in the dtype that `F.linear` takes it in under autocast."""
+    device = t.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return t
+    wide = t.dtype == torch.float64 or not t.is_floating_point()  # autocast leaves those alone
+    return t if wide else t.to(torch.get_autocast_dtype(device))
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

@@ -82,6 +82,45 @@ def test_compile():
         torch.testing.assert_close(got, expected)
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_weight", DTYPES)
+@pytest.mark.parametrize("of_hidden", DTYPES)
+def test_autocast_takes_what_linear_takes(of_hidden, of_weight, autocast):
+    """And gives what its dtype gives, with gradients in the dtypes that came."""
+    hidden, _, targets = problem(of_hidden)
+    _, weight, _ = problem(of_weight)
+    with torch.autocast("cpu", autocast):
+        try:
+            product = torch.nn.functional.linear(hidden, weight).dtype
+        except RuntimeError:
+            with pytest.raises(ValueError, match="weight: expected"):
+                ops.linear_nll(hidden, weight, targets)
+            return
+        nll = ops.linear_nll(hidden, weight, targets)
+    narrow = [t.detach().to(product).requires_grad_() for t in (hidden, weight)]
+    expected = ops.linear_nll(*narrow, targets)
+    assert torch.equal(nll, expected)
+    got = torch.autograd.grad(nll.sum(), (hidden, weight))
+    for one, other, leaf in zip(
+        got, torch.autograd.grad(expected.sum(), narrow), (hidden, weight), strict=True
+    ):
+        assert torch.equal(one, other.to(leaf.dtype)) and one.dtype == leaf.dtype
+
+
+def test_autocast_in_a_compiled_graph():
+    hidden, weight, targets = problem(torch.float32)
+
+    def loss(hidden, weight, targets):
+        with torch.autocast("cpu", torch.bfloat16):
+            return ops.linear_nll(hidden, weight, targets)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(hidden, weight, targets), loss(hidden, weight, targets))
+
+
 def wrong_inputs():
     hidden, weight, targets = torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 1, 2])
     yield (hidden[0], weight, targets), r"hidden: expected \[T, E\] on cpu, got float32 \[4\]"
