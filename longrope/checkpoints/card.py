@@ -90,6 +90,14 @@ def _what(name: str, plan: Plan, format: str) -> str:
     )
 
 
+def _of_their_own(plan: Plan) -> dict[str, str]:
+    if not plan.tiers[-1].per_head:
+        return {}
+    layers, heads = plan.tiers[-1].heads
+    what = f"of {layers} layers" + f" and {heads} heads each" * (heads > 1)
+    return {"factors of their own": f"{what}, in `longrope.json` alone; readers get their mean"}
+
+
 def _factors(plan: Plan, found: Mapping[str, Any] | None) -> str:
     long = plan.long
     dropped = f"{plan.start_tokens}, left out here: no reader knows them"
@@ -104,6 +112,7 @@ def _factors(plan: Plan, found: Mapping[str, Any] | None) -> str:
         "attention factor": f"{long.attention_factor:.6g}",
         "start tokens": dropped if plan.start_tokens else 0,
         "tiers by position": len(plan.tiers),
+        **_of_their_own(plan),
         **_versions(),
         **_flat(found or {}),
     }

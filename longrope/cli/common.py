@@ -46,7 +46,13 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 DEVICE = "cpu or cuda; default: cuda where there is a GPU."
 
 #: The arguments of commands by their names in the library; all others are options.
-_ARGUMENTS = {"model": "MODEL", "documents": "DATA", "data": "DATA", "what": "WHAT"}
+_ARGUMENTS = {
+    "model": "MODEL",
+    "documents": "DATA",
+    "data": "DATA",
+    "what": "WHAT",
+    "folder": "DIR",
+}
 
 
 def one_sentence_errors(command):

@@ -11,6 +11,7 @@ from torch import nn
 
 from longrope.evaluation.memory import cache_bytes, free_memory
 from longrope.evaluation.modes import evaluating, vocabulary
+from longrope.extension.beside import RULES
 from longrope.extension.finetune import recomputes
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.factor_search.methods import most_evaluations
@@ -64,7 +65,7 @@ def estimate(model: nn.Module, plan: Plan, windows: int) -> list[Cost]:
     for stage in plan.stages:
         add(f"{stage.name} ({stage.kind})", *_of_stage(model, stage))
     target = plan.target_length
-    rows = len(plan.stages) + 1
+    rows = 1 + len(plan.stages) + len(RULES)  # as it was, after each stage, and the rules
     add("the table", target, rows * windows, _weights(model) + cache_bytes(model, target))
     return costs
 

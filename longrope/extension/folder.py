@@ -23,6 +23,7 @@ from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
 from longrope.patching.saving import exporting
+from longrope.report.extension import BASELINES
 from longrope.runs import folder
 from longrope.runs.journal import Journal, Replay, is_begun, read
 
@@ -36,7 +37,7 @@ WEIGHTS = "weights"
 
 def prepare(out: str | Path, resume: bool) -> Path:
     """Create or check the folder, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (STAGES, MODEL, TIERS, TABLE), resume)
+    return folder.prepare(out, KIND, (STAGES, MODEL, TIERS, TABLE, BASELINES), resume)
 
 
 def header(
@@ -71,8 +72,9 @@ def clear(out: Path) -> None:
     Beside the folder of the stages only what is named after a file of a run: `out` may be a folder
     that holds other things.
     """
-    ours = (folder.CONFIG, TIERS, TABLE, MODEL)
+    ours = (folder.CONFIG, TIERS, TABLE, MODEL, BASELINES, folder.REPORT, folder.ROWS)
     beside = [path for name in ours for path in out.glob(f".{name}.????????")]
+    beside += (out / folder.PLOTS).glob(".*.????????")
     for half in [*beside, *(out / STAGES).rglob(".*.*")]:
         if half.is_dir():
             shutil.rmtree(half)

@@ -23,6 +23,7 @@ from longrope.documents.checks import like
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token
 from longrope.extension import folder
+from longrope.extension.beside import finish
 from longrope.extension.config import FinetuneConfig
 from longrope.extension.finetune import check_trainable, rows_of
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, Stage
@@ -118,8 +119,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
         The window to reach, in tokens.
     out
         The folder of the run: `config.json`, `journal.jsonl`, a folder for each stage under
-        `stages`, then `tiers.json`, `table.md` and `model`, which `longrope.load`, plain
-        transformers and vLLM read.
+        `stages`, then `tiers.json`, `table.md`, `model`, which `longrope.load`, plain transformers
+        and vLLM read, and `report.html` with `results.csv` and plots.
     finetune
         None: no training, one search. A `longrope.FinetuneConfig`: train so, where `stages` does
         not say otherwise.
@@ -183,6 +184,7 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
             journal.append([entry | {"row": row_as_json(rows[-1])}])
         measured = table_of(rows, work.ranges, held_out)
         work.by_first(lambda: _publish(work, state, measured, options.tokenizer, journal))
+        work.by_first(lambda: finish(work))
     return ExtendResult(apply(state.model, state.tiers), state.tiers, measured, work.out, plan)
 
 

@@ -59,15 +59,6 @@ class Task:
         """The role of the windows that decide: held-out ones, where there are any."""
         return Role.VALIDATION if Role.VALIDATION in self.measurer.windows else Role.SEARCH
 
-    @property
-    def guide(self) -> Role:
-        """The role of the windows that turn a descent back.
-
-        In a ladder a window costs its range alone, so those that decide: the few search windows
-        turned down points that were better on other text.
-        """
-        return Role.SEARCH if self.measurer.tier is None else self.judge
-
     def evolve(self, seeds: dict[str, Candidate]) -> None:
         """Run Algorithm 1 from these seeds, within the budget; `measurer` keeps the results."""
         measure, sizes = self.measurer.measure, self.options.sizes
@@ -117,7 +108,7 @@ def evolution(task: Task) -> Candidate:
 def gradient(task: Task) -> Candidate:
     """A descent from the best closed form or the best of a family of ramps; a sweep of n_hat."""
     rules = task.problem.rules()
-    family = [*task.problem.seeds().values(), *rules.values(), *_ramps(task.problem)]
+    family = [*task.problem.seeds().values(), *rules.values(), *ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
     best_rule = next(c for c in screened if c in rules.values())
     starts = [*screened[:STARTS], best_rule, rules["yarn"]]
@@ -136,7 +127,7 @@ def gradient(task: Task) -> Candidate:
 def hybrid(task: Task) -> Candidate:
     """A short Algorithm 1, which also sees the best ramp, for n_hat and a start; then a descent."""
     seeds = task.problem.seeds()
-    if family := _ramps(task.problem):
+    if family := ramps(task.problem):
         seeds["ramp"] = _best(task.measure(task.few, family, "ramp", 0))
     task.evolve(seeds)
     chosen, loss = _descended(task, task.measurer.losses(Role.SEARCH))
@@ -157,7 +148,7 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
     `held_out` says whether there are validation windows.
     """
     seeds = len({*problem.seeds().values(), *problem.rules().values()})
-    family = len(_ramps(problem))
+    family = len(ramps(problem))
     first = max(0, len(problem.seeds()) - options.sizes.population)  # all seeds are in it
     evolved = options.sizes.most_evaluations + first
     evolved = min(evolved, options.max_evaluations or sys.maxsize)
@@ -170,17 +161,14 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
     }[options.method]  # fmt: skip
 
 
-def _ramps(problem: Problem) -> list[Candidate]:
-    """Return the family of ramps; none in a ladder above a tier that has been searched."""
-    return ramps(problem) if problem.below is None else []
-
-
 def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, float]:
     """Descend from the best start in the space; return the best point on the way and its NLL.
 
     `starts` have their NLL on the search windows. Points are put on the grid before they are
-    measured, so exactly what is returned was measured. Where a point is worse on the windows that
-    guide than the best so far, the descent goes back to the best and continues with smaller steps.
+    measured, so exactly what is returned was measured. Where a point is worse on the search windows
+    than the best so far, the descent goes back to the best and continues with smaller steps. Not so
+    in a ladder, where a window costs its range alone: all points go to the deciding windows, which
+    are more. The few search windows turned down points that were better on other text.
     The deciding windows compare the points with the best start, the best closed form and YaRN, even
     if these lie outside the space.
 
@@ -212,24 +200,34 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
         loss, gradient = task.measurer.step(all_pairs(point), step, start.start_tokens, windows)
         return loss, np.append(free.T @ gradient[:-1], gradient[-1])
 
+    def on_grid(point: Point) -> Candidate:
+        candidate = space.snap_like(all_pairs(point).lambdas, start)
+        if not problem.learn_attention:
+            return candidate
+        factor = round(point.attention_factor, ATTENTION_DIGITS)
+        return dataclasses.replace(candidate, attention_factor=factor)
+
     best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
-    slow = 1.0
-    least = task.measure(task.guide, [start], "start")[start]
     rules = problem.rules()
     measured = {c: starts[c] for c in rules.values() if c in starts}
     kept = [rules["yarn"], *([_best(measured)] if measured else []), best_start, start]
-    for steps in settings.segments:
-        point = descent.run(best, loss_and_gradient, steps, slow)
-        candidate = space.snap_like(all_pairs(point).lambdas, start)
-        if problem.learn_attention:
-            factor = round(point.attention_factor, ATTENTION_DIGITS)
-            candidate = dataclasses.replace(candidate, attention_factor=factor)
-        loss = task.measure(task.guide, [candidate], "gradient", steps.stop)[candidate]
-        if loss < least:
-            best, least = point, loss
+    if task.measurer.tier is not None:
+        points = descent.averages(best, loss_and_gradient)
+        for steps, candidate in zip(settings.segments, map(on_grid, points), strict=True):
+            task.measure(task.judge, [candidate], "gradient", steps.stop)
             kept.append(candidate)
-        else:
-            slow *= SLOWER
+    else:
+        slow = 1.0
+        least = task.measure(Role.SEARCH, [start], "start")[start]
+        for steps in settings.segments:
+            point = descent.run(best, loss_and_gradient, steps, slow)
+            candidate = on_grid(point)
+            loss = task.measure(Role.SEARCH, [candidate], "gradient", steps.stop)[candidate]
+            if loss < least:
+                best, least = point, loss
+                kept.append(candidate)
+            else:
+                slow *= SLOWER
     judged = task.measure(task.judge, kept, "finalist")
     chosen = _best(judged)
     return chosen, judged[chosen]

@@ -45,6 +45,8 @@ class Problem:
     #: In a ladder the candidate that the tier below has taken, with its attention factor, and its
     #: target length.
     below: tuple[Candidate, int] | None = None
+    #: The shapes of ramps to begin with; None: the whole family.
+    shapes: tuple[tuple[float, float], ...] | None = None
     #: Whether candidates have YaRN's attention factor, or begin with it.
     yarn_attention: bool = True
 
@@ -258,6 +260,22 @@ class Problem:
         """
         return closed_forms(ratio, self.original_length, self.rope_theta, self.rotary_dim)
 
+    @property
+    def attention_from_below(self) -> float | None:
+        """The attention factor that the tier below leads to, where it is learned, else None.
+
+        On top of the stage's own, to the power of `ln r / ln r_below`, with `r` the ratios.
+        """
+        if self.below is None or not self.learn_attention:
+            return None
+        own = 1.0 if self.stage is None else self.stage.attention_factor
+        return round(own * (self.below[0].attention_factor / own) ** self._power, 3)
+
+    @property
+    def _power(self) -> float:
+        lower = dataclasses.replace(self, target_length=self.below[1])
+        return math.log(self.ratio) / math.log(lower.ratio)
+
     def _from_below(self) -> dict[str, Candidate]:
         """Return what the factors of the tier below lead to at this target.
 
@@ -268,18 +286,13 @@ class Problem:
             return {}
         candidate, length = self.below
         lower = dataclasses.replace(self, target_length=length)
-        power = math.log(self.ratio) / math.log(lower.ratio)
-        own = 1.0 if self.stage is None else self.stage.attention_factor
-        changes = {}
-        if self.learn_attention:
-            factor = own * (candidate.attention_factor / own) ** power
-            changes["attention_factor"] = round(factor, 3)
         lambdas = np.asarray(self.on_stage(candidate), np.float64)
         found = {}
         for name, values in (
-            ("tier below", lambdas**power),
+            ("tier below", lambdas**self._power),
             ("stretched", lambdas * (self.ratio / lower.ratio)),
         ):
             snapped = self.space.snap(values, candidate.start_tokens)
-            found[name] = dataclasses.replace(snapped, **changes)
+            factor = self.attention_from_below
+            found[name] = dataclasses.replace(snapped, attention_factor=factor)
         return found

@@ -27,6 +27,8 @@ from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
+from longrope.factor_search.heads import HeadSearch, heads_of
+from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.ladder import Ladder, LadderSearch
 from longrope.factor_search.measurer import Measurer
@@ -123,6 +125,11 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         `"gradient"`, `"evolution"` (the paper's, at about ten times the cost) or `"hybrid"`.
     ladder
         Search tiers by position. Not with `shard_sequence`.
+    per
+        `"layer"` or `"head"`: every layer, or every key/value head with its query heads, gets
+        factors of its own, by a second descent from the shared ones on, of as many steps. The
+        held-out windows choose among points on its way, the shared factors, and mixtures of the two
+        (`longrope.factor_search.heads`). Not with `"evolution"` or `critical_dimension`.
     scaling
         `"compose"`: on top of what the model has; `"ignore"`: from the base alone, in a window of
         `original_length`.
@@ -191,7 +198,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`.
+        `factors.json`, `history.csv`, `report.html`, `results.csv`, plots; of a ladder also
+        `tiers.json`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
@@ -277,8 +285,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         notes, journal = _everywhere(job, notes, journal)
         held_out = Role.VALIDATION in drawn.windows
         total = (
-            most_evaluations(problem, options, held_out) if ladder is None
-            else ladder.most_evaluations(options, held_out)
+            most_evaluations(problem, options, held_out) + most_by_head(options, held_out)
+            if ladder is None else ladder.most_evaluations(options, held_out)
         )  # fmt: skip
         on_batch = stack.enter_context(
             progress_bar(options.progress if job.first else False, total)
@@ -290,10 +298,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 model, options, ladder, drawn, notes, journal, on_batch, job
             ).run()
         if options.out is not None and job.first:
-            folder.write_results(
-                out, result.factors, result.history, problem.baselines(), result.tiers,
-                result.loaded,
-            )  # fmt: skip
+            folder.write_results(out, result)
     return result
 
 
@@ -342,9 +347,11 @@ def _search(
         history=tuple(measurer.history),
         stages=problem.stage_parts(factors),
     )
-    measurer.finish()
     result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
-    return result
+    if options.per == "model":
+        measurer.finish()
+        return result
+    return HeadSearch(heads_of(model, options.per), lambda number, below: task).run(result)
 
 
 def _notes(model: nn.Module, options: SearchOptions, job: ranks.Ranks) -> dict[str, Any]:

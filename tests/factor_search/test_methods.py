@@ -17,7 +17,7 @@ from support.tiny_search import build_model
 
 import longrope
 from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
-from longrope.factor_search import folder, gradient, methods, run
+from longrope.factor_search import gradient, methods, run
 from longrope.factor_search.history import BASELINES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,7 +220,6 @@ def test_never_worse_than_yarn_even_with_steps_that_only_harm(
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)

@@ -19,7 +19,7 @@ from support.tiny_search import SMALL
 import longrope
 from longrope.evaluation import memory
 from longrope.evaluation.memory import BackwardPlan, BatchPlan
-from longrope.factor_search import folder, run
+from longrope.factor_search import run
 from longrope.factor_search.options import SearchOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,7 +176,6 @@ def test_progress_is_shown(shared_model, documents, capsys):
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)  # a tenth of the time without
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)

@@ -71,7 +71,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     """Many searches in one job, good and bad; after a bad one the next must work."""
     import torch
 
-    from longrope.factor_search import folder as search_folder
+    from longrope.report import writing
 
     documents = tiny_search.build_documents()
     others = [d + (d == 0).long() for d in documents] if rank else documents
@@ -82,7 +82,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     seed = int(rank == size - 1)
     population = -3 if rank == 1 else 6
     found = {"evolution": search(**SMALL, out=folder / "out")}
-    search_folder.plot = lambda *arguments: None  # one is enough: a second each
+    writing.write = lambda folder: None  # one is enough: a second each
     found |= {
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
