@@ -190,6 +190,24 @@ def test_refusals_are_one_sentence(tmp_path, change, message):
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tasks": ["perplexity", "passkey"], "lengths": [100, 300]}, "lengths: expected at least"),
+        ({"tasks": ["perplexity", "ruler"], "lengths": [300]}, "lengths: expected at least"),
+        (
+            {"tasks": ["perplexity", "ruler"], "tokenizer": lambda text: list(text.encode())},
+            "tokenizer: expected one with decode",
+        ),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_before_anything_is_measured(tmp_path, change, message):
+    with pytest.raises(ValueError) as refused:
+        longrope.evaluate(build(), documents(), out=tmp_path / "run", **ASK | change)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
