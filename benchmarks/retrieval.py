@@ -6,7 +6,6 @@ search finds by the loss of keys in prompts of other seeds. A killed run resumes
 has the tables.
 
     python benchmarks/retrieval.py --out DIR --save
-    python benchmarks/retrieval.py --out DIR --ratio 10 --steps 0 --save  # rules with a margin
     python -m longrope.demo.train_retriever --kind qwen3 --out MODEL  # with norms of q and k
     python benchmarks/retrieval.py --out DIR --model MODEL --save
     python benchmarks/retrieval.py --table
@@ -30,6 +29,7 @@ from longrope.evaluation.prompts import PromptTokens
 from longrope.evaluation.suite_report import Evaluation
 from longrope.factors.baselines import BASELINES
 
+RATIO = 8
 FILE = RESULTS / "retrieval.csv"
 FIELDS = ["model", "factors", "length", "right", "trials", "low", "high", "nll", "budget", *WHERE]
 #: Where the searched tiers end, in windows. With ends at 2, 4 and 8 keys at the begin of a prompt
@@ -69,22 +69,24 @@ def searched(model: torch.nn.Module, steps: int, out: Path) -> longrope.Tiers:
 def measure(model: torch.nn.Module, args: argparse.Namespace) -> Evaluation:
     """Measure every set of factors."""
     rope = longrope.rope_settings(model)
-    window, target = rope.loaded_length, args.ratio * rope.loaded_length
+    window, target = rope.loaded_length, RATIO * rope.loaded_length
     rules = {name: BASELINES[name](**rope.lengths(target)) for name in RULES}
     sets = {"yarn, every position": rules["yarn"]}
     sets |= {name: factors.ladder(loaded=rope.loaded) for name, factors in rules.items()}
+    ends = [rope.lengths(int(ratio * window)) for ratio in RUNGS]
+    sets["yarn, longer"] = longrope.Tiers([rope.loaded, *(BASELINES["yarn"](**e) for e in ends)])
     if args.steps:
         sets["searched"] = searched(model, args.steps, args.out)
     return longrope.evaluate(
         model, [], lengths=[window * 2**k for k in range(4)], factors=sets,
-        out=args.out, tasks=["passkey"], trials=args.trials, progress=True,
+        out=args.out, tasks=["passkey"], trials=args.trials, seed=args.seed, progress=True,
     )  # fmt: skip
 
 
 def rows_of(result: Evaluation, args: argparse.Namespace) -> list[dict]:
     """Return a row for each set of factors and length."""
     name = "packaged" if args.model == RETRIEVER else Path(args.model).name
-    same = {"model": name, "budget": f"rules for {args.ratio}x; {args.steps} steps", **where()}
+    same = {"model": name, "budget": f"seed {args.seed}; {args.steps} steps", **where()}
     rows = []
     for factors in result.sets:
         found = result.passkey(factors)
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--model", default=RETRIEVER, help="folder of a model of bytes")
     p.add_argument("--trials", type=int, default=60, help="prompts of each length")
     p.add_argument("--steps", type=int, default=20, help="steps of a search; 0: no search")
-    p.add_argument("--ratio", type=int, default=8, help="what the rules are made for, in windows")
+    p.add_argument("--seed", type=int, default=0, help="of the prompts that are measured")
     p.add_argument("--save", action="store_true", help="append rows to results/retrieval.csv")
     p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     args = p.parse_args(argv)
