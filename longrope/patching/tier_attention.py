@@ -19,7 +19,7 @@ from longrope import ops
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
 from longrope.patching.tier_pass import Plan, Segment
-from longrope.patching.torch_attention import Options, attend_by_torch, is_faster
+from longrope.patching.torch_attention import Options, attend_by_torch
 
 #: Tokens whose keys are un-turned at a time when a row leaves the first tier, in float32.
 _UNTURNED_AT_A_TIME = 4096
@@ -365,8 +365,6 @@ class _Rows:
             return attend_by_torch(
                 query, keys, values, mask if mask is None else mask[rows, :end], o
             )
-        if plan.key_start is None and is_faster(query, keys, o):
-            return attend_by_torch(query, keys, values, None, o)
         bounds = {}
         if plan.key_start is not None:
             for name in ("key_start", "key_length"):

@@ -98,8 +98,9 @@ __global__ void __launch_bounds__(kThreads)
   auto* sums = reinterpret_cast<double*>(dynamic_shared());
   double* factors = sums + (tiling.has_base ? 2 : 1) * slots;
   constexpr RowTiers kTiers{0, 0};  // one set for each row
-  const RowFrequencies frequencies(p, row, kTiers, tiling.sets,
-                                   reinterpret_cast<unsigned char*>(factors + kThreads));
+  RowFrequencies frequencies(p, row, kTiers, tiling.sets,
+                             reinterpret_cast<unsigned char*>(factors + kThreads));
+  frequencies.fill(p, row, kTiers, tiling.sets);
   if (works) {
     for (int j = 0; j < kCount; ++j) {
       sums[lane * width + unit * kCount + j] = 0;
