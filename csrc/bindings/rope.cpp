@@ -139,9 +139,9 @@ std::tuple<Tensor, Tensor, Tensor> rope_backward(
   const Tensor sums = run_grad(params, q).sum(2).transpose(0, 1);  // [batch, groups, ...]
   const Tensor rows = inv_freq.dim() == 3 ? sums : sums.select(1, 0);
   const Tensor base = sums.slice(2, p.pairs, 2 * p.pairs);
-  return {rows.slice(-1, 0, p.pairs).contiguous(),
-          p.groups == 1 ? base.select(1, 0).contiguous() : base.sum(1),
-          rows.select(-1, 2 * p.pairs).contiguous()};
+  const auto own = [](const Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); };
+  return {own(rows.slice(-1, 0, p.pairs)), p.groups == 1 ? own(base.select(1, 0)) : base.sum(1),
+          own(rows.select(-1, 2 * p.pairs))};
 }
 
 void rerotate_to(const Tensor& k, const Tensor& positions, const Tensor& from_inv_freq,

@@ -10,10 +10,10 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.report import figures, search
 from longrope.report.page import Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import lambda_figure, refer, tier_figure, tier_rows
-from longrope.report.search_data import KIND, Search
+from longrope.report.search_data import KIND, RULES, Search
 from longrope.runs import journal
 from longrope.runs.folder import JOURNAL
-from longrope.runs.style import STYLES, Style, line
+from longrope.runs.style import METHODS, STYLES, Style, line
 
 PERPLEXITY, TIERS = "perplexity.csv", "tiers.json"
 _SEARCHES = "search-*"
@@ -93,8 +93,19 @@ def style_of(name: str) -> Style:
     return Style(name, "#888888", ".")
 
 
+def drawn(table: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return the rows that a figure shows: of the closed forms PI, NTK, YaRN and the best other.
+
+    All of them would not stay legible.
+    """
+    shown = {STYLES[name].label for name in ("none", *RULES, *METHODS)}
+    others = {name: row[-1] for name, row in table.items() if name not in shown}
+    best = min(others, key=lambda name: others[name], default=None)
+    return {name: row for name, row in table.items() if name in shown or name == best}
+
+
 def draw_perplexity(axes: Any, lengths: list[int], table: dict[str, list[float]]) -> None:
-    """Draw the perplexity of every method by window."""
+    """Draw the perplexity of methods by window."""
     curves = [
         figures.Curve(style_of(name)._asdict() | {"markersize": 4, "label": name}, lengths, row)
         for name, row in table.items()
@@ -108,7 +119,7 @@ def draw_perplexity(axes: Any, lengths: list[int], table: dict[str, list[float]]
 
 def _perplexity(lengths: list[int], table: dict[str, list[float]]) -> Section:
     def draw(figure: Any) -> None:
-        draw_perplexity(figure.subplots(), lengths, table)
+        draw_perplexity(figure.subplots(), lengths, drawn(table))
         figures.legend(figure)
 
     words = "The same text in windows of each size. The dotted line is the model in its own window."

@@ -156,7 +156,10 @@ def rope_backward(grad_q, grad_k, q, k, *arguments):
     sums = partial.sum(2).transpose(0, 1)
     rows = sums if arguments[1].dim() == 3 else sums[:, 0]
     base = sums[..., pairs:-1].sum(1)
-    return rows[..., :pairs].contiguous(), base, rows[..., -1].contiguous()
+    return tuple(
+        t.clone(memory_format=torch.contiguous_format)
+        for t in (rows[..., :pairs], base, rows[..., -1])
+    )
 
 
 def rerotate_out(

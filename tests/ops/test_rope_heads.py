@@ -181,6 +181,8 @@ def test_torch_library():
     q, inv_freq = q.detach(), inv_freq.detach()
     turned_by = (positions, inv_freq, base, 0, start, 1.0, factor, False)
     torch.library.opcheck(torch.ops.longrope.rope_backward, (q, k, q, k, *turned_by, False))
+    first = (q[:1], k[:1], q[:1], k[:1], positions[:1], inv_freq[:1], base, 0, None, 1.0)
+    torch.library.opcheck(torch.ops.longrope.rope_backward, (*first, factor[:1], False, False))
     one = (inv_freq[:1], None, 0, inv_freq[1, 0], base, 2, 1.0, factor[:1], False)
     torch.library.opcheck(torch.ops.longrope.rerotate, (k.requires_grad_(), positions, *one))
 
