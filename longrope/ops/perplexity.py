@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import expect
+from longrope.ops._fake import perplexity as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import push_forward, refuse_tangents
 
 __all__ = ["candidate_sums", "linear_nll"]
@@ -120,49 +121,6 @@ def _as_autocast(t: Tensor) -> Tensor:
         return t
     wide = t.dtype == torch.float64 or not t.is_floating_point()  # autocast leaves those alone
     return t if wide else t.to(torch.get_autocast_dtype(device))
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Refuse in a fake kernel what the real ones refuse and what would mix devices."""
-    expect(hidden.dim() == 2, "hidden", "[T, E]", hidden)
-    expect(
-        weight.dim() == 2 and weight.dtype == hidden.dtype and weight.device == hidden.device,
-        "weight", f"[V, E] of hidden's dtype on {hidden.device}", weight,
-    )  # fmt: skip
-    expect(
-        targets.dim() == 1 and targets.dtype == torch.int64 and targets.device == hidden.device,
-        "targets", f"int64 [T] on {hidden.device}", targets,
-    )  # fmt: skip
-
-
-def _result(hidden: Tensor, *shape: int) -> Tensor:
-    wide = hidden.dtype == torch.float64
-    return hidden.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-
-
-@torch.library.register_fake("longrope::linear_nll")
-def _(hidden, weight, targets, ignore_index=-100, softcap=None):
-    _check(hidden, weight, targets)
-    return _result(hidden, hidden.shape[0]), _result(hidden, 2, hidden.shape[0])
-
-
-@torch.library.register_fake("longrope::linear_nll_backward")
-def _(
-    grad_nll, hidden, weight, targets, stats, ignore_index, softcap, need_hidden, need_weight
-):  # fmt: skip
-    _check(hidden, weight, targets)
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-    return grad_hidden, weight.new_empty(weight.shape if need_weight else (0,))
-
-
-@torch.library.register_fake("longrope::candidate_sums")
-def _(nll, targets, candidate, candidates, ignore_index=-100):
-    for name, index in (("targets", targets), ("candidate", candidate)):
-        expect(
-            index.dtype == torch.int64 and index.device == nll.device,
-            name, f"int64 [T] on {nll.device}", index,
-        )  # fmt: skip
-    return nll.new_empty(candidates, dtype=torch.float64), targets.new_empty(candidates)
 
 
 def _nll_setup(ctx, inputs, output):

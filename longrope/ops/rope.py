@@ -21,6 +21,7 @@ from longrope.ops._arguments import (
     is_int64,
 )
 from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
+from longrope.ops._fake import rope as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import linear_in, refuse_tangents, tangents
 
 __all__ = ["rerotate", "rerotate_rows_", "rope", "rope_"]
@@ -276,46 +277,6 @@ def _refuse_gradients(name: str, instead: str, *arguments: object) -> None:
             f"{name}: expected no forward-mode tangents (torch.func.jvp, jacfwd), got an argument "
             f"that has one; use {instead}, which writes to fresh memory"
         )
-
-
-def _fresh(like: Tensor) -> Tensor:
-    """Return what the kernels allocate: the memory order of `like`, without gaps."""
-    batch, heads, tokens, head_dim = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    return like.new_empty(batch, heads, tokens, head_dim)
-
-
-@torch.library.register_fake("longrope::rope")
-def _(q, k, *_arguments):
-    return _fresh(q), _fresh(k)
-
-
-@torch.library.register_fake("longrope::rope_")
-def _(q, k, *_arguments):
-    return None
-
-
-@torch.library.register_fake("longrope::rope_backward")
-def _(grad_q, grad_k, q, k, positions, inv_freq, *_arguments):
-    rows = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
-    return rows, torch.empty_like(rows), inv_freq.new_empty(q.shape[0])
-
-
-@torch.library.register_fake("longrope::rerotate")
-def _(k, *_arguments):
-    return _fresh(k)
-
-
-@torch.library.register_fake("longrope::rerotate_out")
-def _(k, *_arguments):
-    return None
-
-
-@torch.library.register_fake("longrope::rerotate_")
-@torch.library.register_fake("longrope::rerotate_rows_")
-def _(k, *_arguments):
-    return None
 
 
 _ARGUMENTS = argument_names("rope")

@@ -169,8 +169,10 @@ def test_fuzz():
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
     dtypes += [torch.complex64, torch.uint8]
 
-    def tensor(dtypes=dtypes):
-        shape = [choose([0, 1, 2, 3, 64]) for _ in range(choose([0, 1, 2, 2, 2, 2, 3]))]
+    def tensor(dtypes=dtypes, shape=None):
+        """Of any shape, or mostly of one."""
+        if shape is None or choose([False] * 9 + [True]):
+            shape = [choose([0, 1, 2, 3, 64]) for _ in range(choose([0, 1, 2, 2, 2, 2, 3]))]
         t = torch.randint(0, 3, shape).to(choose(dtypes))
         if choose([False, False, True]) and t.dim():
             t = t.transpose(0, -1)
@@ -183,17 +185,27 @@ def test_fuzz():
     refused = 0
     for _ in range(400):
         same = choose(dtypes)
-        h, w, t = tensor([same]), tensor([same]), tensor([torch.int64])
-        some = (h, w, tensor() if choose([False, True]) else t)
+        rows, embed = choose([1, 2, 64]), choose([1, 3])
+        h, w = tensor([same], (rows, embed)), tensor([same], (3, embed))
+        t = tensor([torch.int64], (rows,))
+        some = (h, w, tensor() if choose([False] * 3 + [True]) else t)
         scalars = choose([-100, 0, 2]), choose([None, 1.0, -1.0])
         for call, arguments in (
             (op.linear_nll, (*some, *scalars)),
             (
                 op.linear_nll_backward,
-                (tensor(), *some, tensor(), *scalars, choose([True, False]), choose([True, False])),
+                (
+                    tensor(shape=(rows,)), *some, tensor(shape=(2, rows)), *scalars,
+                    choose([True, False]), choose([True, False]),
+                ),
             ),
-            (op.candidate_sums, (tensor(), t, tensor([torch.int64]), choose([-1, 0, 3]), 0)),
-        ):
+            (
+                op.candidate_sums,
+                (
+                    tensor(shape=(rows,)), t, tensor([torch.int64], (rows,)), choose([-1, 0, 3]), 0,
+                ),
+            ),
+        ):  # fmt: skip
             try:
                 call(*arguments)
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
