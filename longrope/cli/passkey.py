@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longrope.cli.common import DEVICE, Model, Seed, one_sentence_errors
+from longrope.cli.common import DEVICE, Dtype, Model, Seed, one_sentence_errors
 from longrope.cli.inputs import load_factors, load_model, whole_numbers
 
 
@@ -35,6 +35,7 @@ def passkey(
     ] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure how often a model finds a key of five digits in filler, by length and depth."""
     import longrope
@@ -45,7 +46,7 @@ def passkey(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--out: cannot write to {out} ({error.strerror})") from None
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype)
     if factors is not None:
         sets = load_factors(factors, network, max(wanted), rope_theta=None, attention_factor=None)
         longrope.apply(network, sets, tiers)

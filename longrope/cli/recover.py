@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     TextField,
     TokenCache,
     TokenDtype,
@@ -43,6 +44,7 @@ def recover(
     token_cache: TokenCache = None,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Search tiers for short texts on an extended model, by search alone."""
     import longrope
@@ -53,7 +55,7 @@ def recover(
             f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
         )
     network, tokenizer = longrope.load(model)
-    network = on_device(network, device)
+    network = on_device(network, device, dtype, out if resume else None)
     if network.config.vocab_size == 256:
         tokenizer = None
     elif tokenizer is None:
@@ -68,7 +70,9 @@ def recover(
         network,
         load_documents("DATA", data, tokenizer, lengths[-1], **reading),
         lengths=lengths,
-        original=None if original is None else load_model(original, device)[0],
+        original=None
+        if original is None
+        else load_model(original, device, dtype, out if resume else None)[0],
         test=judged,
         out=out,
         resume=resume,

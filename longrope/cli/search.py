@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     Model,
     TextField,
     TokenCache,
@@ -43,11 +44,12 @@ def search(
         bool, typer.Option(help="Continue the run found in --out.", rich_help_panel=MACHINE)
     ] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=MACHINE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
     import longrope
 
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype, out if resume else None)
     length = options.target_length
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,

@@ -79,9 +79,9 @@ def clear(out: Path) -> None:
             half.unlink(missing_ok=True)  # it may have been in a folder before it
 
 
-def open_journal(out: Path, head: Mapping[str, Any]) -> Journal:
+def open_journal(out: Path, head: Mapping[str, Any], notes: Mapping[str, Any]) -> Journal:
     """Open the journal; `JournalError` where it is that of another plan, model or documents."""
-    return Journal(out / folder.JOURNAL, dict(head), kind=KIND, explain=explain)
+    return Journal(out / folder.JOURNAL, dict(head), dict(notes), kind=KIND, explain=explain)
 
 
 def write_config(out: Path, head: Mapping[str, Any]) -> None:

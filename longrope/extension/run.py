@@ -32,6 +32,7 @@ from longrope.patching import apply, rope_settings
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
 from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.patching.wrappers import dtype_note
 from longrope.runs.folder import write_text
 from longrope.runs.options import Options, about, from_keywords
 
@@ -157,7 +158,7 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     head = folder.header(plan, model, kept, held_out)
     work = Work(plan, model, kept, held_out, out, options.progress)
     state = State(model)
-    with folder.no_bars(), folder.open_journal(out, head) as journal:
+    with folder.no_bars(), folder.open_journal(out, head, dtype_note(model)) as journal:
         folder.clear(out)
         folder.write_config(out, head)
         rows = []

@@ -34,6 +34,11 @@ def linear_nll(
     computes the logits again. Rows that are ignored cost nothing. Under `torch.autocast` hidden and
     weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
 
+    On a CPU, where hidden asks for a gradient and weight does not, the forward computes that
+    gradient with the loss, for an upstream gradient of 1, and keeps it in place of hidden (`[T, E]`
+    of its dtype): two matrix products, since the backward only scales. Where no backward will come,
+    `torch.no_grad()` saves the second.
+
     Parameters
     ----------
     hidden : float32, bfloat16, float16 (CPU also float64) `[T, E]`
@@ -66,6 +71,15 @@ def linear_nll(
         expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor))
     refuse_tangents("linear_nll", hidden=hidden, weight=weight)
     hidden, weight = _as_autocast(hidden), _as_autocast(weight)
+    frozen_head = (
+        torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
+        and hidden.device.type == "cpu" and hidden.dim() == 2
+    )  # fmt: skip
+    if frozen_head:
+        edge = hidden[:0].clone()
+        return torch.ops.longrope.linear_nll_with_gradient(
+            hidden, weight, targets, edge, ignore_index, softcap
+        )[0]
     return torch.ops.longrope.linear_nll(hidden, weight, targets, ignore_index, softcap)[0]
 
 
@@ -142,11 +156,29 @@ def _nll_backward(ctx, grad_nll, _grad_stats):
 torch.library.register_autograd("longrope::linear_nll", _nll_backward, setup_context=_nll_setup)
 
 
+def _frozen_setup(ctx, inputs, output):
+    _, _, targets, edge, ctx.ignore_index, _ = inputs
+    # Neither hidden nor weight: the gradient takes the place of hidden in memory.
+    ctx.save_for_backward(output[1], targets, edge)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _frozen_backward(ctx, grad_nll, _grad_gradient):
+    grad = torch.ops.longrope.linear_nll_scale(grad_nll, *ctx.saved_tensors, ctx.ignore_index)
+    return grad, *[None] * 5
+
+
+torch.library.register_autograd(
+    "longrope::linear_nll_with_gradient", _frozen_backward, setup_context=_frozen_setup
+)
+
+
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("linear_nll: no second derivative")
 
 
-torch.library.register_autograd("longrope::linear_nll_backward", _no_second_derivative)
+for _backward in ("linear_nll_backward", "linear_nll_scale"):
+    torch.library.register_autograd(f"longrope::{_backward}", _no_second_derivative)
 
 
 def _sums_setup(ctx, inputs, output):

@@ -87,6 +87,11 @@ CALLS = {
     "linear_nll_backward": NLL | {
         "grad_nll": ones(5), "stats": ones(2, 5), "need_hidden": True, "need_weight": False,
     },
+    "linear_nll_with_gradient": NLL | {"edge": ones(0, 8)},
+    "linear_nll_scale": {
+        "grad_nll": ones(5), "gradient": ones(5, 8), "targets": whole(5), "edge": ones(0, 8),
+        "ignore_index": -100,
+    },
     "candidate_sums": {
         "nll": ones(5), "targets": whole(5), "candidate": whole(5), "candidates": 3,
         "ignore_index": -100,

@@ -37,9 +37,20 @@ def test_gradcheck(softcap):
     )
 
 
-def test_no_second_derivative():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_with_a_frozen_head(isa, softcap):
+    hidden, weight, targets = problem()
+    weight.requires_grad_(False)
+    assert torch.autograd.gradcheck(
+        lambda h: ops.linear_nll(h, weight, targets, softcap=softcap), (hidden,)
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_second_derivative(frozen):
     """Asked for, it is refused instead of wrong."""
     hidden, weight, targets = problem()
+    weight.requires_grad_(not frozen)
     (grad,) = torch.autograd.grad(
         ops.linear_nll(hidden, weight, targets).sum(), hidden, create_graph=True
     )
@@ -53,6 +64,12 @@ def test_opcheck(dtype):
     hidden, weight, targets = problem(dtype)
     nll = torch.ops.longrope.linear_nll
     torch.library.opcheck(nll, (hidden, weight, targets, IGNORED, 3.0))
+    frozen = (hidden, weight.detach(), targets, hidden.detach()[:0], IGNORED, 3.0)
+    torch.library.opcheck(torch.ops.longrope.linear_nll_with_gradient, frozen)
+    torch.library.opcheck(
+        torch.ops.longrope.linear_nll_scale,
+        (torch.ones(7), hidden.detach(), targets, hidden.detach()[:0], IGNORED),
+    )
     values, stats = (t.detach() for t in nll(hidden, weight, targets))
     plain = (hidden.detach(), weight.detach(), targets, stats, IGNORED, None)
     for wanted in ((True, True), (True, False)):
@@ -65,7 +82,8 @@ def test_opcheck(dtype):
     )
 
 
-def test_compile():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compile(frozen):
     """One graph without breaks, forward and backward, also where the number of rows changes."""
 
     def loss(hidden, weight, targets, candidate):
@@ -76,9 +94,11 @@ def test_compile():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for rows in (7, 9, 12):
         hidden, weight, targets = problem(torch.float32, rows)
+        leaves = (hidden,) if frozen else (hidden, weight)
+        weight.requires_grad_(not frozen)
         candidate = torch.arange(rows) % 2
-        got = torch.autograd.grad(compiled(hidden, weight, targets, candidate), (hidden, weight))
-        expected = torch.autograd.grad(loss(hidden, weight, targets, candidate), (hidden, weight))
+        got = torch.autograd.grad(compiled(hidden, weight, targets, candidate), leaves)
+        expected = torch.autograd.grad(loss(hidden, weight, targets, candidate), leaves)
         torch.testing.assert_close(got, expected)
 
 

@@ -72,6 +72,21 @@ def _(
     return grad_hidden, weight.new_empty(weight.shape if need_weight else (0,))
 
 
+@torch.library.register_fake("longrope::linear_nll_with_gradient")
+def _(hidden, weight, targets, edge, ignore_index=-100, softcap=None):
+    _check_nll(hidden, weight, targets, softcap)
+    return _wide(hidden, hidden.shape[0]), hidden.new_empty(hidden.shape)
+
+
+@torch.library.register_fake("longrope::linear_nll_scale")
+def _(grad_nll, gradient, targets, edge, ignore_index):
+    expect(gradient.dim() == 2, "gradient", f"[T, E] on {gradient.device}", gradient)
+    check_dtype("gradient", gradient)
+    _check_on("grad_nll", grad_nll, wide_dtype(gradient), gradient.shape[:1], gradient)
+    _check_on("targets", targets, torch.int64, gradient.shape[:1], gradient)
+    return gradient.new_empty(gradient.shape)
+
+
 @torch.library.register_fake("longrope::candidate_sums")
 def _(nll, targets, candidate, candidates, ignore_index=-100):
     _check_candidate_sums(nll, targets, candidate, candidates)
