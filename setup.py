@@ -30,6 +30,7 @@ DEPENDENCIES = [
     "typer",
     "rich",
     "matplotlib",
+    "jinja2",
     "tomli>=2; python_version < '3.11'",  # the standard library's tomllib, before it was there
 ]
 

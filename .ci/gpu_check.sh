@@ -7,8 +7,8 @@
 # torch and commit), tests.xml, ncu.csv and smollm2.txt. Steps: all of those below, or the named
 # ones, in the same order. MODEL: folder of SmolLM2 (benchmarks/smollm2.py), DATA: a long text; the
 # last step needs both. REHEARSE=1 runs the flow on a CPU, small.
-# It builds in place and installs nothing; an extension that was built elsewhere for this torch and
-# lies in longrope/ is taken. Needs torch with CUDA, transformers, pytest and hypothesis, with
+# It builds in place and installs nothing. PREBUILT=FOLDER takes an extension that was built
+# elsewhere for this torch (.ci/gpu_prebuilt.sh); where it cannot be imported one is built. Needs torch with CUDA, transformers, pytest and hypothesis, with
 # pytest-xdist more tests in the time; nvcc to build; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -80,7 +80,11 @@ run() { local name=$1 limit=$2; shift 2; step "$name" "$limit" bash -c 'quick=('
 small=()
 if [ "$device" = cuda ]; then
   run facts 20 facts
-  loads 2> /dev/null || run build 200 build
+  [ -z "${PREBUILT:-}" ] || cp "$PREBUILT"/_C.*.so longrope/
+  if ! loads 2> /dev/null; then
+    rm -f longrope/_C.*.so  # of another torch or Python: newer than the sources all the same
+    run build 200 build
+  fi
   run import 30 loads || exit 1
 else
   small=(--small)

@@ -78,14 +78,15 @@ def attention_cases(tokens: int) -> Iterator[Case]:
         ("rotation", inv_freq(64, 4), {}),
         ("tiers", torch.stack([inv_freq(64), inv_freq(64, 4)]), tiers),
     ):
-        rotation = {"inv_freq": frequencies, "query_positions": at, "key_positions": at, **more}
-        yield (
-            f"attention D 128, {name}",
-            _rotated(ops),
-            _rotated(ops.reference),
-            [q, k, v],
-            rotation,
-        )
+        for queries in (tokens, 1):  # one: by the kernel for few rows, where keys turn
+            rotation = {"inv_freq": frequencies, "query_positions": at[-queries:], **more}
+            yield (
+                f"attention D 128, {name}{', 1 query' * (queries == 1)}",
+                _rotated(ops),
+                _rotated(ops.reference),
+                [q[:, :, -queries:], k, v],
+                rotation | {"key_positions": at},
+            )
 
 
 def _rotated(module) -> Callable:

@@ -1,12 +1,13 @@
 """ops.attention beside torch's scaled_dot_product_attention: causal, and a chunk on a long cache.
 
 On CUDA beside each of its backends that takes the inputs (flash, cuDNN, memory-efficient), also
-for decoding, and forward with backward.
+for decoding, and forward with backward. Decoding on CPU (`--only decode`): decode.py.
 Rates count the operations that a causal mask leaves: 4 * head_dim for each visible (query, key).
 """
 
 from __future__ import annotations
 
+import decode
 import torch
 from harness import compare, parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -81,13 +82,34 @@ def with_backward(heads, kv_heads, queries, head_dim, dtype, device):
     }
 
 
+def decoding(args):
+    """Time decoding on CPU by its rate of reading keys and values."""
+    for case in decode.CASES:
+        batch, heads, kv_heads, queries, keys, head_dim = case
+        keys = keys // 8 if args.quick else keys
+        case = batch, heads, kv_heads, queries, keys, head_dim
+        label = f"B {batch}, H {heads}, Hk {kv_heads}, N {queries}, M {keys}, D {head_dim}"
+        if args.case and args.case not in label:
+            continue
+        for name in args.dtype or ["float32", "bfloat16", "float16"]:
+            dtype = getattr(torch, name)
+            named = decode.implementations(case, dtype, args.peer or decode.PEERS)
+            compare(
+                "decode", label, name, named, args, decode.gigabytes(case, dtype), "GB/s"
+            )  # fmt: skip
+
+
 def main():
     """Time every shape."""
     p = parser(__doc__)
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
-    p.add_argument("--only", choices=["forward", "backward"])
+    p.add_argument("--only", choices=["forward", "backward", "decode"])
+    p.add_argument("--case", help="decoding: only cases with this in their name, as 'Hk 8, N 1'")
+    p.add_argument("--peer", action="append", choices=decode.PEERS, help="decoding: only these")
     args = p.parse_args()
     cuda = args.device == "cuda"
+    if args.only == "decode" and not cuda:
+        return decoding(args)
     small = 8 if args.quick else 1
     long, cache = (16384, 131072) if cuda else (4096, 16384)
     shapes = [(8, 8, long // small, long // small, 128), (8, 2, 512 // small, cache // small, 128)]

@@ -22,13 +22,10 @@ import time
 
 import numpy as np
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, WHERE, append, where
 
 WAYS = ("plain", "ours")
-FIELDS = (
-    "length", "way", "tokens_per_second", "ratio_to_plain", "peak_bytes", "device", "threads",
-    "torch", "commit",
-)  # fmt: skip
+FIELDS = ("length", "way", "tokens_per_second", "ratio_to_plain", "peak_bytes", *WHERE)
 
 
 def build(length: int, vocabulary: int, heads: int):
@@ -131,8 +128,7 @@ def main() -> None:
                 "length": length, "way": way, "tokens_per_second": round(length / seconds, 1),
                 "ratio_to_plain": round(statistics.median(ratios), 3),
                 "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found[way])),
-                "device": device_name("cpu"), "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "commit": commit(),
+                **where(),
             })  # fmt: skip
             last = rows[-1]
             print(

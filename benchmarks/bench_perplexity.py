@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import torch
-from harness import commit, compare, device_name, parser, save
+from harness import compare, parser, save, where
 from torch.nn import functional as F
 
 from longrope import ops
@@ -118,8 +118,7 @@ def memory(case, shape, dtype, args):
         print(f"\npeak memory, {kind}, {case} {dtype}: {peaks} MiB, {ratio:.1f} times less")
         row = {
             "op": f"linear_nll peak memory, {kind}", "case": case, "dtype": dtype,
-            "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+            "rate_unit": "MiB", "isa": _C.isa(), **where(),
         }  # fmt: skip
         if args.save:
             rows = [

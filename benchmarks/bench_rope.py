@@ -31,6 +31,7 @@ def setup(heads, key_heads, tokens, head_dim, dtype, device, token_major=False):
     positions = torch.arange(tokens, device=device)
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     inv_freq = 10000.0 ** -(pairs / head_dim)
+    by_head = inv_freq.repeat(1, key_heads, 1)
     angles = (positions[:, None] * inv_freq).repeat(1, 2)[None]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
@@ -43,6 +44,8 @@ def setup(heads, key_heads, tokens, head_dim, dtype, device, token_major=False):
         "transformers compiled": lambda: compiled(q, k, cos, sin),
         "ops.rope": lambda: ops.rope(q, k, positions, inv_freq),
         "ops.rope_": lambda: ops.rope_(q_turn, k_turn, positions, inv_freq),
+        "ops.rope, by head": lambda: ops.rope(q, k, positions, by_head),
+        "ops.rope_, by head": lambda: ops.rope_(q_turn, k_turn, positions, by_head),
     }
     check(q, k, positions, inv_freq, implementations)
     return implementations, 2 * (q.nbytes + k.nbytes) / 1e9

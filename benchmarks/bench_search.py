@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 import torch
-from harness import commit, compare, device_name, parser, save
+from harness import compare, parser, save, where
 from populations import losses_of_hugging_face, population
 from transformers import AutoModelForCausalLM
 
@@ -163,9 +163,7 @@ def memory(lengths, args):
                 "op": "search peak memory", "case": f"packaged model, {length} tokens",
                 "dtype": "bfloat16", "implementation": name, "milliseconds": "",
                 "ratio_to_baseline": f"{first / peak:.3f}", "rate": f"{peak:.1f}",
-                "rate_unit": "MiB", "device": device_name("cpu"), "isa": _C.isa(),
-                "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "commit": commit(),
+                "rate_unit": "MiB", "isa": _C.isa(), **where(),
             })  # fmt: skip
     if args.save:
         save(rows, args.device)

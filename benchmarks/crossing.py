@@ -32,8 +32,7 @@ from transformers import DynamicCache
 import longrope
 from longrope.demo import run as demo
 
-FIELDS = ["table", "model", "factors", "rule", "case", "measure", "value", "device", "threads",
-          "torch", "commit"]  # fmt: skip
+FIELDS = ["table", "model", "factors", "rule", "case", "measure", "value", *harness.WHERE]
 SEED = 0
 
 
@@ -42,13 +41,7 @@ class Rows(list):
 
     def __init__(self, model_name: str):
         super().__init__()
-        self.same = {
-            "model": model_name,
-            "device": harness.device_name("cpu"),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": harness.commit(),
-        }
+        self.same = {"model": model_name, **harness.where()}
 
     def put(self, table: str, factors: str, rule: str, case: str, measure: str, value: float):
         """Add a row."""

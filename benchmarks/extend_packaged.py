@@ -2,9 +2,10 @@
 
 A search at 2,048, fine-tuning there under its tiers, a second search at 8,192 and recovery, then
 the table by range of positions on files of Python's standard library that no stage saw. Beside it,
-with the same budgets: no training at all (one ladder searched for 8,192), and training under one
-set for every position, as in the paper. Files of the role "train" are what the model was trained
-on; searches and training take those of the role "search", the table those of the role "test".
+with the same budgets: training under one set for every position, as in the paper; direct
+fine-tuning, on as many tokens of rows of the target length under a ladder that was searched for it;
+and no training at all. Files of the role "train" are what the model was trained on; searches and
+training take those of the role "search", the table those of the role "test".
 
     python benchmarks/extend_packaged.py --out FOLDER
     python benchmarks/extend_packaged.py --out FOLDER --cut  # of it: 256 -> 1,024 -> 2,048
@@ -22,20 +23,31 @@ import longrope
 from longrope.demo import corpus
 from longrope.demo.run import load_packaged_model
 
-#: Of the whole, and of the cut.
-SEARCH = {"steps": 30, "samples": 3, "start_tokens": 0}
-SHORT_SEARCH = {"steps": 15, "samples": 2, "start_tokens": 0}
-TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps": 20}
+SEARCH = {"kind": "search", "steps": 30, "samples": 3, "start_tokens": 0}
+PLANS = ["position", "one", "direct", "none"]
+TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps": 5}
 
 
-def stages(middle: int, target: int, steps: int, tiers: str, search: dict) -> list[dict]:
+RECOVER = {"kind": "recover", "lengths": [256, 512], "steps": 20, "samples": 3}
+
+
+def progressive(middle: int, target: int, steps: int, tiers: str) -> list[dict]:
     """Return the plan; `tiers` is "position", or "one" for the paper's single set."""
-    of = {"kind": "search", "tiers": tiers, **search}
     return [
-        {**of, "length": middle},
+        SEARCH | {"length": middle, "tiers": tiers},
         {"kind": "finetune", "length": middle, "tiers": tiers, "steps": steps, **TRAIN},
-        {**of, "length": target},
-        {"kind": "recover", "lengths": [256, 512], "steps": 20, "samples": 3},
+        SEARCH | {"length": target, "tiers": tiers},
+        RECOVER,
+    ]
+
+
+def direct(middle: int, target: int, steps: int) -> list[dict]:
+    """Return the plan that trains at the target alone, on as many tokens."""
+    steps = max(1, steps * middle // target)
+    return [
+        SEARCH | {"length": target},
+        {"kind": "finetune", "length": target, "steps": steps, **TRAIN | {"warmup_steps": 1}},
+        RECOVER,
     ]
 
 
@@ -43,7 +55,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, required=True, help="folder of the runs, which resume")
     p.add_argument("--cut", action="store_true", help="256 -> 1,024 -> 2,048 with fewer steps")
-    p.add_argument("--only", nargs="+", default=["position", "one", "none"], help="which plans")
+    p.add_argument("--only", nargs="+", choices=PLANS, default=PLANS, help="which plans")
     p.add_argument("--steps", type=int, help="of fine-tuning")
     p.add_argument("--threads", type=int, help="of torch; default: its own")
     args = p.parse_args()
@@ -51,11 +63,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     middle, target = (1024, 2048) if args.cut else (2048, 8192)
     steps = args.steps or (20 if args.cut else 40)
-    search = SHORT_SEARCH if args.cut else SEARCH
     plans = {
-        "position": stages(middle, target, steps, "position", search),
-        "one": stages(middle, target, steps, "one", search),
-        "none": [{"kind": "search", "length": target, **search}],
+        "position": progressive(middle, target, steps, "position"),
+        "one": progressive(middle, target, steps, "one"),
+        "direct": direct(middle, target, steps),
+        "none": [SEARCH | {"length": target}],
     }
     documents = corpus.documents("search", min_length=middle)
     test = corpus.documents("test", min_length=target)
@@ -63,7 +75,7 @@ def main() -> None:
         began = time.monotonic()
         result = longrope.extend(
             load_packaged_model(), documents, target_length=target, out=args.out / name,
-            stages=plans[name], held_out=test, test_windows=4 if args.cut else 8, progress=False,
+            stages=plans[name], held_out=test, test_windows=8, progress=False,
         )  # fmt: skip
         print(f"\n{name}, {time.monotonic() - began:.0f} s (less where a run was resumed)\n")
         print(result.measured.table(), flush=True)

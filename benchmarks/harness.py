@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+#: Where a row was measured, see `where`.
+WHERE = ["device", "threads", "torch", "commit"]
 FIELDS = [
     "op", "case", "dtype", "implementation", "milliseconds", "ratio_to_baseline", "rate",
-    "rate_unit", "device", "isa", "threads", "torch", "commit",
+    "rate_unit", "device", "isa", *WHERE[1:],
 ]  # fmt: skip
 
 
@@ -69,6 +71,12 @@ def commit() -> str:
         "status", "--porcelain", "--untracked-files=no", ":(top,exclude)benchmarks/results"
     )
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def where(device: str = "cpu") -> dict[str, str | int]:
+    """Return the columns of `WHERE`: where a row was measured, and by which commit."""
+    found = device_name(device), torch.get_num_threads(), torch.__version__, commit()
+    return dict(zip(WHERE, found, strict=True))
 
 
 def _seconds_per_call(
@@ -142,11 +150,8 @@ def compare(
                 "ratio_to_baseline": f"{ratio:.3f}",
                 "rate": f"{rate:.2f}" if work else "",
                 "rate_unit": unit,
-                "device": device_name(args.device),
                 "isa": _C.isa() if args.device == "cpu" else "",
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "commit": commit(),
+                **where(args.device),
             }
         )
     if args.csv:

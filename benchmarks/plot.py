@@ -9,11 +9,9 @@ import argparse
 import csv
 from pathlib import Path
 
-import matplotlib
+from matplotlib.ticker import NullLocator
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from longrope.report import figures
 from longrope.runs import style
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,10 +47,14 @@ def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
             at += 1
         ticks.append(((first + at - 1) / 2, group))
         at += 0.8
-    axis.axvline(1, color="black", linewidth=0.8)
+    axis.grid(False)
+    axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     axis.set_xscale("log")
     every = [ratio for ratios in groups.values() for ratio in ratios.values()]
+    axis.set_xticks([m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5)])
     axis.set_xlim(min(every) / 2, max(every) * 10)  # room for the names
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title, fontsize=9, loc="left")
@@ -69,14 +71,12 @@ def main() -> None:
     if not panels:
         p.error("no rows: run a benchmark with --save first")
     bars = [sum(len(g) + 0.8 for g in groups.values()) for groups in panels.values()]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, sum(bars) * 0.2 + len(panels) * 0.6), squeeze=False,
-        height_ratios=bars, layout="constrained",
-    )  # fmt: skip
-    for axis, ((device, threads, op), groups) in zip(axes[:, 0], panels.items(), strict=True):
-        draw_panel(axis, ", ".join(part for part in (op, device, threads) if part), groups)
-    axes[-1, 0].set_xlabel("times as fast as (memory: times less than) the first of its group")
-    figure.savefig(args.out, dpi=110)
+    size = (9, sum(bars) * 0.2 + len(panels) * 0.6)
+    with figures.canvas(args.out, size=size, dpi=110) as canvas:
+        axes = canvas.subplots(len(panels), 1, squeeze=False, height_ratios=bars)[:, 0]
+        for axis, ((device, threads, op), groups) in zip(axes, panels.items(), strict=True):
+            draw_panel(axis, ", ".join(part for part in (op, device, threads) if part), groups)
+        axes[-1].set_xlabel("times as fast as (memory: times less than) the first of its group")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 import book_model
 import numpy as np
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, append, where
 from populations import losses_of_hugging_face
 
 import longrope
@@ -237,10 +237,7 @@ def as_row(name: str, seed: int, end: tuple, until: tuple, perplexity: float, ar
         "model": Path(args.model).name if args.model else "packaged",
         "budget": f"{args.iterations} generations; {args.steps} steps; {args.samples} windows, "
         f"{args.ratio}x" + ("" if args.excerpts == 24 else f"; {args.excerpts} excerpts"),
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        **where(args.device),
     }
 
 

@@ -4,7 +4,7 @@ find_program(LONGROPE_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr
 find_package(Python3 COMPONENTS Interpreter)
 if(LONGROPE_NVCC AND Python3_FOUND)
   add_custom_target(nvcc-check
-    COMMAND "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/ci/nvcc_check.py"
+    COMMAND "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/.ci/nvcc_check.py"
     USES_TERMINAL VERBATIM)
 else()
   message(STATUS "nvcc-check: left out (nvcc: ${LONGROPE_NVCC}; Python: ${Python3_EXECUTABLE})")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; tests hold it to the t
     from longrope import model as model
     from longrope import ops as ops
     from longrope import patching as patching
+    from longrope import report as report
     from longrope._native import _C as _C
     from longrope.checkpoints.export import export
     from longrope.checkpoints.load import load
@@ -94,6 +95,7 @@ _MODULES = (
     "model",
     "ops",
     "patching",
+    "report",
 )
 
 __all__ = [

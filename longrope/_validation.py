@@ -90,13 +90,14 @@ def lambda_array(values, rotary_dim: int) -> np.ndarray:
         raise ValueError(f"{expected}, got a number that overflows float64") from None
     except (TypeError, ValueError):
         raise ValueError(f"{expected}, got {type(values).__name__} that is no array") from None
-    if array.shape != (rotary_dim // 2,):
+    if array.shape[-1:] != (rotary_dim // 2,) or array.ndim not in (1, 3) or not array.size:
         came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise ValueError(f"{expected}, got {came}")
     wrong = ~(array > 0)  # NaN too; infinity is a pair that does not turn
     if wrong.any():
-        index = int(np.argmax(wrong))
-        raise ValueError(f"{expected}, got {array[index]} at index {index}")
+        index = np.unravel_index(int(np.argmax(wrong)), array.shape)
+        place = int(index[0]) if array.ndim == 1 else list(map(int, index))
+        raise ValueError(f"{expected}, got {array[index]} at index {place}")
     array.flags.writeable = False
     return array
 

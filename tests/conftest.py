@@ -41,6 +41,18 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_reports(request, monkeypatch):
+    """Let runs write no report, which takes a second each; `reports` asks for them."""
+    if "reports" not in request.fixturenames:
+        monkeypatch.setattr("longrope.report.writing.write", lambda folder: None)
+
+
+@pytest.fixture
+def reports():
+    """Let the runs of a test write their reports."""
+
+
 @pytest.fixture
 def one_thread():
     """Run tiny models on one thread: two that wait for each other on a busy machine take 100x."""

@@ -344,6 +344,37 @@ def test_export_says_how_a_search_found_its_factors(model_folder, text, tmp_path
     call("export", model_folder, *factors, "--out", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| options: method | gradient |" in card and "| options: seed | 0 |" in card
+    assert "stage one" not in card
+
+
+def test_a_search_on_a_folder_of_tiers_goes_on_above_them(tmp_path, text):
+    """The tiers of an export are stage one, and the card of the next export names them."""
+    first = tiny_models.factors("yarn", target=64).replace(attention_factor=1.25).ladder()
+    model = tiny_models.build(vocab_size=256, pad_token_id=None)
+    longrope.export(model, tmp_path / "first", first)
+    run = tmp_path / "run"
+    options = ("--target-length", 128, "--samples", 1, "--steps", 1, "--start-tokens", 0)
+    shown = call(
+        "search", tmp_path / "first", text, *options, "--ladder", "--out", run, "--device", "cpu"
+    )
+    assert "tiers of its longrope.json are stage one" in shown.stderr
+    found = longrope.Tiers.load(run / "tiers.json")
+    assert found[: len(first)] == first
+    assert found.limits == (*first.limits, 128)
+    call("export", tmp_path / "first", "--factors", run / "tiers.json", "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| stage one | factors for 64 tokens (lambdas 1 to" in card
+    assert "attention factor 1.25), and a stage of 2x on top |" in card
+    # From the base: an old window, no tiers.
+    call(
+        "search", tmp_path / "first", text, *options, "--scaling", "ignore", "--out",
+        tmp_path / "base", "--device", "cpu",
+    )  # fmt: skip
+    head = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert head["problem"].get("stage") is None
+    (tmp_path / "first" / "longrope.json").write_text("{")
+    error = sentence("search", tmp_path / "first", text, *options, "--out", tmp_path / "no")
+    assert error.startswith("longrope: MODEL: cannot load ")
 
 
 def test_tiers_from_the_command_line(model_folder, text, tmp_path):

@@ -1,4 +1,4 @@
-"""Models on every device: what works on the CPU works on a GPU, with the same numbers."""
+"""Models on every device: what works on the CPU works on a GPU, within the tolerance of each."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("evaluation",),
     ("checkpoints",),
     ("patching",),
+    ("report",),
     ("runs",),
     ("distributed",),
     ("factors",),

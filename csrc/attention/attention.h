@@ -48,13 +48,28 @@ struct AttentionRotation {
   const int64_t* limits;  // [tiers], growing; nullptr where there is one tier
 };
 
+// CPU: how keys at consecutive positions turn where few queries attend them, without a table of
+// them all. With turns t (common/phase.h) and a block of keys that begins at position s, the score
+// of a query at position p and the key at s + j is that of the query turned by the phase p t - s t,
+// which is exact, and the key turned by j t: one table for every block.
+constexpr int64_t kOffsetKeys = 64;
+
+struct AttentionOffsets {
+  const uint64_t* query_phases;  // [queries, pairs]: of the row of the batch
+  const uint64_t* key_turns;     // [2, pairs] per token: of the tier, and below its start tokens
+  int64_t position;              // of key 0
+  int64_t start_keys;            // keys before it stand below the start tokens
+  double factor;
+};
+
 // CPU: cosines and sines, times the attention factor, that turn the tokens of one row of the batch
-// as they are read.
+// as they are read. With `offsets`: [2, kOffsetKeys, pairs], of its key_turns times 0, 1, ...
 struct AttentionTable {
   const void* cos;  // [tokens from `first` on, pairs] of float32 (float64 for float64); nullptr: no
   const void* sin;  // rotation
   int64_t first, pairs;
   bool interleaved;
+  const AttentionOffsets* offsets;
 };
 
 // CPU: the queries of every row of the batch by tiers. cpu/tables.h makes them.
@@ -62,7 +77,7 @@ struct AttentionTiers {
   int64_t count;
   const int64_t* query_begin;     // [batch, count + 1]: tier t has queries [begin[t], begin[t + 1])
   const AttentionTable* queries;  // [batch], each query under its own tier
-  const AttentionTable* keys;     // [batch, count]
+  const AttentionTable* keys;     // [batch, count], all with offsets or none
 };
 
 struct AttentionParams {
@@ -109,7 +124,12 @@ struct AttentionPlan {
   size_t scratch;          // bytes for every thread, aligned to 64
   size_t workspace;        // bytes for the call, aligned to 64; may be 0
   bool bfloat16_products;  // multiply by bfloat16_product
+  bool streamed;           // few rows: read keys and values from where they lie
 };
+
+// Whether few queries share each key: then keys and values are read from where they lie, and keys
+// that turn do so by offsets.
+bool attention_streams(const AttentionParams& params);
 
 AttentionPlan attention_plan(const AttentionParams& params);
 void attention_cpu(const AttentionParams& params, const AttentionPlan& plan, int64_t task,

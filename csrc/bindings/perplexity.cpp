@@ -1,6 +1,6 @@
 // longrope::linear_nll, its backward and candidate_sums: checks, allocation, and on the CPU the
-// threads and matrix products that torch carries. See csrc/perplexity/perplexity.h; the loops of
-// CUDA are in perplexity_chunks.h.
+// threads and matrix products that torch carries. See csrc/perplexity/perplexity.h; linear_nll on
+// CUDA is in perplexity_chunks.h.
 #include "perplexity/perplexity.h"
 
 #include <ATen/ATen.h>
@@ -13,12 +13,17 @@
 #include <optional>
 #include <tuple>
 
-#include "bindings/arguments.h"
 #include "bindings/bfloat16_product.h"
+#include "bindings/cuda.h"
+#include "bindings/perplexity_arguments.h"
+#ifdef LONGROPE_CUDA
 #include "bindings/perplexity_chunks.h"
+#endif
 
 namespace longrope {
 namespace {
+
+using namespace perplexity_bindings;
 
 void float_product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                    const void* a, const void* b, float* c) {
@@ -41,51 +46,6 @@ Runtime runtime_for(DType dtype) {
   return runtime;
 }
 
-std::string on_device(const Tensor& t) { return describe(t) + " on " + t.device().str(); }
-
-// Dense, of this dtype and shape, on the device of `like`.
-void check(const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes,
-           const Tensor& like) {
-  std::ostringstream expected;
-  expected << dtype_name(dtype) << " " << sizes << " on " << like.device();
-  LONGROPE_EXPECT(t.layout() == at::kStrided && t.scalar_type() == dtype && t.sizes() == sizes &&
-                      t.device() == like.device(),
-                  name, expected.str(), on_device(t));
-}
-
-// The values of targets are checked on the CPU alone: on CUDA that would wait for the device.
-LinearNllParams params_for(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                           int64_t ignore_index, std::optional<double> softcap) {
-  LinearNllParams params = {};
-  LONGROPE_EXPECT(hidden.dim() == 2 && hidden.layout() == at::kStrided, "hidden",
-                  "[T, E] on " + hidden.device().str(), on_device(hidden));
-  params.dtype = dtype_of("hidden", hidden);
-  LONGROPE_EXPECT(
-      weight.dim() == 2 && weight.size(1) == hidden.size(1) && weight.layout() == at::kStrided &&
-          weight.device() == hidden.device() && weight.scalar_type() == hidden.scalar_type(),
-      "weight", "[V, E] of hidden's E, dtype and device, hidden is " + on_device(hidden),
-      on_device(weight));
-  params.rows = hidden.size(0);
-  params.embed = hidden.size(1);
-  params.vocab = weight.size(0);
-  check("targets", targets, at::kLong, {params.rows}, hidden);
-  LONGROPE_EXPECT(!softcap || (std::isfinite(*softcap) && *softcap > 0.0), "softcap",
-                  "None or a positive number", softcap.value_or(0.0));
-  params.softcap = softcap.value_or(0.0);
-  params.ignore_index = ignore_index;
-  params.hidden = {hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1)};
-  params.weight = {weight.const_data_ptr(), weight.stride(0), weight.stride(1)};
-  params.targets = targets.const_data_ptr<int64_t>();
-  for (int64_t t = 0; targets.is_cpu() && t < params.rows; ++t) {
-    const int64_t target = params.targets[t];
-    LONGROPE_EXPECT(target == ignore_index || (target >= 0 && target < params.vocab), "targets",
-                    "values in [0, " + std::to_string(params.vocab) + ") or ignore_index " +
-                        std::to_string(ignore_index),
-                    std::to_string(target) + " at row " + std::to_string(t));
-  }
-  return params;
-}
-
 std::tuple<Tensor, Tensor> linear_nll(const Tensor& hidden, const Tensor& weight,
                                       const Tensor& targets, int64_t ignore_index,
                                       std::optional<double> softcap) {
@@ -95,12 +55,6 @@ std::tuple<Tensor, Tensor> linear_nll(const Tensor& hidden, const Tensor& weight
   Tensor nll = at::empty({params.rows}, options), stats = at::empty({2, params.rows}, options);
   params.nll = nll.mutable_data_ptr();
   params.stats = stats.mutable_data_ptr();
-#ifdef LONGROPE_CUDA
-  if (hidden.is_cuda()) {
-    linear_nll_by_chunks(params, hidden, weight);
-    return {nll, stats};
-  }
-#endif
   linear_nll_cpu(params, runtime_for(params.dtype));
   return {nll, stats};
 }
@@ -117,12 +71,6 @@ std::tuple<Tensor, Tensor> linear_nll_backward(const Tensor& grad_nll, const Ten
   const Tensor grad = grad_nll.contiguous(), saved = stats.contiguous();
   params.grad_nll = grad.const_data_ptr();
   params.stats = const_cast<void*>(saved.const_data_ptr());  // the backward only reads it
-#ifdef LONGROPE_CUDA
-  if (hidden.is_cuda()) {
-    const Tensor ignored = held.eq(ignore_index).unsqueeze(1);
-    return linear_nll_backward_by_chunks(params, hidden, weight, ignored, need_hidden, need_weight);
-  }
-#endif
   const auto room = [](bool needed, const Tensor& like, void*& data) {
     Tensor t = at::empty(needed ? like.sizes() : at::IntArrayRef{0}, like.options());
     if (needed) data = t.mutable_data_ptr();
@@ -207,21 +155,38 @@ std::tuple<Tensor, Tensor> candidate_sums(const Tensor& nll, const Tensor& targe
   return {sums, counts};
 }
 
-void implement(torch::Library& m) {
-  m.impl("linear_nll", &linear_nll);
-  m.impl("linear_nll_backward", &linear_nll_backward);
-  m.impl("candidate_sums", &candidate_sums);
+#ifdef LONGROPE_CUDA
+std::tuple<Tensor, Tensor> linear_nll_cuda(const Tensor& hidden, const Tensor& weight,
+                                           const Tensor& targets, int64_t ignore_index,
+                                           std::optional<double> softcap) {
+  return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, NllChunks{});
 }
+
+std::tuple<Tensor, Tensor> linear_nll_backward_cuda(const Tensor& grad_nll, const Tensor& hidden,
+                                                    const Tensor& weight, const Tensor& targets,
+                                                    const Tensor& stats, int64_t ignore_index,
+                                                    std::optional<double> softcap, bool need_hidden,
+                                                    bool need_weight) {
+  return linear_nll_backward_by_chunks(grad_nll, hidden, weight, targets, stats, ignore_index,
+                                       softcap, need_hidden, need_weight, NllChunks{});
+}
+#endif
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(longrope, CPU, m) {
-  implement(m);
+  m.impl("linear_nll", &linear_nll);
+  m.impl("linear_nll_backward", &linear_nll_backward);
   m.impl("linear_nll_with_gradient", &linear_nll_with_gradient);
   m.impl("linear_nll_scale", &linear_nll_scale);
+  m.impl("candidate_sums", &candidate_sums);
 }
 #ifdef LONGROPE_CUDA
-TORCH_LIBRARY_IMPL(longrope, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(longrope, CUDA, m) {
+  m.impl("linear_nll", &linear_nll_cuda);
+  m.impl("linear_nll_backward", &linear_nll_backward_cuda);
+  m.impl("candidate_sums", &candidate_sums);
+}
 #endif
 
 }  // namespace longrope

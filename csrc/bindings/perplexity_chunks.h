@@ -1,27 +1,32 @@
 // linear_nll and its backward on CUDA: the loops over chunks of rows and of the vocabulary, and the
 // matrix products (cuBLAS, as torch has it). Nothing here waits for the device.
+//
+// Whoever includes this declares on_device_of first: bindings/cuda.h, or the tests, which run these
+// functions over the emulated kernels (tests/emulation/perplexity_host.cpp).
 #pragma once
-
-#include "bindings/cuda.h"
-
-#ifdef LONGROPE_CUDA
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
-#include "perplexity/perplexity.h"
+#include "bindings/perplexity_arguments.h"
 
 namespace longrope {
 
-// A chunk of logits is 4096 x 2048 floats at most, 32 MiB: it stays in the second-level cache of a
-// data-centre GPU (40 MiB on A100, 50 MiB on H100) between the product and the kernel.
-constexpr int64_t kChunkRows = 4096;
-constexpr int64_t kChunkColumns = 2048;
+// Rows and columns of the logits that exist at a time. 4096 x 1024 floats are 16 MiB, and their
+// gradient in 16 bits 8 MiB: together less than the half of a second-level cache of 50 MiB (H100)
+// or 40 MiB (A100) that lies next to a multiprocessor. As a product, 128 tiles of 128 x 256 are one
+// wave over the 132 multiprocessors of an H100. Chosen by these figures, not measured.
+struct NllChunks {
+  int64_t rows = 4096, columns = 1024;
+};
+
+namespace perplexity_bindings {
 
 // out = a b, or += a b where `add`; out may be float32 where a and b have 16 bits.
-inline void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
+inline void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add) {
   const bool same = out.scalar_type() == a.scalar_type();
   if (add) {
     same ? at::addmm_out(out, out, a, b) : at::addmm_out(out, out, a, b, out.scalar_type());
@@ -33,22 +38,22 @@ inline void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, b
 // Calls f(chunk, row, stream) for every chunk with its logits, `row` its first one; the vocabulary
 // runs fastest.
 template <typename F>
-void for_chunks(const LinearNllParams& p, const at::Tensor& hidden, const at::Tensor& weight,
-                const F& f) {
-  const at::Tensor room =
-      at::empty({std::min(p.rows, kChunkRows), kChunkColumns}, hidden.options().dtype(at::kFloat));
+void for_chunks(const LinearNllParams& p, NllChunks size, const Tensor& hidden,
+                const Tensor& weight, const F& f) {
+  const Tensor room =
+      at::empty({std::min(p.rows, size.rows), size.columns}, hidden.options().dtype(at::kFloat));
   on_device_of(hidden, [&](void* stream) {
-    for (int64_t row = 0; row < p.rows; row += kChunkRows) {
-      const int64_t height = std::min(kChunkRows, p.rows - row);
+    for (int64_t row = 0; row < p.rows; row += size.rows) {
+      const int64_t height = std::min(size.rows, p.rows - row);
       // Once even for an empty vocabulary: the first and last chunk, of no columns.
-      for (int64_t first = 0; first == 0 || first < p.vocab; first += kChunkColumns) {
-        const int64_t width = std::min(kChunkColumns, p.vocab - first);
+      for (int64_t first = 0; first == 0 || first < p.vocab; first += size.columns) {
+        const int64_t width = std::min(size.columns, p.vocab - first);
         if (width > 0) {
           multiply(room.narrow(0, 0, height).narrow(1, 0, width), hidden.narrow(0, row, height),
                    weight.narrow(0, first, width).t(), false);
         }
         const LogitsChunk chunk{room.const_data_ptr<float>(),
-                                kChunkColumns,
+                                size.columns,
                                 height,
                                 first,
                                 width,
@@ -62,38 +67,57 @@ void for_chunks(const LinearNllParams& p, const at::Tensor& hidden, const at::Te
   });
 }
 
-inline void linear_nll_by_chunks(const LinearNllParams& p, const at::Tensor& hidden,
-                                 const at::Tensor& weight) {
-  const at::Tensor target_logit = at::empty({p.rows}, hidden.options().dtype(at::kFloat));
-  for_chunks(p, hidden, weight, [&](const LogitsChunk& chunk, int64_t row, void* stream) {
-    float* const largest = static_cast<float*>(p.stats) + row;
+}  // namespace perplexity_bindings
+
+// longrope::linear_nll for tensors on a CUDA device.
+inline std::tuple<at::Tensor, at::Tensor> linear_nll_by_chunks(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+    int64_t ignore_index, std::optional<double> softcap, NllChunks size) {
+  const at::Tensor held = targets.contiguous();
+  const LinearNllParams p =
+      perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  const auto wide = hidden.options().dtype(at::kFloat);
+  at::Tensor nll = at::empty({p.rows}, wide), stats = at::empty({2, p.rows}, wide);
+  const at::Tensor target_logit = at::empty({p.rows}, wide);
+  const auto reduce = [&](const LogitsChunk& chunk, int64_t row, void* stream) {
+    float* const largest = stats.mutable_data_ptr<float>() + row;
     linear_nll_chunk_cuda({chunk, target_logit.mutable_data_ptr<float>() + row, largest,
-                           largest + p.rows, static_cast<float*>(p.nll) + row},
+                           largest + p.rows, nll.mutable_data_ptr<float>() + row},
                           stream);
-  });
+  };
+  perplexity_bindings::for_chunks(p, size, hidden, weight, reduce);
+  return {nll, stats};
 }
 
-// ignored: bool [rows, 1].
+// longrope::linear_nll_backward for tensors on a CUDA device.
 inline std::tuple<at::Tensor, at::Tensor> linear_nll_backward_by_chunks(
-    const LinearNllParams& p, const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& ignored, bool need_hidden, bool need_weight) {
+    const at::Tensor& grad_nll, const at::Tensor& hidden, const at::Tensor& weight,
+    const at::Tensor& targets, const at::Tensor& stats, int64_t ignore_index,
+    std::optional<double> softcap, bool need_hidden, bool need_weight, NllChunks size) {
+  using perplexity_bindings::multiply;
+  const at::Tensor held = targets.contiguous();
+  const LinearNllParams p =
+      perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  perplexity_bindings::check("grad_nll", grad_nll, at::kFloat, {p.rows}, hidden);
+  perplexity_bindings::check("stats", stats, at::kFloat, {2, p.rows}, hidden);
+  const at::Tensor grad = grad_nll.contiguous(), saved = stats.contiguous();
+  const at::Tensor ignored = held.eq(ignore_index).unsqueeze(1);
   // An ignored row's gradient of logits is 0, and 0 times what its hidden state holds may be NaN.
   const at::Tensor scored = need_weight ? hidden.masked_fill(ignored, 0.0) : hidden;
   const auto wide = hidden.options().dtype(at::kFloat);
   // Sums over chunks stay in float32: over the vocabulary for hidden, over the rows, if they are
   // more than one chunk, for weight.
-  const auto of_weight = p.rows > kChunkRows ? wide : weight.options();
+  const auto of_weight = p.rows > size.rows ? wide : weight.options();
   at::Tensor grad_hidden = need_hidden ? at::zeros(hidden.sizes(), wide) : at::empty({0}, wide);
   at::Tensor grad_weight =
       need_weight ? at::zeros(weight.sizes(), of_weight) : at::empty({0}, wide);
-  const at::Tensor room =
-      at::empty({std::min(p.rows, kChunkRows), kChunkColumns}, hidden.options());
-  for_chunks(p, hidden, weight, [&](const LogitsChunk& chunk, int64_t row, void* stream) {
+  const at::Tensor room = at::empty({std::min(p.rows, size.rows), size.columns}, hidden.options());
+  const auto add = [&](const LogitsChunk& chunk, int64_t row, void* stream) {
     if (chunk.columns == 0) return;
-    const float* const largest = static_cast<const float*>(p.stats) + row;
+    const float* const largest = saved.const_data_ptr<float>() + row;
     linear_nll_backward_chunk_cuda(
-        {chunk, largest, largest + p.rows, static_cast<const float*>(p.grad_nll) + row, p.dtype,
-         room.mutable_data_ptr(), kChunkColumns},
+        {chunk, largest, largest + p.rows, grad.const_data_ptr<float>() + row, p.dtype,
+         room.mutable_data_ptr(), size.columns},
         stream);
     const at::Tensor grad_logits = room.narrow(0, 0, chunk.rows).narrow(1, 0, chunk.columns);
     if (need_hidden) {
@@ -104,11 +128,10 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_backward_by_chunks(
       multiply(grad_weight.narrow(0, chunk.first, chunk.columns), grad_logits.t(),
                scored.narrow(0, row, chunk.rows), row > 0);
     }
-  });
+  };
+  perplexity_bindings::for_chunks(p, size, hidden, weight, add);
   if (need_hidden && p.vocab > 0) grad_hidden.masked_fill_(ignored, 0.0);
   return {grad_hidden.to(hidden.scalar_type()), grad_weight.to(weight.scalar_type())};
 }
 
 }  // namespace longrope
-
-#endif

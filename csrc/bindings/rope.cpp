@@ -39,13 +39,13 @@ void run(const RopeParams& params, const Tensor& like) {
                    [&](int64_t begin, int64_t end) { rope_cpu(params, begin, end); });
 }
 
-// A sum per block of tokens, [batch, blocks, 2 * pairs + 1]; to be added up in one order, so that
-// the result is the same for any number of threads.
+// A sum per block of tokens, [groups, batch, blocks, 2 * pairs + 1]; to be added up in one order,
+// so that the result is the same for any number of threads.
 Tensor run_grad(RopeBackwardParams& params, const Tensor& like) {
   const RopeParams& p = params.forward;
   const auto allocate = [&](int64_t blocks) {
     Tensor partial =
-        at::empty({p.batch, blocks, 2 * p.pairs + 1}, like.options().dtype(at::kDouble));
+        at::empty({p.groups, p.batch, blocks, 2 * p.pairs + 1}, like.options().dtype(at::kDouble));
     params.partial = partial.mutable_data_ptr<double>();
     return partial;
   };
@@ -136,15 +136,19 @@ std::tuple<Tensor, Tensor, Tensor> rope_backward(
                   describe(grad_k));
   RopeBackwardParams params{arguments.params, view_of(grad_q), view_of(grad_k), nullptr};
   const RopeParams& p = params.forward;
-  const Tensor rows = run_grad(params, q).sum(1);
-  return {rows.slice(1, 0, p.pairs).clone(), rows.slice(1, p.pairs, 2 * p.pairs).clone(),
-          rows.select(1, 2 * p.pairs).clone()};
+  const Tensor sums = run_grad(params, q).sum(2).transpose(0, 1);  // [batch, groups, ...]
+  const Tensor rows = inv_freq.dim() == 3 ? sums : sums.select(1, 0);
+  const Tensor base = sums.slice(2, p.pairs, 2 * p.pairs);
+  const auto own = [](const Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); };
+  return {own(rows.slice(-1, 0, p.pairs)), p.groups == 1 ? own(base.select(1, 0)) : base.sum(1),
+          own(rows.select(-1, 2 * p.pairs))};
 }
 
 void rerotate_to(const Tensor& k, const Tensor& positions, const Tensor& from_inv_freq,
                  const OptionalTensor& from_base_inv_freq, int64_t from_start_tokens,
                  const Tensor& to_inv_freq, const OptionalTensor& to_base_inv_freq,
-                 int64_t to_start_tokens, double attention_factor, bool interleaved,
+                 int64_t to_start_tokens, double attention_factor,
+                 const OptionalTensor& attention_factor_groups, bool interleaved,
                  const Tensor& out) {
   Arguments arguments;
   RopeParams& p = arguments.params;
@@ -155,7 +159,7 @@ void rerotate_to(const Tensor& k, const Tensor& positions, const Tensor& from_in
                                  from_base_inv_freq, from_start_tokens, std::nullopt, true);
   p.turn = arguments.frequencies("to_inv_freq", to_inv_freq, "to_base_inv_freq", to_base_inv_freq,
                                  to_start_tokens, std::nullopt, false);
-  arguments.factor(attention_factor, std::nullopt);
+  arguments.factor(attention_factor, attention_factor_groups);
   p.interleaved = interleaved;
   check_writable("out", out);
   const bool in_place = k.data_ptr() == out.data_ptr() && k.strides() == out.strides();
@@ -169,20 +173,24 @@ void rerotate_to(const Tensor& k, const Tensor& positions, const Tensor& from_in
 Tensor rerotate(const Tensor& k, const Tensor& positions, const Tensor& from_inv_freq,
                 const OptionalTensor& from_base_inv_freq, int64_t from_start_tokens,
                 const Tensor& to_inv_freq, const OptionalTensor& to_base_inv_freq,
-                int64_t to_start_tokens, double attention_factor, bool interleaved) {
+                int64_t to_start_tokens, double attention_factor,
+                const OptionalTensor& attention_factor_groups, bool interleaved) {
   check_heads("k", k, k);
   Tensor out = fresh(k);
   rerotate_to(k, positions, from_inv_freq, from_base_inv_freq, from_start_tokens, to_inv_freq,
-              to_base_inv_freq, to_start_tokens, attention_factor, interleaved, out);
+              to_base_inv_freq, to_start_tokens, attention_factor, attention_factor_groups,
+              interleaved, out);
   return out;
 }
 
 void rerotate_in_place(const Tensor& k, const Tensor& positions, const Tensor& from_inv_freq,
                        const OptionalTensor& from_base_inv_freq, int64_t from_start_tokens,
                        const Tensor& to_inv_freq, const OptionalTensor& to_base_inv_freq,
-                       int64_t to_start_tokens, double attention_factor, bool interleaved) {
+                       int64_t to_start_tokens, double attention_factor,
+                       const OptionalTensor& attention_factor_groups, bool interleaved) {
   rerotate_to(k, positions, from_inv_freq, from_base_inv_freq, from_start_tokens, to_inv_freq,
-              to_base_inv_freq, to_start_tokens, attention_factor, interleaved, k);
+              to_base_inv_freq, to_start_tokens, attention_factor, attention_factor_groups,
+              interleaved, k);
 }
 
 // The tiers of the rows: a tensor [batch] of indices, -1 for keys that are not rotated.
@@ -211,7 +219,7 @@ void rerotate_rows_in_place(const Tensor& k, const Tensor& positions, const Tens
   arguments.heads("k", k, "k", k);
   arguments.positions(positions);
   p.turn = p.undo = arguments.tiers(inv_freq, base_inv_freq, start_tokens, start_tokens_tiers,
-                                    attention_factor, attention_factor_tiers);
+                                    attention_factor, attention_factor_tiers, true);
   p.undo.tier_rows = row_tiers(arguments, "from_tier", from_tier, k, p.undo.tiers);
   p.turn.tier_rows = row_tiers(arguments, "to_tier", to_tier, k, p.turn.tiers);
   p.interleaved = interleaved;

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "rope/rope.h"
@@ -39,8 +40,8 @@ struct Arguments : HeldTensors {
     if (first) params.pairs = inv_freq.dim() > 0 ? inv_freq.size(-1) : 0;
     RopeFrequencies f{};
     f.tiers = f.start_tokens_stride = 1;
-    std::tie(f.inv_freq, f.inv_freq_stride) =
-        finite_rows(name, inv_freq, {params.pairs}, kFiniteFrequencies);
+    std::tie(f.inv_freq, f.inv_freq_stride, f.inv_freq_group_stride) =
+        by_group(name, inv_freq, {params.pairs}, kFiniteFrequencies);
     check_pairs(name);
     LONGROPE_EXPECT(start_tokens >= 0, "start_tokens", "0 or more", start_tokens);
     f.start_tokens = start_tokens;
@@ -49,15 +50,23 @@ struct Arguments : HeldTensors {
     return f;
   }
 
-  // The same in tiers, and the factors with them: each for all rows of the batch or by row.
+  // The same in tiers, and the factors with them: each for all rows of the batch or by row, and
+  // where the op `may_group` also by group of heads.
   RopeFrequencies tiers(const Tensor& inv_freq, const OptionalTensor& base_inv_freq,
                         int64_t start_tokens, const OptionalTensor& start_tokens_tiers,
-                        double attention_factor, const OptionalTensor& attention_factor_tiers) {
+                        double attention_factor, const OptionalTensor& attention_factor_tiers,
+                        bool may_group = false) {
     params.pairs = inv_freq.dim() > 0 ? inv_freq.size(-1) : 0;
     RopeFrequencies f{};
     f.tiers = inv_freq.dim() > 1 ? inv_freq.size(-2) : 0;
-    std::tie(f.inv_freq, f.inv_freq_stride) =
-        finite_rows("inv_freq", inv_freq, {f.tiers, params.pairs}, kFiniteFrequencies);
+    const std::vector<int64_t> sizes{f.tiers, params.pairs};
+    if (may_group) {
+      std::tie(f.inv_freq, f.inv_freq_stride, f.inv_freq_group_stride) =
+          by_group("inv_freq", inv_freq, sizes, kFiniteFrequencies);
+    } else {
+      std::tie(f.inv_freq, f.inv_freq_stride) =
+          finite_rows("inv_freq", inv_freq, sizes, kFiniteFrequencies);
+    }
     check_pairs("inv_freq");
     LONGROPE_EXPECT(f.tiers > 0, "inv_freq", "at least one tier", describe(inv_freq));
     LONGROPE_EXPECT(start_tokens >= 0, "start_tokens", "0 or more", start_tokens);
@@ -73,9 +82,13 @@ struct Arguments : HeldTensors {
     }
     base_frequencies(f, "base_inv_freq", base_inv_freq, start_tokens > 0 || start_tokens_tiers);
     factor(attention_factor, std::nullopt);
-    if (attention_factor_tiers) {
+    if (attention_factor_tiers && grouped_) {
+      std::tie(params.attention_factor_rows, params.attention_factor_stride,
+               params.attention_factor_group_stride) =
+          by_group("attention_factor", *attention_factor_tiers, {f.tiers}, kFiniteNumbers);
+    } else if (attention_factor_tiers) {
       std::tie(params.attention_factor_rows, params.attention_factor_stride) =
-          finite_rows("attention_factor", *attention_factor_tiers, {f.tiers}, "finite numbers");
+          finite_rows("attention_factor", *attention_factor_tiers, {f.tiers}, kFiniteNumbers);
     }
     return f;
   }
@@ -94,8 +107,15 @@ struct Arguments : HeldTensors {
     TORCH_CHECK_VALUE(std::isfinite(value), "attention_factor: expected a finite number, got ",
                       value);
     if (!rows) return;
+    if (grouped_ && rows->dim() == 2) {
+      std::tie(params.attention_factor_rows, params.attention_factor_stride,
+               params.attention_factor_group_stride) =
+          by_group("attention_factor", *rows, {}, kFiniteNumbers);
+      return;
+    }
     std::ostringstream expected;
     expected << "a number, or float64 [] or [" << params.batch << "]";
+    if (grouped_) expected << " or [" << params.batch << " or 1, " << params.groups << "]";
     LONGROPE_EXPECT(rows->scalar_type() == at::kDouble &&
                         (rows->dim() == 0 || (rows->dim() == 1 && rows->size(0) == params.batch)),
                     "attention_factor", expected.str(), describe(*rows));
@@ -129,6 +149,47 @@ struct Arguments : HeldTensors {
   }
 
  private:
+  // Finite float64 `sizes` for all rows of the batch, by row, or by row (or for all) and group of
+  // heads. The elements, and how many there are to the next row and to the next group: 0 where
+  // they share them. The first by group says how many groups there are.
+  std::tuple<const double*, int64_t, int64_t> by_group(const char* name, const Tensor& t,
+                                                       std::vector<int64_t> sizes,
+                                                       const char* expected_values) {
+    const auto dims = static_cast<int64_t>(sizes.size());
+    if (t.dim() != dims + 2) {
+      const auto [data, stride] = finite_rows(name, t, sizes, expected_values);
+      return {data, stride, 0};
+    }
+    const int64_t batch = t.size(0), groups = t.size(1);
+    const bool known = grouped_;
+    std::ostringstream expected;
+    expected << "float64 " << at::IntArrayRef(sizes) << ", by row [" << params.batch
+             << ", ...], or by group of heads [" << params.batch << " or 1, ";
+    if (known) {
+      expected << params.groups;
+    } else {
+      expected << "groups";
+    }
+    expected << ", ...]";
+    if (!known) {
+      expected << " with groups into which " << params.q.heads << " and " << params.k.heads
+               << " heads part evenly";
+    }
+    const bool fits =
+        known ? groups == params.groups
+              : groups > 0 && params.q.heads % groups == 0 && params.k.heads % groups == 0;
+    LONGROPE_EXPECT(t.scalar_type() == at::kDouble && fits &&
+                        (batch == params.batch || batch == 1) &&
+                        t.sizes().slice(2) == at::IntArrayRef(sizes),
+                    name, expected.str(), describe(t));
+    check_device(name, t, device_);
+    grouped_ = true;
+    params.groups = groups;
+    const double* const data = finite(name, t, hold<double>(t), expected_values);
+    const int64_t count = c10::multiply_integers(sizes);
+    return {data, batch == 1 ? 0 : groups * count, count};
+  }
+
   // `sizes` of a type, for all rows of the batch or by row.
   void check_rows(const char* name, const Tensor& t, at::ScalarType type, at::IntArrayRef sizes) {
     std::vector<int64_t> by_row{params.batch};
@@ -152,12 +213,17 @@ struct Arguments : HeldTensors {
   std::tuple<const double*, int64_t> finite_rows(const char* name, const Tensor& t,
                                                  at::IntArrayRef sizes, const char* expected) {
     const auto held = rows<double>(name, t, at::kDouble, sizes);
-    const double* const data = std::get<0>(held);
+    finite(name, t, std::get<0>(held), expected);
+    return held;
+  }
+
+  static const double* finite(const char* name, const Tensor& t, const double* data,
+                              const char* expected) {
     for (int64_t i = 0; t.is_cpu() && i < t.numel(); ++i) {
       LONGROPE_EXPECT(std::isfinite(data[i]), name, expected,
                       (std::isnan(data[i]) ? "NaN" : "infinity"));
     }
-    return held;
+    return data;
   }
 
   void check_pairs(const char* name) const {
@@ -176,8 +242,10 @@ struct Arguments : HeldTensors {
   }
 
   static constexpr const char* kFiniteFrequencies = "finite frequencies";
+  static constexpr const char* kFiniteNumbers = "finite numbers";
 
   at::Device device_ = at::kCPU;
+  bool grouped_ = false;  // some frequencies came by group of heads
 };
 
 }  // namespace longrope::rope_bindings

@@ -4,7 +4,9 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(longrope, m) {
-  // rope. `inverse` turns back by the same angles (the gradient); the factor multiplies either way.
+  // rope. Frequencies [pairs], by row [B, pairs], or by row and group of heads [B or 1, groups,
+  // pairs]; then attention_factor_rows may be [B or 1, groups]. `inverse` turns back by the same
+  // angles (the gradient); the factor multiplies either way.
   m.def(
       "rope(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, Tensor? base_inv_freq, "
       "SymInt start_tokens, Tensor? start_tokens_rows, float attention_factor, "
@@ -13,7 +15,8 @@ TORCH_LIBRARY(longrope, m) {
       "rope_(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor inv_freq, Tensor? base_inv_freq, "
       "SymInt start_tokens, Tensor? start_tokens_rows, float attention_factor, "
       "Tensor? attention_factor_rows, bool interleaved) -> ()");
-  // Gradients for inv_freq, base_inv_freq [batch, pairs] and the factor [batch] of each row.
+  // Gradients for inv_freq, base_inv_freq [B, pairs] and the factor [B] of each row; those for
+  // inv_freq and the factor [B, groups, pairs] and [B, groups] where inv_freq comes by group.
   m.def(
       "rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor positions, "
       "Tensor inv_freq, Tensor? base_inv_freq, SymInt start_tokens, Tensor? start_tokens_rows, "
@@ -22,15 +25,18 @@ TORCH_LIBRARY(longrope, m) {
   m.def(
       "rerotate(Tensor k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
       "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
-      "SymInt to_start_tokens, float attention_factor, bool interleaved) -> Tensor");
+      "SymInt to_start_tokens, float attention_factor, Tensor? attention_factor_groups, "
+      "bool interleaved) -> Tensor");
   m.def(
       "rerotate_out(Tensor k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
       "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
-      "SymInt to_start_tokens, float attention_factor, bool interleaved, Tensor(a!) out) -> ()");
+      "SymInt to_start_tokens, float attention_factor, Tensor? attention_factor_groups, "
+      "bool interleaved, Tensor(a!) out) -> ()");
   m.def(
       "rerotate_(Tensor(a!) k, Tensor positions, Tensor from_inv_freq, Tensor? from_base_inv_freq, "
       "SymInt from_start_tokens, Tensor to_inv_freq, Tensor? to_base_inv_freq, "
-      "SymInt to_start_tokens, float attention_factor, bool interleaved) -> ()");
+      "SymInt to_start_tokens, float attention_factor, Tensor? attention_factor_groups, "
+      "bool interleaved) -> ()");
   // Every row from a tier to a tier, in place; -1: not rotated.
   m.def(
       "rerotate_rows_(Tensor(a!) k, Tensor positions, Tensor from_tier, Tensor to_tier, "

@@ -1,10 +1,46 @@
-// What holds for one row of the batch, on the CPU and on CUDA.
+// What holds for one group of heads, and for one row of the batch, on the CPU and on CUDA.
 #pragma once
+
+#include <initializer_list>
 
 #include "common/host_device.h"
 #include "rope/rope.h"
 
 namespace longrope {
+
+inline RopeTensor group_of(RopeTensor t, const RopeParams& p, int64_t group) {
+  t.heads /= p.groups;
+  const int64_t elements = group * t.heads * t.head_stride;
+  if (t.data) t.data = static_cast<char*>(t.data) + elements * bytes_of(p.dtype);
+  return t;
+}
+
+// The share of one group of heads: what follows here, and the kernels, see its heads alone, and its
+// frequencies and factors as those of all of them.
+inline RopeParams group_of(const RopeParams& p, int64_t group) {
+  RopeParams share = p;
+  for (RopeTensor RopeParams::* t :
+       {&RopeParams::q, &RopeParams::k, &RopeParams::q_out, &RopeParams::k_out}) {
+    share.*t = group_of(p.*t, p, group);
+  }
+  for (RopeFrequencies* f : {&share.turn, &share.undo}) {
+    if (f->inv_freq) f->inv_freq += group * f->inv_freq_group_stride;
+  }
+  if (p.attention_factor_rows) {
+    share.attention_factor_rows += group * p.attention_factor_group_stride;
+  }
+  return share;
+}
+
+// The same of gradients; `blocks` of sums a row.
+inline RopeBackwardParams group_of(const RopeBackwardParams& params, int64_t group,
+                                   int64_t blocks) {
+  const RopeParams& p = params.forward;
+  RopeBackwardParams share{group_of(p, group), group_of(params.grad_q, p, group),
+                           group_of(params.grad_k, p, group), params.partial};
+  share.partial += group * p.batch * blocks * (2 * p.pairs + 1);
+  return share;
+}
 
 // Of a row: negative where it does not turn (or turn back), beyond the last where none is known.
 struct RowTiers {

@@ -10,6 +10,7 @@ from typing import Any
 from longrope.checkpoints import source
 from longrope.checkpoints.measured import Measured
 from longrope.checkpoints.plan import Plan
+from longrope.factors import RescaleFactors
 
 _RULES = {
     "long": "They are the same for every length, so nothing changes when a sequence grows.",
@@ -51,6 +52,16 @@ def text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def on_top_of(stage: RescaleFactors, target_length: int) -> str:
+    """Say what factors are the product of: `stage`, and another one that reaches the target."""
+    ratio = target_length / stage.target_length
+    return (
+        f"factors for {stage.target_length} tokens (lambdas {stage.lambdas.min():.4g} to "
+        f"{stage.lambdas.max():.4g}, attention factor {stage.attention_factor:.6g}), and a stage "
+        f"of {ratio:.4g}x on top"
+    )
+
+
 def _front_matter(base: str, format: str, terms: Mapping[str, str]) -> str:
     lines = [f"{key}: {json.dumps(value)}" for key, value in terms.items()]
     if base and source.is_hub_name(base):
@@ -79,18 +90,29 @@ def _what(name: str, plan: Plan, format: str) -> str:
     )
 
 
+def _of_their_own(plan: Plan) -> dict[str, str]:
+    if not plan.tiers[-1].per_head:
+        return {}
+    layers, heads = plan.tiers[-1].heads
+    what = f"of {layers} layers" + f" and {heads} heads each" * (heads > 1)
+    return {"factors of their own": f"{what}, in `longrope.json` alone; readers get their mean"}
+
+
 def _factors(plan: Plan, found: Mapping[str, Any] | None) -> str:
     long = plan.long
     dropped = f"{plan.start_tokens}, left out here: no reader knows them"
     rows = {
         "original length": plan.settings.original_length,
         "window of the source": plan.settings.loaded_length,
+        "scaling of the source": plan.settings.rope_type,
         "target length": long.target_length,
+        "sequences that readers turn by the short factors": f"up to {plan.window} tokens",
         "lambdas": f"{long.lambdas.min():.4g} to {long.lambdas.max():.4g}, {len(long.lambdas)} "
         "pairs",
         "attention factor": f"{long.attention_factor:.6g}",
         "start tokens": dropped if plan.start_tokens else 0,
         "tiers by position": len(plan.tiers),
+        **_of_their_own(plan),
         **_versions(),
         **_flat(found or {}),
     }

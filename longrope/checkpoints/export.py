@@ -55,11 +55,16 @@ def export(
         The folder to write: new, or empty.
     factors
         One set, or tiers, whose last is the long factors. A single set comes back from
-        `longrope.load` as the last tier of `factors.ladder()`.
+        `longrope.load` as the last tier of `factors.ladder()`. Of factors by layer and head readers
+        get the mean: they know one set for all layers (llama.cpp's file too, whose tensor of
+        factors has no layer in its name).
     short
         `"long"`: the long factors for every length, so that nothing changes when a sequence grows.
-        `"none"`: the model as loaded for sequences within its window. Or factors with a smaller
-        `target_length`.
+        `"none"`: the model as loaded for sequences within its window, that of its own scaling
+        included. Or factors with a smaller `target_length`. Readers change sets by what they call
+        `original_max_position_embeddings`: it is the `target_length` of the short factors, and with
+        `"none"` on a model with a scaling not the window that lambdas count from, which
+        `longrope.json` keeps.
     format
         `"hf"` or `"gguf"`.
     drop_start_tokens

@@ -88,7 +88,13 @@ def plan_export(
             f"the factors are for an original length of {last.original_length} tokens, and the "
             f"model's is {settings.original_length}",
         )
-    plan = Plan(settings, tiers, *_two(settings, last, short), last.start_tokens)
+    if last.per_head:
+        warn(
+            "layers or heads have factors of their own, and readers know one set for all: the "
+            "export holds their mean, longrope.load gives back the tiers, and "
+            "longrope.measure_export says what readers lose",
+        )
+    plan = Plan(settings, tiers, *_two(settings, last.mean(), short), last.start_tokens)
     check_windows(decoder(model), plan.rule)
     if last.start_tokens and not switch("drop_start_tokens", drop_start_tokens):
         raise ValueError(
@@ -128,7 +134,7 @@ def _two(
     """Return the short factors, the long ones, and what `short` asked for."""
     long = last.replace(start_tokens=0)
     if isinstance(short, RescaleFactors):
-        found, choice = short, "factors"
+        found, choice = short.mean(), "factors"
         check_fit(settings, Tiers([short]))
     elif short == "long":
         found, choice = long.replace(target_length=settings.original_length), "long"

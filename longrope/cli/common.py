@@ -53,7 +53,13 @@ Dtype = Annotated[
 ]
 
 #: The arguments of commands by their names in the library; all others are options.
-_ARGUMENTS = {"model": "MODEL", "documents": "DATA", "data": "DATA", "what": "WHAT"}
+_ARGUMENTS = {
+    "model": "MODEL",
+    "documents": "DATA",
+    "data": "DATA",
+    "what": "WHAT",
+    "folder": "DIR",
+}
 
 
 def one_sentence_errors(command):

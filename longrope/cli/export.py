@@ -108,6 +108,24 @@ def _found(factors: Path) -> dict[str, Any] | None:
         said = strict_json(config.read_bytes())
         if not isinstance(said, dict):
             raise ValueError("something else than an object")
+        stage = _stage_one(said)
     except ValueError as error:
         raise ValueError(f"{config}: expected the config.json of a run, got {error}") from None
-    return {key: said[key] for key in ("model_name", "options", "data") if key in said}
+    found = {key: said[key] for key in ("model_name", "options", "data") if key in said}
+    return found if stage is None else found | {"stage_one": stage}
+
+
+def _stage_one(config: dict[str, Any]) -> str | None:
+    """Return what the factors of a search were found on top of, in words; None: of nothing."""
+    from longrope import RescaleFactors
+    from longrope.checkpoints.card import on_top_of
+
+    try:
+        problem = config.get("problem") or {}
+        stage = problem.get("stage")
+        if stage is None:
+            return None
+        lambdas = [float(value) for value in stage["lambdas"]]  # an infinite one is "inf" there
+        return on_top_of(RescaleFactors(**stage | {"lambdas": lambdas}), problem["target_length"])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("a stage that is no rescale factors") from None

@@ -17,14 +17,16 @@ from longrope.cli.common import (
     TextField,
     TokenCache,
     TokenDtype,
+    in_job,
     one_sentence_errors,
 )
-from longrope.cli.inputs import load_documents, load_model
+from longrope.cli.inputs import has_tiers, load_documents, load_model, rank, say
 from longrope.cli.options import takes
 from longrope.extension.config import FinetuneConfig
 
 
 @one_sentence_errors
+@in_job
 @takes(FinetuneConfig)
 def extend(
     model: Model,
@@ -57,7 +59,10 @@ def extend(
     device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=READING)] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Extend a window: search, fine-tuning, second search, recovery, export, in one run."""
+    """Extend a window: search, fine-tuning, second search, recovery, export, in one run.
+
+    Under torchrun all ranks search and train together.
+    """
     import longrope
     from longrope.extension.estimate import estimate, table
     from longrope.extension.run import ExtendArguments, prepared
@@ -65,6 +70,11 @@ def extend(
     if not (finetune or stages):
         _refuse_training_options(options)
     network, tokenizer = load_model(model, device, dtype, out if resume else None)
+    if has_tiers(model):
+        say(
+            "MODEL: extended from the one set of its config.json, as a model with a scaling; the "
+            "tiers of its longrope.json are for longrope search"
+        )
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
     }  # fmt: skip
@@ -80,14 +90,17 @@ def extend(
         "held_out": test,
         "test_windows": test_windows,
         "tokenizer": tokenizer,
-        "seed": options.seed,
+        "seed": options.seed or 0,
         "resume": resume,
     }
     if dry_run:
-        plan, *_ = prepared(network, documents, ExtendArguments(**arguments))
-        print(table(network, plan, estimate(network, plan)))
+        plan, _, held = prepared(network, documents, ExtendArguments(**arguments))
+        if rank() == 0:
+            print(table(network, plan, estimate(network, plan, len(held))))
         return
     result = longrope.extend(network, documents, **arguments)
+    if rank() > 0:
+        return
     print("Perplexity by range of positions, on text that no stage saw\n")
     print(result.measured.table())
     print(f"\nmodel in {result.folder / 'model'}, tiers in {result.folder / 'tiers.json'}")

@@ -130,13 +130,19 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def load_weights(name: str) -> Any:
-    """Load a model on the CPU, in eval mode and the dtype of its files."""
-    from transformers import AutoModelForCausalLM
+def _quiet() -> None:
+    """Let transformers show errors alone."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def load_weights(name: str) -> Any:
+    """Load a model on the CPU, in eval mode and the dtype of its files."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
     name = checked_model("MODEL", name)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -173,6 +179,33 @@ def load_model(
                 f"MODEL: cannot load the tokenizer of {name!r}: {_first_sentence(error)}"
             ) from None
     return model, tokenizer
+
+
+def has_tiers(name: str) -> bool:
+    """Say whether MODEL is a folder that `longrope.export` wrote, with tiers beside the weights."""
+    from longrope.checkpoints.hf import ABOUT
+
+    return (Path(os.path.expanduser(name)) / ABOUT).is_file()
+
+
+def load_extended(
+    name: str, device: str | None = None, dtype: str = "auto", out: Path | None = None
+) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)` of such a folder as `load_model` does, with its tiers applied."""
+    import longrope
+
+    _quiet()
+    device = choose_device(device)
+    name = checked_model("MODEL", name)
+    try:
+        model, tokenizer = longrope.load(name)
+    except Exception as error:  # many kinds, of transformers, safetensors and json
+        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+    if model.config.vocab_size == 256:
+        tokenizer = None
+    elif tokenizer is None:
+        raise ValueError(f"MODEL: expected a folder with a tokenizer, got {name!r} without one")
+    return on_device(model, device, dtype, out), tokenizer
 
 
 def on_device(model: Any, device: str, dtype: str = "auto", out: Path | None = None) -> Any:

@@ -5,6 +5,7 @@ Bad input ends with one sentence on standard error and exit code 2, without a tr
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -18,7 +19,9 @@ from longrope.cli.info import info
 from longrope.cli.passkey import passkey
 from longrope.cli.perplexity import perplexity
 from longrope.cli.recover import recover
+from longrope.cli.report import report
 from longrope.cli.search import search
+from longrope.runs import times
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,11 +46,12 @@ def common(
 
 
 for command in (
-    demo, search, extend, recover, perplexity, passkey, evaluate, export, info,
+    demo, search, extend, recover, perplexity, passkey, evaluate, report, export, info,
 ):  # fmt: skip
     app.command()(command)
 
 
 def main() -> None:
     """Entry point of the `longrope` command."""
+    times.came_from(sys.argv[1:])
     app()

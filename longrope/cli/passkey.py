@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,9 @@ def passkey(
 ) -> None:
     """Measure how often a model finds a key of five digits in filler, by length and depth."""
     import longrope
+    from longrope.report import at_end
+    from longrope.runs import times
+    from longrope.runs.folder import write_text
 
     wanted = whole_numbers("--lengths", lengths)
     if out is not None:
@@ -46,6 +50,7 @@ def passkey(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"--out: cannot write to {out} ({error.strerror})") from None
+        times.began(out)
     network, tokenizer = load_model(model, device, dtype)
     if factors is not None:
         sets = load_factors(factors, network, max(wanted), rope_theta=None, attention_factor=None)
@@ -58,4 +63,11 @@ def passkey(
     if out is not None:
         found.save_csv(out / "passkey.csv")
         found.plot(out / "passkey.png")
-        print(f"Saved: {out / 'passkey.csv'}, {out / 'passkey.png'}")
+        asked = {
+            "model": times.place(model), "lengths": wanted, "trials": trials, "seed": seed,
+            "depths": depths, "protocol": protocol, "tiers": tiers if factors else None,
+            "factors": None if factors is None else times.place(factors),
+        }  # fmt: skip
+        write_text(out / "passkey.json", json.dumps(asked, indent=1) + "\n")
+        at_end(out)
+        print(f"Saved: {out / 'passkey.csv'}, {out / 'passkey.png'}, {out / 'report.html'}")

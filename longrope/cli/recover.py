@@ -16,7 +16,13 @@ from longrope.cli.common import (
     TokenDtype,
     one_sentence_errors,
 )
-from longrope.cli.inputs import choose_device, load_documents, load_model, on_device
+from longrope.cli.inputs import (
+    choose_device,
+    has_tiers,
+    load_documents,
+    load_extended,
+    load_model,
+)
 from longrope.cli.options import takes
 from longrope.extension.config import RecoverOptions
 
@@ -50,16 +56,11 @@ def recover(
     import longrope
 
     device = choose_device(device)
-    if not (Path(model) / "longrope.json").is_file():
+    if not has_tiers(model):
         raise ValueError(
             f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
         )
-    network, tokenizer = longrope.load(model)
-    network = on_device(network, device, dtype, out if resume else None)
-    if network.config.vocab_size == 256:
-        tokenizer = None
-    elif tokenizer is None:
-        raise ValueError(f"MODEL: expected a tokenizer in the folder {model!r}, got none")
+    network, tokenizer = load_extended(model, device, dtype, out if resume else None)
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
     }  # fmt: skip

@@ -18,7 +18,14 @@ from longrope.cli.common import (
     in_job,
     one_sentence_errors,
 )
-from longrope.cli.inputs import load_documents, load_model, rank
+from longrope.cli.inputs import (
+    has_tiers,
+    load_documents,
+    load_extended,
+    load_model,
+    rank,
+    say,
+)
 from longrope.cli.options import takes
 from longrope.factor_search.options import MACHINE, SearchOptions
 
@@ -49,7 +56,11 @@ def search(
     """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
     import longrope
 
-    network, tokenizer = load_model(model, device, dtype, out if resume else None)
+    if has_tiers(model):
+        network, tokenizer = load_extended(model, device, dtype, out if resume else None)
+        say("MODEL: the tiers of its longrope.json are stage one (--scaling ignore: from the base)")
+    else:
+        network, tokenizer = load_model(model, device, dtype, out if resume else None)
     length = options.target_length
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from longrope.factors import RescaleFactors
-from longrope.runs import style
+from longrope.report import demo, figures, plots
+from longrope.runs.folder import write_table
 
 #: What a method applies: one set of factors, or a list of them for growing lengths.
 Factors = RescaleFactors | Sequence[RescaleFactors]
@@ -37,41 +37,24 @@ def as_rich_table(table: Table, lengths: Sequence[int]):
 
 def save_csv(table: Table, lengths: Sequence[int], path: Path) -> None:
     """Write one row per method."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", *lengths])
-        writer.writerows([name, *(f"{v:.6f}" for v in row)] for name, row in table.items())
+    rows = [[name, *(f"{v:.6f}" for v in row)] for name, row in table.items()]
+    write_table(path, ["method", *lengths], rows)
 
 
 def save_plot(
     table: Table, methods: Mapping[str, Factors], lengths: Sequence[int], path: Path
 ) -> None:
     """Plot perplexity by length, and the rescale factors by pair of dimensions."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    known = {each.label: name for name, each in style.STYLES.items()}
-    for label, row in table.items():
-        drawn = style.line(known[label])
-        left.plot(lengths, row, **drawn)
+    sets = []
+    for label, factors in methods.items():
         # Of tiers the last set is the one that reaches furthest; the others lie below it.
-        *_, furthest = sets_of(methods[label])
-        right.plot(furthest.lambdas, **(drawn | {"markersize": 2.5}))
-    left.axhline(table["none"][0], color="0.8", linestyle=":", zorder=0)
-    left.set(xlabel="window, tokens", ylabel="perplexity per byte, unseen files")
-    left.set_xscale("log", base=2)
-    left.set_yscale("log")
-    left.xaxis.set_major_locator(FixedLocator(lengths))
-    left.yaxis.set_major_locator(FixedLocator([2, 2.5, 3, 4, 6, 10, 20, 40]))
-    left.yaxis.set_minor_formatter(NullFormatter())
-    for axis in (left.xaxis, left.yaxis):
-        axis.set_major_formatter(ScalarFormatter())
-    left.legend(frameon=False)
-    right.set(xlabel="pair of dimensions i", ylabel="rescale factor $\\lambda_i$")
-    style.tidy(left, right)
-    figure.savefig(path, dpi=150)
+        *_, furthest = sets_of(factors)
+        sets.append((demo.style_of(label)._asdict() | {"markersize": 4}, furthest.lambdas))
+    with figures.canvas(path, size=(9.6, figures.SIZE[1])) as canvas:
+        left, right = canvas.subplots(1, 2)
+        demo.draw_perplexity(left, lengths, table)
+        plots.draw_factors(right, sets)
+        figures.legend(canvas, columns=4)
 
 
 def sets_of(factors: Factors) -> Iterable[RescaleFactors]:

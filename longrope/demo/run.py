@@ -11,6 +11,8 @@ import numpy as np
 
 from longrope.demo import corpus, report
 from longrope.factors import RescaleFactors
+from longrope.report import at_end
+from longrope.runs import times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,6 +140,7 @@ def run(
     except OSError as error:
         raise OSError(f"--out: cannot write to {out} ({error.strerror})") from None
 
+    times.began(out)
     model = load_packaged_model()
     settings = rope_settings(model)
     test_documents = excerpts("test", TEST_SAMPLES, seed)
@@ -178,12 +181,14 @@ def run(
     ladder.save(out / "tiers.json")
     report.save_csv(table, LENGTHS, out / "perplexity.csv")
     report.save_plot(table, methods, LENGTHS, out / "perplexity.png")
+    at_end(out)
     console.print(report.as_rich_table(table, LENGTHS))
     console.print(
         "\n".join(notes) + "\n"
         f"(A step by gradient counts as three. The paper's Algorithm 1 would take "
         f"6,560.) Search and test files are disjoint, and the model saw neither in training.\n\n"
-        f"Saved: {out / 'perplexity.png'}, {out / 'perplexity.csv'}, {out / 'factors.json'}\n"
+        f"Saved: {out / 'perplexity.png'}, {out / 'perplexity.csv'}, {out / 'factors.json'}, "
+        f"{out / 'report.html'}\n"
         f"Next: longrope search MODEL DATA --target-length N --out DIR finds factors for your "
         f"model;\n      longrope perplexity MODEL DATA --length N --factors DIR/factors.json "
         f"measures them.",

@@ -227,6 +227,12 @@ def current() -> Ranks:
     return _CURRENT.get()
 
 
+def processes() -> int:
+    """Return how many processes the job of this one has; 1: there is no job."""
+    joined = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if joined else 1
+
+
 def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
     """Let all ranks of the job run a function together, if there is a job.
 
@@ -235,7 +241,7 @@ def on_all_ranks(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def together(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if processes() == 1:
             return function(*args, **kwargs)
         ranks = JobRanks()
         token = _CURRENT.set(ranks)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from longrope.evaluation.intervals import proportion_interval
-from longrope.runs import style
-
-#: The bands of depth that the heat map shows.
-DEPTH_BANDS = 10
+from longrope.report import figures, plots
+from longrope.report.passkey import bands
+from longrope.runs.folder import write_table
 
 
 class Trial(NamedTuple):
@@ -88,17 +86,9 @@ class Passkey:
     def bands(self) -> np.ndarray:
         """Return the share of right trials by band of depth and length; NaN where there is none.
 
-        float64 `[DEPTH_BANDS, lengths]`, the shallowest band first.
+        float64 `[10, lengths]`, the shallowest band first.
         """
-        table = np.full((DEPTH_BANDS, len(self.lengths)), np.nan)
-        for column, length in enumerate(self.lengths):
-            trials = self.at(length)
-            # Stratified places lie between the ends of a band; a rounded one may lie on its end.
-            places = [min(int(t.depth * DEPTH_BANDS), DEPTH_BANDS - 1) for t in trials]
-            for row in set(places):
-                hits = [t.right for t, place in zip(trials, places, strict=True) if place == row]
-                table[row, column] = np.mean(hits)
-        return table
+        return bands([(trial.length, trial.depth, trial.right) for trial in self.trials])[0]
 
     def __str__(self) -> str:
         lines = ["length  right (95 % interval)    NLL of the key, nats per token"]
@@ -112,29 +102,14 @@ class Passkey:
 
     def save_csv(self, path: str | Path) -> None:
         """Write one row for each trial."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Trial._fields)
-            for trial in self.trials:
-                depth, nll = f"{trial.depth:.4f}", f"{trial.nll:.6f}"
-                writer.writerow(trial._replace(depth=depth, right=int(trial.right), nll=nll))
+        shown = [
+            t._replace(depth=f"{t.depth:.4f}", right=int(t.right), nll=f"{t.nll:.6f}")
+            for t in self.trials
+        ]
+        write_table(path, Trial._fields, shown)
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the share of right trials by depth and length into a PNG, PDF or SVG file."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(1.6 + 0.7 * len(self.lengths), 3.6), layout="constrained")
-        draw_bands(figure, figure.subplots(), self, title)
-        figure.savefig(path, dpi=150)
-
-
-def draw_bands(figure: Any, axes: Any, result: Passkey, title: str) -> None:
-    """Draw the heat map of a result into axes of a figure."""
-    image = axes.imshow(
-        result.bands(), vmin=0, vmax=1, cmap=style.heat(), aspect="auto", interpolation="nearest"
-    )
-    axes.set_xticks(range(len(result.lengths)), [str(length) for length in result.lengths])
-    ends = np.arange(0, DEPTH_BANDS + 1, 2)
-    axes.set_yticks(ends - 0.5, [f"{end / DEPTH_BANDS:.0%}" for end in ends])
-    axes.set(xlabel="prompt, tokens", ylabel="depth of the key", title=title)
-    figure.colorbar(image, ax=axes, label="right", ticks=[0, 0.5, 1])
+        size = plots.map_size(1, len(self.lengths))
+        with figures.canvas(Path(path), size=size) as canvas:
+            plots.draw_map(canvas.subplots(), self.bands(), self.lengths, title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -12,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from longrope.evaluation.intervals import bootstrap_interval, proportion_interval
+from longrope.report import figures
+from longrope.runs.folder import write_table
+from longrope.runs.style import STYLES, line
 
 #: NoLiMa's rule (arXiv 2502.05167): a length counts while 85 % of the short score is reached.
 SHARE_OF_SHORT = 0.85
@@ -120,30 +122,28 @@ class Ruler:
 
     def save_csv(self, path: str | Path) -> None:
         """Write one row for each sample; references are separated by spaces."""
-        with Path(path).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Scored._fields)
-            for sample in self.samples:
-                listed = " ".join(sample.references)
-                writer.writerow(sample._replace(score=f"{sample.score:.4f}", references=listed))
+        shown = [
+            s._replace(score=f"{s.score:.4f}", references=" ".join(s.references))
+            for s in self.samples
+        ]
+        write_table(path, Scored._fields, shown)
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the score of every task, and the average, by length."""
-        from matplotlib.figure import Figure
-
-        from longrope.runs import style
-
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        drawn = [(task, [self.score(task, n).mean for n in self.lengths]) for task in self.tasks]
-        styles = [style for name, style in style.STYLES.items() if name != "position"]
-        for (task, means), each in zip(drawn, styles, strict=False):
-            axes.plot(self.lengths, np.multiply(100, means), color=each.color, marker=each.marker,
-                      label=task)  # fmt: skip
+        styles = [style for name, style in STYLES.items() if name != "position"]
+        curves = [
+            figures.Curve(
+                style._asdict() | {"label": task, "linewidth": 1.2, "markersize": 4},
+                self.lengths, [100 * self.score(task, n).mean for n in self.lengths],
+            )
+            for task, style in zip(self.tasks, styles, strict=False)
+        ]  # fmt: skip
         means = [100 * self.average(n).mean for n in self.lengths]
-        axes.plot(self.lengths, means, **style.line("position", label="average"))
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="prompt and answer, tokens", ylabel="score", ylim=(-3, 103), title=title)
-        axes.legend(frameon=False, ncols=2)
-        style.tidy(axes)
-        figure.savefig(path, dpi=150)
+        curves.append(figures.Curve(line("position", label="average"), self.lengths, means))
+        with figures.canvas(Path(path)) as canvas:
+            axes = canvas.subplots()
+            figures.draw_curves(axes, curves, log_y=False, far=False)
+            axes.set_ylim(-3, 103)
+            figures.lengths_axis(axes, self.lengths, "prompt and answer, tokens")
+            axes.set(ylabel="score", title=title)
+            figures.legend(canvas)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from longrope import report
 from longrope._validation import choice, count, natural
 from longrope.documents import as_documents
 from longrope.documents.checks import Documents, like
@@ -72,8 +74,8 @@ def evaluate(
     factors
         By name, what `longrope.apply` takes.
     out
-        The folder of the run: `journal.jsonl`, `evaluation.csv`, `evaluation.png`, and with passkey
-        `passkey.png`.
+        The folder of the run: `journal.jsonl`, `evaluation.csv`, `evaluation.png`, with passkey
+        `passkey.png`, and `report.html` with `results.csv` and plots.
     tasks
         Of `"perplexity"` (windows that do not overlap), `"passkey"`, `"ruler"` and `"longppl"`,
         whose key tokens are those of the first set of `factors` that has enough of them, for it
@@ -129,6 +131,7 @@ def evaluate(
             figures = _figures(journal, model, texts, tokenizer, sets, header, progress)
     result = Evaluation(tuple(figures))
     result.save(folder)
+    report.at_end(folder)
     return result
 
 
@@ -218,6 +221,14 @@ def _applied(model: nn.Module, factors: Any, tiers: str) -> Iterator[None]:
         remove(model)
 
 
+def _doublings(window: int, length: int) -> list[tuple[int, int]]:
+    """Return ranges of positions: the original window, up to twice that, and so on to `length`."""
+    edges = [0, min(window, length)]
+    while edges[-1] < length:
+        edges.append(min(2 * edges[-1], length))
+    return list(itertools.pairwise(edges))
+
+
 def _measure(
     model: nn.Module,
     texts: Any,
@@ -247,8 +258,17 @@ def _measure(
         }  # fmt: skip
     long_enough = like(texts, [text for text in texts if len(text) >= length])
     if task == "perplexity":
-        value = perplexity(model, long_enough, length=length, stride=length, bos=bos)
-        return {"value": float(value), "low": None, "high": None, "n": value.tokens, "detail": None}
+        ranges = _doublings(rope_settings(model).original_length, length)
+        value = perplexity(
+            model, long_enough, length=length, stride=length, bos=bos, ranges=ranges
+        )  # fmt: skip
+        parts = [
+            [*pair, part if math.isfinite(part) else None]
+            for pair, part in zip(ranges, value.by_range, strict=True)
+        ]
+        return {
+            "value": float(value), "low": None, "high": None, "n": value.tokens, "detail": parts,
+        }  # fmt: skip
     nothing = dict.fromkeys(("value", "low", "high", "n", "detail"))
     if length <= rope_settings(model).original_length + 1:
         return nothing

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longrope.evaluation.passkey_result import Passkey, Trial, draw_bands
-from longrope.runs import style
-from longrope.runs.folder import write_text
+from longrope.evaluation.passkey_result import Passkey, Trial
+from longrope.report import figures as drawing
+from longrope.report import plots
+from longrope.report.evaluation import AS_LOADED, TASKS, draw_by_length, looks
+from longrope.runs.folder import write_table
 
-AS_LOADED = "as loaded"
 CSV, PLOT, MAPS = "evaluation.csv", "evaluation.png", "passkey.png"
 FILES = (CSV, PLOT, MAPS)
-#: What the value of a task is, and how it is written.
-_TASKS = {
-    "perplexity": ("perplexity", "{:.4f}"),
-    "passkey": ("passkey, share of right trials", "{:.2f}"),
-    "ruler": ("RULER-synthetic-6, share", "{:.3f}"),
-    "longppl": ("LongPPL", "{:.4f}"),
-}
 #: The shortest length of lm-eval's RULER tasks.
 _LEAST_LM_EVAL = 4096
 
@@ -54,7 +46,7 @@ class Figure(NamedTuple):
     def __str__(self) -> str:
         if self.value is None:
             return "-"
-        form = _TASKS[self.task][1]
+        form = f"{{:.{TASKS[self.task][1]}f}}"
         ends = "" if self.low is None else f" ({form} to {form})".format(self.low, self.high)
         return form.format(self.value) + ends
 
@@ -83,7 +75,7 @@ class Evaluation:
     def _tables(self) -> Iterator[list[list[str]]]:
         for task in self.tasks:
             lengths = sorted({f.length for f in self.figures if f.task == task})
-            table = [[_TASKS[task][0], *map(str, lengths)]]
+            table = [[TASKS[task][0], *map(str, lengths)]]
             for name in self.sets:
                 found = self.of(task, name)
                 table.append([name, *(str(found[length]) for length in lengths)])
@@ -101,66 +93,46 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Write the table and the plots into a folder."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*Figure._fields[:-1], "parts"])
-        for figure in self.figures:
-            parts = json.dumps(figure.detail) if figure.task == "ruler" else ""
-            writer.writerow([*figure[:-1], parts])
-        write_text(folder / CSV, text.getvalue())
+        rows = [
+            [*figure[:-1], json.dumps(figure.detail) if figure.task == "ruler" else ""]
+            for figure in self.figures
+        ]
+        write_table(folder / CSV, [*Figure._fields[:-1], "parts"], rows)
         self._plot(folder / PLOT)
         if "passkey" in self.tasks:
             self._maps(folder / MAPS)
 
     def _plot(self, path: Path) -> None:
-        from matplotlib.figure import Figure as Canvas
+        styles = looks(self.sets)
+        lengths = sorted({figure.length for figure in self.figures})
 
-        canvas = Canvas(figsize=(5 * len(self.tasks), 4), layout="constrained")
-        for axes, task in zip(canvas.subplots(1, len(self.tasks), squeeze=False)[0], self.tasks,
-                              strict=True):  # fmt: skip
-            for name, look in zip(self.sets, looks(self.sets), strict=True):
+        def panel(number: int, axes: Any) -> None:
+            task, curves = self.tasks[number], []
+            for name, look in zip(self.sets, styles, strict=True):
                 points = [f for f in self.of(task, name).values() if f.value is not None]
-                drawn = [(f.length, f.value) for f in points]
-                axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), **look)
-                spans = [f for f in points if f.low is not None]
-                axes.vlines([f.length for f in spans], [f.low for f in spans],
-                            [f.high for f in spans], color=look["color"], alpha=0.4)  # fmt: skip
-            axes.set_xscale("log", base=2)
-            axes.set(xlabel="tokens", ylabel=_TASKS[task][0])
-            if task in ("perplexity", "longppl"):
-                axes.set_yscale("log")
-            else:
-                axes.set_ylim(-0.03, 1.03)
-            style.tidy(axes)
-        axes.legend(frameon=False)
-        canvas.savefig(path, dpi=150)
+                curves.append(
+                    drawing.Curve(
+                        look, [f.length for f in points], [f.value for f in points],
+                        [f.low for f in points], [f.high for f in points],
+                    )
+                )  # fmt: skip
+            draw_by_length(axes, task, curves, lengths)
+
+        with drawing.canvas(path, size=drawing.panels_size(len(self.tasks))) as canvas:
+            drawing.panels(canvas, len(self.tasks), panel)
+            drawing.legend(canvas)
 
     def _maps(self, path: Path) -> None:
-        from matplotlib.figure import Figure as Canvas
-
-        canvas = Canvas(figsize=(4 * len(self.sets), 3.6), layout="constrained")
-        for axes, name in zip(canvas.subplots(1, len(self.sets), squeeze=False)[0], self.sets,
-                              strict=True):  # fmt: skip
-            draw_bands(canvas, axes, self.passkey(name), name)
-        canvas.savefig(path, dpi=150)
+        results = {name: self.passkey(name) for name in self.sets}
+        maps = {name: (found.bands(), found.lengths) for name, found in results.items()}
+        size = plots.map_size(len(maps), max(len(lengths) for _, lengths in maps.values()))
+        with drawing.canvas(path, size=size) as canvas:
+            plots.draw_maps(canvas, maps)
 
     def passkey(self, name: str) -> Passkey:
         """Return the passkey trials of a set."""
         found = self.of("passkey", name).values()
         return Passkey(tuple(Trial(*trial) for figure in found for trial in figure.detail))
-
-
-def looks(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return how the curve of each set is drawn: a known name in its own style, others in order."""
-    known = {AS_LOADED: "none"} | {name: name for name in style.STYLES}
-    used = [known[name] for name in names if name in known]
-    rest = iter([name for name in ("gradient", "evolution", "hybrid", *style.STYLES)
-                 if name not in used])  # fmt: skip
-    drawn = []
-    for name in names:
-        chosen = known.get(name) or next(rest, "gradient")
-        drawn.append(style.line(chosen, label=name))
-    return drawn
 
 
 def other_suites(folder: str, lengths: Sequence[int]) -> str:

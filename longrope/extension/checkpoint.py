@@ -52,15 +52,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def last_complete(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps; those that are not are removed."""
+def last_complete(folder: Path, clear: bool = True) -> Path | None:
+    """Return the complete checkpoint with the most steps; with `clear` others are removed."""
     complete = None
     for path in checkpoints(folder):
         if is_complete(path):
             complete = path
-        else:
+        elif clear:
             shutil.rmtree(path)
     return complete
+
+
+def remove_all(folder: Path) -> None:
+    """Remove all checkpoints of a stage."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
 
 
 def forget(folder: Path, keep: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 from longrope._validation import checked_bos, choice, count, integer, natural, positive, switch
 from longrope.runs.options import Options, about
 
+#: Steps of LongRoPE's warm-up (400 to 1,000 steps in all), and the share of the steps that it takes
+#: at most where nothing was asked for.
+_WARMUP, _WARMUP_SHARE = 20, 5
 #: Which factors a row of training text is turned by.
 TIERS = ("position", "row", "one")
 #: Learning rates after the warm-up, by the names of transformers.
@@ -39,6 +43,8 @@ def _option(default: Any, check: Any, help: str) -> Any:
 class FinetuneConfig(Options):
     """How a stage of fine-tuning trains; the defaults are LongRoPE's for LLaMA2, with tiers.
 
+    What is given here wins over a recipe of `longrope.extend`, also where it is the default.
+
     Attributes
     ----------
     steps, batch_size
@@ -47,7 +53,8 @@ class FinetuneConfig(Options):
         Rows of one forward pass on one device; the gradients of as many passes as a batch needs
         are added up.
     learning_rate, decay, warmup_steps
-        The rate after the warm-up, which rises from 0 along a line, and what it does then.
+        The rate after the warm-up, which rises from 0 along a line, and what it does then. None:
+        20 steps of warm-up, at most a fifth of `steps`.
     weight_decay, adam_beta2, max_grad_norm
         AdamW, and the norm to which the gradients of a step are clipped.
     tiers
@@ -76,8 +83,8 @@ class FinetuneConfig(Options):
     save_steps, keep
         Steps between checkpoints, and how many complete ones stay.
     seed
-        Seed of rows and of the order of everything. A stage takes the rows behind those of the
-        stages before it.
+        Seed of rows and of the order of everything; None: that of the run. A stage takes the rows
+        behind those of the stages before it.
     """
 
     steps: int = _option(400, count, "Optimizer steps.")
@@ -85,7 +92,9 @@ class FinetuneConfig(Options):
     rows_per_pass: int = _option(1, count, "Rows of one forward pass.")
     learning_rate: float = _option(2e-5, positive, "Learning rate after the warm-up.")
     decay: str = _option("linear", partial(choice, choices=DECAYS), "constant, linear or cosine.")
-    warmup_steps: int = _option(20, natural, "Steps in which the learning rate rises.")
+    warmup_steps: int | None = _option(
+        None, natural, "Steps in which the learning rate rises; default: 20, at most a fifth."
+    )
     weight_decay: float = _option(0.0, _rate, "AdamW's weight decay.")
     adam_beta2: float = _option(0.95, _share, "AdamW's second decay rate.")
     max_grad_norm: float = _option(1.0, positive, "Clip the gradients of a step to this norm.")
@@ -103,7 +112,13 @@ class FinetuneConfig(Options):
     lora_alpha: float = _option(16.0, positive, "Scale of the adapters.")
     save_steps: int = _option(50, count, "Steps between checkpoints.")
     keep: int = _option(1, count, "Complete checkpoints that stay.")
-    seed: int = _option(0, natural, "Seed of the rows of text.")
+    seed: int | None = _option(None, natural, "Seed of every random choice; default: 0.")
+
+    def __new__(cls, **given: Any) -> FinetuneConfig:
+        """Note which fields are given, which no value can tell where it is the default."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", frozenset(given))  # the way into a frozen dataclass
+        return made
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,7 +127,7 @@ class FinetuneConfig(Options):
                 f"rows_per_pass: expected a divisor of batch_size ({self.batch_size}), got "
                 f"{self.rows_per_pass}"
             )
-        if self.warmup_steps > self.steps:
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
             raise ValueError(
                 f"warmup_steps: expected at most steps ({self.steps}), got {self.warmup_steps}"
             )
@@ -120,6 +135,25 @@ class FinetuneConfig(Options):
             raise ValueError(
                 "packed: expected False with tiers='row', whose rows have one length, got True"
             )
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that were given; of a copy by `dataclasses.replace` those that differ.
+
+        Such a copy names all fields, and the values that it took over were no one's wish.
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        all_named = len(self._given) == len(fields)
+        values = {name: getattr(self, name) for name in fields if name in self._given}
+        return {n: v for n, v in values.items() if not all_named or v != fields[n]}
+
+    def resolved(self, seed: int = 0) -> FinetuneConfig:
+        """Return this with a number for every None that stands for one; `seed` is the run's."""
+        warmup = min(_WARMUP, self.steps // _WARMUP_SHARE)
+        return dataclasses.replace(
+            self,
+            warmup_steps=warmup if self.warmup_steps is None else self.warmup_steps,
+            seed=seed if self.seed is None else self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

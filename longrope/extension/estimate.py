@@ -11,6 +11,7 @@ from torch import nn
 
 from longrope.evaluation.memory import cache_bytes, free_memory
 from longrope.evaluation.modes import evaluating, vocabulary
+from longrope.extension.beside import RULES
 from longrope.extension.finetune import recomputes
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.factor_search.methods import most_evaluations
@@ -33,7 +34,7 @@ class Cost:
     Attributes
     ----------
     stage
-        Its name and kind, in words.
+        Its name and kind, in words; or the table.
     tokens
         Tokens that go through the model, a backward pass counted twice.
     memory
@@ -48,27 +49,34 @@ class Cost:
     seconds: float
 
 
-def estimate(model: nn.Module, plan: Plan) -> list[Cost]:
-    """Return the cost of every stage, from one timed forward pass of the model's own window.
+def estimate(model: nn.Module, plan: Plan, windows: int) -> list[Cost]:
+    """Return the cost of every stage, and last that of the table on so many windows.
 
-    Attention grows with the square of the length; everything else with the length.
+    From one timed forward pass of the model's own window. Attention grows with the square of the
+    length; everything else with the length.
     """
     speed = _flops_per_second(model, plan.window)
     costs = []
-    for stage in plan.stages:
-        length, passes, memory = _of_stage(model, plan, stage)
-        tokens = passes * length
+
+    def add(name: str, length: int, passes: float, memory: int) -> None:
         seconds = passes * _forward_flops(model, length) / speed
-        costs.append(Cost(f"{stage.name} ({stage.kind})", tokens, memory, seconds))
+        costs.append(Cost(name, passes * length, memory, seconds))
+
+    for stage in plan.stages:
+        add(f"{stage.name} ({stage.kind})", *_of_stage(model, stage))
+    target = plan.target_length
+    rows = 1 + len(plan.stages) + len(RULES)  # as it was, after each stage, and the rules
+    add("the table", target, rows * windows, _weights(model) + cache_bytes(model, target))
     return costs
 
 
 def table(model: nn.Module, plan: Plan, costs: Sequence[Cost]) -> str:
     """Return the plan with its costs as a table."""
     rows = [("stage", "does", "tokens", "memory", "time at most")]
-    for stage, cost in zip(plan.stages, costs, strict=True):
+    does = [*map(_does, plan.stages), "perplexity by range, before and after each stage"]
+    for what, cost in zip(does, costs, strict=True):
         rows.append(
-            (cost.stage, _does(stage), f"{cost.tokens:,.0f}", _gigabytes(cost.memory),
+            (cost.stage, what, f"{cost.tokens:,.0f}", _gigabytes(cost.memory),
              _duration(cost.seconds))
         )  # fmt: skip
     seconds = sum(cost.seconds for cost in costs)
@@ -78,15 +86,17 @@ def table(model: nn.Module, plan: Plan, costs: Sequence[Cost]) -> str:
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     free = free_memory(device_of(model))
     known = "" if free is None else f"{_gigabytes(free)} of memory are free. "
-    lines.append(
-        known + "Speed by one forward pass on this machine; the table of each stage is extra."
-    )
+    lines.append(known + "Memory beside that of the process, speed by one forward pass here.")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _of_stage(model: nn.Module, plan: Plan, stage: Stage) -> tuple[int, float, int]:
+def _weights(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _of_stage(model: nn.Module, stage: Stage) -> tuple[int, float, int]:
     """Return the tokens of a row, the forward passes of one, and the bytes at the widest point."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = _weights(model)
     if isinstance(stage, FinetuneStage):
         config = stage.config
         rows = config.steps * config.batch_size

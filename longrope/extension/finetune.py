@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.util
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longrope.distributed import ranks
 from longrope.evaluation.memory import plan_backward
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token, without_bos
@@ -26,19 +25,23 @@ from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
-from longrope.runs.folder import write_text
+from longrope.runs.folder import write_table, write_text
 from longrope.runs.progress import bar
 
 #: What a stage leaves beside its weights: the loss of every step.
 LOSSES = "losses.csv"
 #: How it goes through the model, which a resumed stage has to adopt.
 NOTES = "notes.json"
+#: How accelerate is told to cut weights into shards.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 #: What transformers seeds, numpy's older generator among it, takes numbers below this.
 _SEEDS = 2**32
 
 
-def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
+def check_trainable(model: nn.Module, config: FinetuneConfig, processes: int = 1) -> None:
     """Refuse a model whose weights cannot be trained, before anything is written.
+
+    `processes` is the number of ranks, which share the rows of a step.
 
     Raises `ValueError`, or `ImportError` where a package is missing.
     """
@@ -51,6 +54,17 @@ def check_trainable(model: nn.Module, config: FinetuneConfig) -> None:
             "finetune: expected no context parallelism of accelerate, which splits SDPA alone and "
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
+        )
+    for name in _SHARDING:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise ValueError(
+                "finetune: expected whole weights on every rank (data parallelism alone), got "
+                f"{name}={os.environ[name]}"
+            )
+    if config.batch_size % (config.rows_per_pass * processes):
+        raise ValueError(
+            f"batch_size: expected a multiple of rows_per_pass ({config.rows_per_pass}) times the "
+            f"number of ranks ({processes}), got {config.batch_size}"
         )
     dropped = getattr(text_config(model), "attention_dropout", 0)
     if config.tiers == "position" and dropped:
@@ -223,16 +237,18 @@ def _train(
     from longrope.extension.trainer import GradientGuard, Progress, RowTrainer, giving_loss
 
     config = stage.config
+    job = ranks.current()
     out.mkdir(parents=True, exist_ok=True)
-    last = checkpoint.last_complete(out)
+    last = job.broadcast(checkpoint.last_complete(out) if job.first else None)
     cpu = device_of(model).type == "cpu"
-    _checkpoint_activations(model, _recomputes(model, stage, out))
+    recomputed = job.broadcast(_recomputes(model, stage, out) if job.first else None)
+    _checkpoint_activations(model, recomputed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
         per_device_train_batch_size=config.rows_per_pass,
-        gradient_accumulation_steps=config.batch_size // config.rows_per_pass,
+        gradient_accumulation_steps=config.batch_size // (config.rows_per_pass * job.size),
         learning_rate=config.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.decay, config.decay),
         warmup_steps=config.warmup_steps,
@@ -252,14 +268,14 @@ def _train(
         remove_unused_columns=False,
         dataloader_pin_memory=not cpu,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process: no nn.DataParallel over all of them
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process a device: no nn.DataParallel over many
     with giving_loss(trained), contextlib.ExitStack() as stack:
         trainer = RowTrainer(
             trained, arguments, train_dataset=rows, name=stage.name, keep=config.keep
         )
         _quiet(trainer)
         trainer.add_callback(GradientGuard(trainer))
-        if progress:
+        if progress and job.first:
             update = stack.enter_context(bar(config.steps, "loss"))
             update(checkpoint.step_of(last) if last else 0, 0, None)
             trainer.add_callback(Progress(update, config.batch_size * stage.length))
@@ -267,7 +283,8 @@ def _train(
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
             _checkpoint_activations(model, False)
-    _write_losses(out / LOSSES, trainer.state.log_history)
+    if job.first:
+        _write_losses(out / LOSSES, trainer.state.log_history)
 
 
 def recomputes(model: nn.Module, stage: FinetuneStage) -> bool:
@@ -306,11 +323,7 @@ def _quiet(trainer: Any) -> None:
 
 
 def _write_losses(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
     names = ("step", "loss", "grad_norm", "learning_rate")
-    writer.writerow(names)
-    for entry in history:
-        if "loss" in entry:
-            writer.writerow([entry.get(name) for name in names])
-    write_text(path, table.getvalue())
+    write_table(
+        path, names, ([entry.get(n) for n in names] for entry in history if "loss" in entry)
+    )

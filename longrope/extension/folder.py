@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from longrope._files import new_folder
+from longrope.distributed.ranks import Ranks
 from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
 from longrope.patching.saving import exporting
+from longrope.report.extension import BASELINES
 from longrope.runs import folder
-from longrope.runs.journal import Journal, is_begun, read
+from longrope.runs.journal import Journal, Replay, is_begun, read
 
 KIND = "context extension"
 STAGES, MODEL, TIERS, TABLE = "stages", "model", "tiers.json", "table.md"
@@ -35,7 +37,7 @@ WEIGHTS = "weights"
 
 def prepare(out: str | Path, resume: bool) -> Path:
     """Create or check the folder, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (STAGES, MODEL, TIERS, TABLE), resume)
+    return folder.prepare(out, KIND, (STAGES, MODEL, TIERS, TABLE, BASELINES), resume)
 
 
 def header(
@@ -70,8 +72,9 @@ def clear(out: Path) -> None:
     Beside the folder of the stages only what is named after a file of a run: `out` may be a folder
     that holds other things.
     """
-    ours = (folder.CONFIG, TIERS, TABLE, MODEL)
+    ours = (folder.CONFIG, TIERS, TABLE, MODEL, BASELINES, folder.REPORT, folder.ROWS)
     beside = [path for name in ours for path in out.glob(f".{name}.????????")]
+    beside += (out / folder.PLOTS).glob(".*.????????")
     for half in [*beside, *(out / STAGES).rglob(".*.*")]:
         if half.is_dir():
             shutil.rmtree(half)
@@ -79,14 +82,27 @@ def clear(out: Path) -> None:
             half.unlink(missing_ok=True)  # it may have been in a folder before it
 
 
-def open_journal(out: Path, head: Mapping[str, Any], notes: Mapping[str, Any]) -> Journal:
-    """Open the journal; `JournalError` where it is that of another plan, model or documents."""
-    return Journal(out / folder.JOURNAL, dict(head), dict(notes), kind=KIND, explain=explain)
+@contextlib.contextmanager
+def opened(
+    out: Path, head: Mapping[str, Any], resume: bool, job: Ranks, notes: Mapping[str, Any]
+) -> Iterator[Replay]:
+    """Hold the folder and its journal, which the first rank writes; others have what it held.
 
-
-def write_config(out: Path, head: Mapping[str, Any]) -> None:
-    """Write what the run was asked to do, for people."""
-    folder.write_config(out, {"options": head["plan"], **head})
+    What a killed run was writing is removed. `JournalError` where the journal is that of another
+    plan, model or documents.
+    """
+    with contextlib.ExitStack() as stack:
+        journal = None
+        if job.first:
+            prepare(out, resume)
+            journal = stack.enter_context(
+                Journal(out / folder.JOURNAL, dict(head), dict(notes), kind=KIND, explain=explain)
+            )
+            clear(out)
+            folder.write_config(out, {"options": head["plan"], **head})
+        pending = job.broadcast(None if journal is None else journal.pending)
+        job.when_lost = "the same command resumes"
+        yield Replay(out / folder.JOURNAL, {}, pending) if journal is None else journal
 
 
 def weights_hash(model: nn.Module) -> str:

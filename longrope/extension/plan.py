@@ -65,7 +65,7 @@ class FinetuneStage:
     factors
         The name of the search; None: the last one before.
     config
-        How to train.
+        How to train; its seed and its warm-up are numbers here.
     """
 
     name: str
@@ -74,6 +74,9 @@ class FinetuneStage:
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     kind = "finetune"
+
+    def __post_init__(self):
+        object.__setattr__(self, "config", self.config.resolved())  # the way into a frozen one
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def stage_of(table: Mapping[str, Any], number: int, defaults: FinetuneConfig, se
     """Return a stage from its table, as a TOML file or a caller writes it.
 
     `number` counts stages from 1, for names and messages; `defaults` is what a stage of fine-tuning
-    does not say itself, `seed` that of a search that names none.
+    does not say itself, `seed` that of a stage that names none.
 
     Raises `ValueError` in one sentence that names the stage and the key.
     """
@@ -143,7 +146,7 @@ def stage_of(table: Mapping[str, Any], number: int, defaults: FinetuneConfig, se
             SearchOptions(target_length=length, ladder=tiers == "position", **options)
             return SearchStage(name, length, tiers, options)
         factors = given.pop("factors", None)
-        config = dataclasses.replace(defaults, **given)
+        config = dataclasses.replace(defaults, **given).resolved(seed)
         return FinetuneStage(name, length, factors, config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longrope import report
 from longrope._validation import integer, switch
 from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
@@ -108,8 +109,8 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
     test
         Documents to judge on, which no search sees; None: the held-out windows of the searches.
     out
-        Run directory: a journal from which a killed search resumes to the bit, `tiers.json` and
-        `recovery.md`.
+        Run directory: a journal from which a killed search resumes to the bit, `tiers.json`,
+        `recovery.md` and `report.html`.
     resume
         False: start again.
 
@@ -189,6 +190,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
     if options.out is not None:
         tiers.save(Path(options.out) / TIERS)
         write_text(Path(options.out) / TABLE, result.table() + "\n")
+        report.at_end(Path(options.out))
     return result
 
 

@@ -16,11 +16,14 @@ from torch import nn
 
 from longrope._validation import count, natural, switch
 from longrope.checkpoints import Measured, export
+from longrope.checkpoints.card import on_top_of
+from longrope.distributed import ranks
 from longrope.documents import as_documents
 from longrope.documents.checks import like
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token
 from longrope.extension import folder
+from longrope.extension.beside import finish
 from longrope.extension.config import FinetuneConfig
 from longrope.extension.finetune import check_trainable, rows_of
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, Stage
@@ -88,6 +91,7 @@ class ExtendResult:
     plan: Plan
 
 
+@ranks.on_all_ranks
 @torch.inference_mode(False)
 @from_keywords(ExtendArguments)
 def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments) -> ExtendResult:
@@ -116,8 +120,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
         The window to reach, in tokens.
     out
         The folder of the run: `config.json`, `journal.jsonl`, a folder for each stage under
-        `stages`, then `tiers.json`, `table.md` and `model`, which `longrope.load`, plain
-        transformers and vLLM read.
+        `stages`, then `tiers.json`, `table.md`, `model`, which `longrope.load`, plain transformers
+        and vLLM read, and `report.html` with `results.csv` and plots.
     finetune
         None: no training, one search. A `longrope.FinetuneConfig`: train so, where `stages` does
         not say otherwise.
@@ -153,14 +157,16 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     OSError
         In one sentence, where the disk is full; the same call goes on when there is room.
     """
+    job = ranks.current()
     plan, kept, held_out = prepared(model, documents, options)
-    out = folder.prepare(options.out, options.resume)
     head = folder.header(plan, model, kept, held_out)
-    work = Work(plan, model, kept, held_out, out, options.progress)
+    job.check_same(head)
+    work = Work(plan, model, kept, held_out, Path(options.out), options.progress, job)
     state = State(model)
-    with folder.no_bars(), folder.open_journal(out, head, dtype_note(model)) as journal:
-        folder.clear(out)
-        folder.write_config(out, head)
+    with (
+        folder.no_bars(),
+        folder.opened(work.out, head, options.resume, job, dtype_note(model)) as journal,
+    ):
         rows = []
         if journal.pending:
             rows.append(row_from_json(journal.pending[0]["row"]))
@@ -181,8 +187,9 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
             rows.append(work.measured(f"{stage.name}: {_words(stage)}", state))
             journal.append([entry | {"row": row_as_json(rows[-1])}])
         measured = table_of(rows, work.ranges, held_out)
-        _publish(work, state, measured, options.tokenizer, journal)
-    return ExtendResult(apply(state.model, state.tiers), state.tiers, measured, out, plan)
+        work.by_first(lambda: _publish(work, state, measured, options.tokenizer, journal))
+        work.by_first(lambda: finish(work))
+    return ExtendResult(apply(state.model, state.tiers), state.tiers, measured, work.out, plan)
 
 
 def prepared(
@@ -192,10 +199,14 @@ def prepared(
 
     Returns the plan, the documents for the stages, and the excerpts for the table.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = ranks.processes()
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate takes part in a job that says so in the environment, and in no other.
+    if told != processes or (told > 1 and "LOCAL_RANK" not in os.environ):
         raise ValueError(
-            f"extend: expected one process, got a job of {os.environ['WORLD_SIZE']} ranks "
-            "(longrope.search takes them)"
+            "extend: expected a job that torchrun started and that all have joined "
+            f"(torch.distributed.init_process_group), got WORLD_SIZE={told}, "
+            f"LOCAL_RANK={os.environ.get('LOCAL_RANK')} and {processes} joined"
         )
     settings = rope_settings(model)
     plan = make_plan(
@@ -221,7 +232,7 @@ def prepared(
         kept = given
     kept = like(documents, kept)
     for stage in plan.stages:
-        _check_stage(model, stage, kept)
+        _check_stage(model, stage, kept, processes)
     return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
 
 
@@ -241,9 +252,11 @@ def _held_out(
     return kept, [documents[index] for index in sorted(chosen)]
 
 
-def _check_stage(model: nn.Module, stage: Stage, documents: Sequence[torch.Tensor]) -> None:
+def _check_stage(
+    model: nn.Module, stage: Stage, documents: Sequence[torch.Tensor], processes: int
+) -> None:
     if isinstance(stage, FinetuneStage):
-        check_trainable(model, stage.config)
+        check_trainable(model, stage.config, processes)
         rows_of(model, documents, stage, bos_token(stage.config.bos, model, documents))
         return
     length = stage.lengths[-1] if isinstance(stage, RecoverStage) else stage.length
@@ -275,8 +288,12 @@ def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journ
         given: Any = state.tiers
         if len(given) == 1:
             given = for_every_position(given[0], work.plan.window)
+        found = {"plan": json.loads(json.dumps(work.plan.as_dict()))}
+        last = state.tiers[-1].target_length
+        if state.trained is not None and state.trained[-1].target_length < last:
+            found["stage_one"] = on_top_of(state.trained[-1], last)
         export(
             state.model, model, given, drop_start_tokens=True, tokenizer=tokenizer,
-            measured=measured, found={"plan": json.loads(json.dumps(work.plan.as_dict()))},
+            measured=measured, found=found,
         )  # fmt: skip
         journal.append([{"stage": folder.EXPORT}])

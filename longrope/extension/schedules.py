@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longrope.extension.config import FinetuneConfig
-from longrope.extension.plan import Plan, read_stages, stage_of
+from longrope.extension.plan import FinetuneStage, Plan, read_stages, stage_of
 
 #: The ratio that a search alone reaches (LongRoPE, section 3.2).
 SEARCHED = 8
@@ -15,6 +15,8 @@ SEARCHED = 8
 TRAINED_ONCE = SEARCHED * SEARCHED
 #: Above this length the paper searches with half the sizes and 3 documents.
 HALVED_ABOVE = 512 * 1024
+#: Tokens of a row of the paper's Mistral, whatever the factors reach.
+MISTRAL_ROWS = 16 * 1024
 
 
 def by_ratio(window: int, target: int, finetune: FinetuneConfig | None) -> list[dict[str, Any]]:
@@ -74,19 +76,22 @@ def _paper(
 
 def paper_llama2(window: int, target: int) -> list[dict[str, Any]]:
     """LongRoPE's LLaMA2: 400 steps at 1/16 of the target, 600 at 1/8, batches of 32, 2e-5."""
-    how = {"learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20}
+    how = {"learning_rate": 2e-5, "decay": "linear", "batch_size": 32}
     return _paper(
         window, target, lambda length: length, [{"steps": 400, **how}, {"steps": 600, **how}]
     )
 
 
 def paper_mistral(window: int, target: int) -> list[dict[str, Any]]:
-    """LongRoPE's Mistral: the same on rows of 16k (4 windows), batches of 64, a constant 1e-6."""
-    how = {"learning_rate": 1e-6, "decay": "constant", "batch_size": 64, "warmup_steps": 20}
+    """LongRoPE's Mistral: the same on rows of 16k tokens, batches of 64, a constant 1e-6.
+
+    Rows of 16k where the factors reach so far, and never shorter than the model's window.
+    """
+    how = {"learning_rate": 1e-6, "decay": "constant", "batch_size": 64}
     return _paper(
         window,
         target,
-        lambda length: min(length, 4 * window),
+        lambda length: min(length, max(MISTRAL_ROWS, window)),
         [{"steps": 400, **how}, {"steps": 600, **how}],
     )
 
@@ -104,7 +109,7 @@ def longrope2(window: int, target: int) -> list[dict[str, Any]]:
         },
         {
             "kind": "finetune", "length": target, "tiers": "row", "short_share": 0.1,
-            "learning_rate": 2e-5, "decay": "linear", "batch_size": 32, "warmup_steps": 20,
+            "learning_rate": 2e-5, "decay": "linear", "batch_size": 32,
             "steps": max(20, round(10e9 / (32 * target))),
         },
     ]  # fmt: skip
@@ -127,8 +132,10 @@ def make_plan(
 ) -> Plan:
     """Return the plan that the arguments of `longrope.extend` ask for.
 
-    `stages` is the name of a recipe, a TOML file, a list of tables, or None: by the ratio. Where
-    `finetune` is given, it holds what a stage of fine-tuning does not say itself.
+    `stages` is the name of a recipe, a TOML file, a list of tables, or None: by the ratio. Fields
+    that `finetune` was given win over a recipe. In a file or a list a stage of fine-tuning says
+    itself what it differs in: a field, but for the seed, that is given in both places, in two ways,
+    is refused.
 
     Raises `ValueError` in one sentence.
     """
@@ -144,7 +151,7 @@ def make_plan(
     if stages is None:
         tables: Sequence[Mapping[str, Any]] = by_ratio(window, target, finetune)
     elif isinstance(stages, str) and stages in NAMED:
-        tables = NAMED[stages](window, target)
+        tables = [_winning(table, finetune) for table in NAMED[stages](window, target)]
     elif isinstance(stages, (str, Path)):
         if not Path(stages).is_file():
             names = ", ".join(NAMED)
@@ -159,6 +166,27 @@ def make_plan(
             "stages: expected the name of a recipe, a TOML file or a list of tables, got "
             f"{type(stages).__name__}"
         )
-    defaults = finetune or FinetuneConfig(seed=seed)
-    made = [stage_of(table, n, defaults, seed) for n, table in enumerate(tables, 1)]
+    defaults = finetune or FinetuneConfig()
+    made = []
+    for number, table in enumerate(tables, 1):
+        made.append(stage_of(table, number, defaults, seed))
+        if isinstance(made[-1], FinetuneStage):
+            _refuse_twice(table, number, defaults)
     return Plan(target, window, tuple(made), seed)
+
+
+def _winning(table: dict[str, Any], finetune: FinetuneConfig | None) -> dict[str, Any]:
+    """Return a stage of a recipe with what the caller asked for instead."""
+    if finetune is None or table["kind"] != "finetune":
+        return table
+    return table | {name: value for name, value in finetune.given().items() if name in table}
+
+
+def _refuse_twice(table: Mapping[str, Any], number: int, finetune: FinetuneConfig) -> None:
+    """Refuse a field, but for the seed, that `finetune` and a stage's table say in two ways."""
+    for name, value in finetune.given().items():
+        if name != "seed" and name in table and table[name] != value:
+            raise ValueError(
+                f"{name}: expected it in finetune or in stages[{number - 1}], got {value!r} and "
+                f"{table[name]!r}"
+            )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from longrope.checkpoints.measured import Row
+from longrope.distributed.ranks import Ranks
 from longrope.documents.checks import like
 from longrope.extension import checkpoint, folder
 from longrope.extension.finetune import finetune
@@ -22,6 +22,8 @@ from longrope.extension.table import measure, ranges_of
 from longrope.factor_search.run import search
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove, rope_settings
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Work:
         The folder of the run.
     progress
         Whether to show progress bars.
+    job
+        The ranks that run this together; the first writes files.
     """
 
     plan: Plan
@@ -70,6 +74,7 @@ class Work:
     held_out: Sequence[torch.Tensor]
     out: Path
     progress: bool
+    job: Ranks = field(default_factory=Ranks)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -91,8 +96,15 @@ class Work:
         """Return the documents of at least `length` tokens."""
         return like(self.documents, [d for d in self.documents if len(d) >= length])
 
+    def by_first(self, function: Callable[[], T]) -> T:
+        """Return what the first rank's call of a function returns, on all ranks."""
+        return self.job.broadcast(function() if self.job.first else None)
+
     def measured(self, name: str, state: State) -> Row:
         """Measure the model and the tiers so far on what was held out."""
+        return self.by_first(lambda: self._measured(name, state))
+
+    def _measured(self, name: str, state: State) -> Row:
         if state.tiers is None:
             return measure(name, state.model, self.held_out, self.ranges)
         apply(state.model, state.tiers)
@@ -112,7 +124,7 @@ def run_stage(work: Work, stage: Stage, state: State) -> dict[str, Any]:
         entry |= _finetune(work, stage, state, place)
     else:
         entry |= _recover(work, stage, state, place)
-    state.tiers.save(place / folder.TIERS)
+    work.by_first(lambda: state.tiers.save(place / folder.TIERS))
     return entry
 
 
@@ -161,16 +173,15 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
     tiers = state.found[stage.factors or last]
     _own_copy(work, state)
     weights = place / folder.WEIGHTS
-    if weights.is_dir():  # trained, but killed before the journal said so
+    if work.by_first(weights.is_dir):  # trained, but killed before the journal said so
         folder.load_weights(state.model, weights)
     else:
         first = work.rows_before(stage)
         state.model = finetune(
             state.model, work.documents, tiers, stage, place, work.progress, first
         )
-        folder.save_weights(state.model, weights)
-    for path in checkpoint.checkpoints(place):  # the weights are safe: room for the next stage
-        shutil.rmtree(path)
+        work.by_first(lambda: folder.save_weights(state.model, weights))
+    work.by_first(lambda: checkpoint.remove_all(place))  # weights are safe: room for what follows
     state.tiers = state.trained = _trained_under(state.model, tiers, stage.config.tiers)
     return {"weights": folder.weights_hash(state.model), "steps": stage.config.steps}
 
@@ -192,21 +203,24 @@ def _own_copy(work: Work, state: State) -> None:
 
 
 def _recover(work: Work, stage: RecoverStage, state: State, place: Path) -> dict[str, Any]:
-    apply(state.model, state.tiers)
-    try:
-        found = recover(
-            state.model,
-            work.long_enough(stage.lengths[-1]),
-            lengths=stage.lengths,
-            original=work.original,
-            test=work.held_out,
-            out=place / "search",
-            **vars(stage.options),
-        )
-    finally:
-        remove(state.model)
-    state.tiers = found.tiers
-    return {"weights": found.weights}
+    def found() -> tuple[Tiers, str]:
+        apply(state.model, state.tiers)
+        try:
+            result = recover(
+                state.model,
+                work.long_enough(stage.lengths[-1]),
+                lengths=stage.lengths,
+                original=work.original,
+                test=work.held_out,
+                out=place / "search",
+                **vars(stage.options),
+            )
+        finally:
+            remove(state.model)
+        return result.tiers, result.weights
+
+    state.tiers, weights = work.by_first(found)
+    return {"weights": weights}
 
 
 def for_every_position(factors: RescaleFactors, window: int) -> Tiers:

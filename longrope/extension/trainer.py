@@ -93,8 +93,10 @@ class RowTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict, *args: Any) -> torch.Tensor:
         """Do a pass forwards and backwards; raise `NotFiniteError` before anything is updated."""
         loss = super().training_step(model, inputs, *args)
-        if not torch.isfinite(loss):
-            raise NotFiniteError(self.not_finite("loss", float(loss)))
+        losses = self.accelerator.gather(loss.detach().reshape(1))  # all ranks end together
+        broken = losses[~torch.isfinite(losses)]
+        if len(broken):
+            raise NotFiniteError(self.not_finite("loss", float(broken[0])))
         return loss
 
     def not_finite(self, what: str, value: float) -> str:
@@ -105,12 +107,15 @@ class RowTrainer(Trainer):
         dataset: TrainingRows = self.train_dataset
         first = step * size
         names = "; ".join(dataset.names(row) for row in range(first, first + min(size, 4)))
-        last = checkpoint.last_complete(Path(self.args.output_dir))
+        last = checkpoint.last_complete(Path(self.args.output_dir), self.args.should_save)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint is there yet"
         return (
             f"finetune: expected a finite {what}, got {value} in step {step + 1} of stage "
             f"{self.name}, rows {first} to {first + size - 1} ({names}); {kept}"
         )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Say nothing: a checkpoint with the marker is whole, and lacks tied weights alone."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
@@ -122,9 +127,10 @@ class RowTrainer(Trainer):
             if self.args.should_save:
                 checkpoint.mark(path)
         except (OSError, SafetensorError, RuntimeError) as error:  # of torch.save, a RuntimeError
-            shutil.rmtree(path, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(path, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            last = checkpoint.last_complete(folder)
+            last = checkpoint.last_complete(folder, self.args.should_save)
             goes_on = f"from {last.name}" if last else "from the start of the stage"
             raise OSError(
                 f"out: cannot write {path} ({reason}); the same call goes on {goes_on}"

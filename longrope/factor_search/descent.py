@@ -36,19 +36,22 @@ ATTENTION_REACH = 1.5
 
 @dataclass(frozen=True)
 class Point:
-    """Factors off the grid: log lambda `[dims]` and the attention factor."""
+    """Factors off the grid: log lambda `[dims]` and the attention factor.
+
+    By layer and head `[L, Hk, dims]` and `[L, Hk]`.
+    """
 
     log_lambdas: np.ndarray
-    attention_factor: float
+    attention_factor: float | np.ndarray
 
     @property
     def lambdas(self) -> np.ndarray:
-        """The rescale factors, `[dims]`."""
+        """The rescale factors, in the shape of `log_lambdas`."""
         return np.exp(self.log_lambdas)
 
 
-#: Returns the loss at a point in a step, and its gradient `[dims + 1]` with respect to log lambda
-#: and, last, to the log of the attention factor.
+#: Returns the loss at a point in a step, and its gradient with respect to log lambda and, last, to
+#: the log of the attention factor: `[dims + 1]`, or flat where there are those of heads.
 LossAndGradient = Callable[[Point, int], tuple[float, np.ndarray]]
 
 
@@ -135,17 +138,36 @@ class Descent:
         """Take steps from a point, and return the mean of the later half of the iterates.
 
         `steps` are the numbers of the steps, which decide the learning rate; `slow` multiplies it.
-        The mean evens out the noise of the windows. After each step the lambdas are projected onto
+        The mean evens out the noise of the windows.
+        """
+        return self._run(start, loss_and_gradient, steps, slow, [range(len(steps))])[0]
+
+    def averages(self, start: Point, loss_and_gradient: LossAndGradient) -> list[Point]:
+        """Take all steps from a point, and return the mean of each segment as `run` does."""
+        steps = range(self.settings.steps)
+        return self._run(start, loss_and_gradient, steps, 1.0, self.settings.segments)
+
+    def _run(
+        self,
+        start: Point,
+        loss_and_gradient: LossAndGradient,
+        steps: range,
+        slow: float,
+        segments: list[range],
+    ) -> list[Point]:
+        """Take steps, and return the mean of the later half of each segment's iterates.
+
+        After each step the lambdas are projected onto
         the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
         point of that kind in units of the scales.
         """
-        x = np.append(start.log_lambdas, math.log(start.attention_factor))
-        first, second = np.zeros(len(x)), np.zeros(len(x))
+        x = self._numbers(start)
+        first, second = np.zeros(x.shape), np.zeros(x.shape)
         iterates = []
         for taken, step in enumerate(steps, 1):
-            _, gradient = loss_and_gradient(_point(x), step)
-            gradient = gradient * self._free * self._scales
-            gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30)
+            _, gradient = loss_and_gradient(self._point(x), step)
+            gradient = self._by_number(gradient, x) * self._free * self._scales
+            gradient = gradient / max(float(np.linalg.norm(gradient)), 1e-30) * self._norm(x)
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
             mean = first / (1 - BETAS[0] ** taken)
@@ -153,7 +175,20 @@ class Descent:
             rate = slow * self.settings.rate(step)
             x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
             iterates.append(x)
-        return _point(np.mean(iterates[len(iterates) // 2 :], axis=0))
+        later = [iterates[s.start : s.stop][len(s) // 2 :] for s in segments]
+        return [self._point(np.mean(each, axis=0)) for each in later]
+
+    def _numbers(self, point: Point) -> np.ndarray:
+        return np.append(point.log_lambdas, math.log(point.attention_factor))
+
+    def _point(self, x: np.ndarray) -> Point:
+        return Point(x[:-1], math.exp(x[-1]))
+
+    def _by_number(self, gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return gradient
+
+    def _norm(self, x: np.ndarray) -> float:
+        return 1.0
 
     def _projected(self, x: np.ndarray) -> np.ndarray:
         log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)
@@ -162,5 +197,28 @@ class Descent:
         return np.append(np.clip(log_lambdas, self._lower, self._upper), factor)
 
 
-def _point(x: np.ndarray) -> Point:
-    return Point(x[:-1], math.exp(x[-1]))
+class HeadDescent(Descent):
+    """The same for all layers and heads at once, each projected for itself: `[L, Hk, dims + 1]`.
+
+    The gradient of the mean head has norm 1 then, as that of the one set of a `Descent`.
+    """
+
+    def _numbers(self, point: Point) -> np.ndarray:
+        factors = np.log(point.attention_factor)[..., None]
+        return self._projected(np.concatenate([point.log_lambdas, factors], -1))
+
+    def _point(self, x: np.ndarray) -> Point:
+        return Point(x[..., :-1], np.exp(x[..., -1]))
+
+    def _by_number(self, gradient: np.ndarray, x: np.ndarray) -> np.ndarray:
+        # All lambdas first, then all attention factors.
+        heads = x.size // x.shape[-1]
+        lambdas, factors = gradient[:-heads], gradient[-heads:, None]
+        return np.concatenate([lambdas.reshape(heads, -1), factors], -1).reshape(x.shape)
+
+    def _norm(self, x: np.ndarray) -> float:
+        return math.sqrt(x.size / x.shape[-1])
+
+    def _projected(self, x: np.ndarray) -> np.ndarray:
+        rows = [super(HeadDescent, self)._projected(row) for row in x.reshape(-1, x.shape[-1])]
+        return np.stack(rows).reshape(x.shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from longrope.factors import RescaleFactors
 from longrope.patching import rope_settings
 from longrope.patching import rows as rows_with_factors
 from longrope.patching.attention import kernel_attention
+from longrope.patching.embedding import stacked
 from longrope.patching.mlp import inplace_mlps
 
 
@@ -81,7 +81,7 @@ class PopulationEvaluator:
         Parameters
         ----------
         candidates
-            `C` of them.
+            `C` of them, or factors as such.
         windows
             int64 `[S, N]`.
         blocks
@@ -104,19 +104,20 @@ class PopulationEvaluator:
         counts = tokens_of_blocks(scored, blocks)
         device = self._score.device
         windows = windows.to(device)
-        factors = [self.to_factors(candidate) for candidate in candidates]
-        inv_freq = torch.from_numpy(np.stack([f.inv_freq() for f in factors])).to(device)
+        factors = [c if isinstance(c, RescaleFactors) else self.to_factors(c) for c in candidates]
+        inv_freq, attention_factor = (torch.from_numpy(a).to(device) for a in stacked(factors))
         start_tokens = torch.tensor([f.start_tokens for f in factors], device=device)
-        attention_factor = torch.tensor(
-            [f.attention_factor for f in factors], dtype=torch.float64, device=device
-        )
+        by_layer = inv_freq.ndim > 2
         # Row r is candidate r // S on window r % S.
         rows = torch.arange(len(factors) * len(windows), device=device)
         sums = []
         with evaluating(self.model), inplace_mlps(self.model), self._turning() as turn_by:
             for row in rows.split(self.rows):
                 candidate, window = row // len(windows), row % len(windows)
-                turn_by(inv_freq[candidate], start_tokens[candidate], attention_factor[candidate])
+                turned = inv_freq[candidate], attention_factor[candidate]
+                if by_layer:
+                    turned = [t.transpose(0, 1) for t in turned]
+                turn_by(turned[0], start_tokens[candidate], turned[1])
                 sums.append(self._sums(windows[window], scored, blocks))
         return torch.cat(sums).cpu().view(len(factors), len(windows), blocks), counts
 

@@ -56,7 +56,7 @@ def evolve(
     space
         The bounds; every child lies in it.
     seeds
-        The first members of the initial population by name (PI, NTK and YaRN); mutations of them,
+        The first members of the initial population by name (the closed forms); mutations of them,
         taken in turn, fill it up.
     evaluate
         Returns the loss of each proposal (lower is better). Called once per iteration with the

@@ -1,50 +1,38 @@
-"""What a search writes beside its journal: `config.json`, `factors.json`, `history.csv`, a plot."""
+"""What a search leaves beside its journal: `factors.json`, `history.csv`, a report and so on."""
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longrope.factor_search.history import Evaluation, Role
-from longrope.factor_search.plot import plot
+from longrope import report
+from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors
 from longrope.runs import folder, journal
-from longrope.runs.folder import JOURNAL, write_text
+from longrope.runs.folder import JOURNAL, write_table, write_text
 
 KIND = "search"
 FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
-TIERS = "tiers.json"
+TIERS, SUMMARY = "tiers.json", "summary.json"
 
 
 def prepare(out: str | Path, resume: bool = True) -> Path:
     """Create or check the folder of a search, see `longrope.runs.folder.prepare`."""
-    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS), resume)
+    return folder.prepare(out, KIND, (FACTORS, HISTORY, PLOT, TIERS, SUMMARY), resume)
 
 
-def write_results(
-    out: Path,
-    factors: RescaleFactors,
-    history: Sequence[Evaluation],
-    baselines: Mapping[str, RescaleFactors],
-    tiers: Tiers | None = None,
-    loaded: Sequence[Evaluation] = (),
-) -> None:
-    """Write the factors, the tiers of a ladder, the history as a table, and the plot.
-
-    The plot shows the model as loaded, where it was measured; that of a ladder is its last tier's.
-    """
+def write_results(out: Path, result: SearchResult) -> None:
+    """Write the factors, the tiers of a ladder, the history as a table, and the report."""
+    history, tiers = result.history, result.tiers
     if tiers is not None:
         tiers.save(out / TIERS)
-    factors.save(out / FACTORS)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    result.factors.save(out / FACTORS)
     names = [
         "role",
         *(["tier"] if tiers is not None else []),
@@ -55,13 +43,24 @@ def write_results(
         "attention_factor",
     ]
     lambdas = [f"lambda_{i}" for i in range(len(history[0].lambdas))]
-    writer.writerow(["evaluation", *names, *lambdas])
-    for number, e in enumerate(history):
-        writer.writerow([number, *(getattr(e, name) for name in names), *e.lambdas])
-    write_text(out / HISTORY, table.getvalue())
-    last = history[-1].tier
-    shown = [e for e in history if e.tier == last]
-    plot(out / PLOT, factors, shown, baselines, loaded)
+    rows = [
+        [number, *(getattr(e, name) for name in names), *e.lambdas]
+        for number, e in enumerate(history)
+    ]
+    write_table(out / HISTORY, ["evaluation", *names, *lambdas], rows)
+    found = {Role.SEARCH: result.perplexity, Role.VALIDATION: result.validation_perplexity}
+    as_loaded = {e.role: e.perplexity for e in result.loaded}
+    content = {
+        "forward_passes": sum(e.forward_equivalents for e in history),
+        "found": {role: _finite(value) for role, value in found.items()},
+        "as_loaded": {role: _finite(value) for role, value in as_loaded.items()},
+    }
+    write_text(out / SUMMARY, json.dumps(content, indent=1) + "\n")
+    report.at_end(out)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -90,6 +89,7 @@ def summary(out: Path) -> dict[str, Any]:
         facts["ladder"] = f"tiers up to {ends} tokens; the figures are of the last one begun"
         last = max((entry["tier"] for entry in entries), default=1)
         entries = [entry for entry in entries if entry["tier"] == last]
+    entries = [entry for entry in entries if "heads" not in entry]
     chosen = RescaleFactors.load(out / FACTORS) if (out / FACTORS).exists() else None
     stage = problem.get("stage")
     if stage is not None:  # an infinite lambda is "inf" there

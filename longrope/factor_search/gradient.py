@@ -64,7 +64,8 @@ class GradientEvaluator:
     ) -> tuple[float, np.ndarray]:
         """Return the mean NLL in nats and its gradient, float64 `[dims + 1]`.
 
-        The gradient is with respect to log lambda and, last, to the log of the attention factor.
+        The gradient is with respect to log lambda and, last, to the log of the attention factor; at
+        a point by layer and head first to all lambdas `[L, Hk, dims]`, then to all factors, flat.
         `windows` is int64 `[S, N]`; windows go through the model one at a time.
         """
         with differentiating(self.model), kernel_attention(self.model):
@@ -72,7 +73,8 @@ class GradientEvaluator:
                 [functools.partial(self._window, point, start_tokens, w) for w in windows]
             )
         # In the order of the windows, so that the bits are those of one process.
-        total, gradient = 0.0, np.zeros(len(point.log_lambdas) + 1)
+        size = np.size(point.log_lambdas) + np.size(point.attention_factor)
+        total, gradient = 0.0, np.zeros(size)
         for nll, by_parameter in measured:
             total += nll
             gradient += by_parameter
@@ -87,9 +89,12 @@ class GradientEvaluator:
         factor = torch.tensor(point.attention_factor, dtype=torch.float64)
         inv_freq.requires_grad_()
         factor.requires_grad_()
-        nll = self._backward(window[None], inv_freq, start_tokens, factor).item()
+        settings = inv_freq, factor
+        if inv_freq.dim() > 1:  # by layer and head: one row of the batch
+            settings = inv_freq[:, None], factor[:, None]
+        nll = self._backward(window[None], settings[0], start_tokens, settings[1]).item()
         # By log lambda, of which the frequencies are exponentials, and by the log of the factor.
-        by_log = (-inv_freq * inv_freq.grad, (factor * factor.grad)[None])
+        by_log = ((-inv_freq * inv_freq.grad).flatten(), (factor * factor.grad).flatten())
         return nll, torch.cat(by_log).detach().numpy()
 
     def _backward(

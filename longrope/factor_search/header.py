@@ -45,6 +45,8 @@ def header(
         asked["descent"] = vars(options.descent)
     if options.method == "hybrid" or (options.ladder and not options.has_steps):
         asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
+    if options.per != "model":
+        asked["per"] = options.per
     return {
         "method": options.method,
         "objective": options.objective,
@@ -65,7 +67,8 @@ def header(
 def _fields(problem: Problem) -> dict[str, Any]:
     """Return what a problem is, in JSON values, without what follows from the rest."""
     fields = dataclasses.asdict(dataclasses.replace(problem, stage=None, below=None))
-    del fields["stage"], fields["below"], fields["yarn_attention"]
+    for found in ("stage", "below", "shapes", "yarn_attention"):
+        del fields[found]
     # First, so that it is what a refusal names: the rest follows from it.
     return {"stage": None if problem.stage is None else problem.stage.as_fields(), **fields}
 

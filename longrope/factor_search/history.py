@@ -7,10 +7,11 @@ import html
 import math
 from dataclasses import dataclass
 
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors, Tiers, baselines
+from longrope.factors.heads import span
 
 #: The origins of factors that need no search: a model that fails with them is at fault.
-BASELINES = ("pi", "ntk", "yarn")
+BASELINES = tuple(baselines.BASELINES)
 #: The origin of the model as loaded, which is no candidate.
 AS_LOADED = "model as loaded"
 
@@ -42,15 +43,18 @@ class Evaluation:
     iteration
         The generation or the number of the step; -1 at the end of a search.
     origin
-        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"`, `"critical"` and `"critical pi"`
-        (and so on: the first three put into the space of `critical_dimension`), `"ramp"`,
+        Where the candidate came from: `"pi"`, `"ntk"`, `"yarn"` and the other closed forms by their
+        names in `longrope.factors.baselines.BASELINES`, `"critical"` and `"critical pi"` (and so
+        on: the closed forms put into the space of `critical_dimension`), `"ramp"`,
         `"mutation"`, `"crossover"`, `"gradient"`, `"start tokens"`, or for validation `"start"`,
         `"finalist"`. On top of a stage `"stage pi"` and so on: the rules for what is left of the
         ratio. In a ladder also `"tier below"` and `"stretched"`, what the tier below leads to, and
         `"yarn by position"`, behind tiers of YaRN. `"model as loaded"`: no candidate, but what
-        there was before.
+        there was before. With `per="layer"` or `"head"` `"heads, shared"`, `"heads"` and
+        `"heads, mixed"`.
     lambdas, start_tokens, attention_factor
-        The factors that were measured; on the grid except in a step.
+        The factors that were measured; on the grid except in a step. Of factors by layer and head
+        their mean (`RescaleFactors.mean`).
     nll
         Mean negative log-likelihood in nats per token; infinite where the model's output was not
         finite. In a race, over all search windows that the candidate was measured on so far.
@@ -121,6 +125,9 @@ class SearchResult:
         `Evaluation` on the search windows, and one on the validation windows where there are any.
         At the end of `history` too, where there is such a scaling. Empty where it was not measured,
         as for a ladder.
+    shared
+        With `per="layer"` or `"head"` what the search found for all layers and heads alike, where
+        it began; else None.
     """
 
     factors: RescaleFactors
@@ -130,6 +137,7 @@ class SearchResult:
     tiers: Tiers | None = None
     stages: tuple[RescaleFactors, ...] = ()
     loaded: tuple[Evaluation, ...] = ()
+    shared: SearchResult | None = None
 
     def __repr__(self) -> str:
         """Say in a few lines what was found; the history may be megabytes."""
@@ -151,10 +159,14 @@ class SearchResult:
         loaded = {e.role: e.perplexity for e in self.loaded}
         rows = [
             ("window", f"{found.original_length} to {found.target_length} tokens"),
-            ("lambdas", f"{len(found.lambdas)}, from {least:.4g} to {most:.4g}"),
+            ("lambdas", f"{found.lambdas.shape[-1]}, from {least:.4g} to {most:.4g}"),
             ("start tokens", str(found.start_tokens)),
-            ("attention factor", f"{found.attention_factor:.4g}"),
+            ("attention factor", span(found.attention_factor)),
         ]
+        if found.per_head:
+            layers, heads = found.heads
+            each = f" and {heads} heads each" * (heads > 1)
+            rows.insert(2, ("of their own", f"{layers} layers{each}"))
         if self.tiers is not None:
             ends = ", ".join(str(limit) for limit in self.tiers.limits)
             rows.insert(1, ("tiers by position", f"up to {ends} tokens"))
@@ -165,6 +177,9 @@ class SearchResult:
             if reached is not None:
                 compared = f", {yarn[role]:.4f} with YaRN" if role in yarn else ""
                 compared += f", {loaded[role]:.4f} as loaded" if role in loaded else ""
+                if self.shared is not None:
+                    of_all = self.shared.perplexity, self.shared.validation_perplexity
+                    compared += f", {of_all[role == Role.VALIDATION]:.4f} shared by all heads"
                 rows.append((f"perplexity, {name}", f"{reached:.4f}{compared}"))
         passes = sum(e.forward_equivalents for e in self.history)
         return [*rows, ("cost", f"{passes:.6g} forward passes of a window")]

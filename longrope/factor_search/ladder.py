@@ -2,8 +2,8 @@
 
 A tier is a search like any other, by any method, with three differences. It is measured on its own
 range of positions alone, behind the tiers below, which are fixed by then. It begins with what the
-tier below leads to, beside the rules. And what it costs is the range, since the tokens before it do
-not depend on the candidate.
+tier below leads to and with the ramps that were best in the first tier, beside the rules. And what
+it costs is the range, since the tokens before it do not depend on the candidate.
 
 At the end YaRN by position, a rule that needs no search, is measured on the same windows: it is
 returned where it is better over all ranges.
@@ -24,11 +24,14 @@ from longrope.distributed.ranks import Ranks
 from longrope.evaluation import needles
 from longrope.evaluation.memory import BackwardPlan, cache_bytes, free_memory
 from longrope.factor_search.evolution import Proposal
+from longrope.factor_search.heads import HeadSearch, heads_of
+from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.measurer import Measurer, TierCost
 from longrope.factor_search.methods import METHODS, Task, most_evaluations
 from longrope.factor_search.options import SearchOptions
 from longrope.factor_search.problem import Problem
+from longrope.factor_search.ramps import best_shapes
 from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
 from longrope.factor_search.space import Candidate
 from longrope.factor_search.windows import WindowPool, WindowsByRole
@@ -49,6 +52,12 @@ POOL = 24
 #: Steps of the last tier, which has half of all tokens, and of those below, in `steps`: so that a
 #: ladder takes no more passes than the search of one set.
 LAST_STEPS, LOWER_STEPS = 1.5, 0.75
+#: Ramps that tiers above the first begin with: those that were best in the first. What a tier leads
+#: to by a power can be far off: with the packaged model at 8 times the window it was 8 % above the
+#: tier's end in perplexity, the best ramp of the first tier 2 %.
+RAMPS = 6
+#: Names the random windows on which factors by layer and head are found: other ones.
+BY_HEAD = (1,)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,11 @@ class Ladder:
             most_evaluations(problem, self.options_of(number, options), held_out)
             for number, problem in enumerate(self.problems, 1)
         ]
-        return sum(each) + 2 * len(each)  # and those of YaRN by position
+        each += [
+            most_by_head(self.options_of(number, options), held_out)
+            for number, _ in enumerate(self.problems, 1)
+        ]
+        return sum(each) + 2 * len(self.problems)  # and those of YaRN by position
 
     def options_of(self, number: int, options: SearchOptions) -> SearchOptions:
         """Return the options of a tier, with steps of its own."""
@@ -175,13 +188,16 @@ class LadderSearch:
         history: list[Evaluation] = []
         searched, yarn = [], []
         below: tuple[Candidate, int] | None = None
+        shapes: tuple[tuple[float, float], ...] | None = None  # the first tier compares all
         for number, problem in enumerate(self.ladder.problems, 1):
-            problem = dataclasses.replace(problem, below=below)
+            problem = dataclasses.replace(problem, below=below, shapes=shapes)
             task = self._task(number, problem, self._tiers(searched))
             chosen = METHODS[self.options.method](task)
             task.measure(Role.SEARCH, [chosen], "finalist")
             searched.append((task, chosen))
-            if number > 1:
+            if number == 1:
+                shapes = best_shapes(problem, task.measurer.losses(task.few), RAMPS)
+            else:
                 _forget(task)
             rule = problem.rules()["yarn"]
             other = task if number == 1 else self._task(number, problem, self._tiers(yarn))
@@ -198,10 +214,9 @@ class LadderSearch:
                 known = len(task.measurer.history)
                 _measure_rule(task, rule, Role.SEARCH)
                 history += task.measurer.history[known:]
-        searched[-1][0].measurer.finish()
         tiers = self._tiers(taken)
         held_out = Role.VALIDATION in self.windows.windows
-        return SearchResult(
+        result = SearchResult(
             factors=tiers[-1],
             perplexity=math.exp(_loss(taken, Role.SEARCH)),
             validation_perplexity=math.exp(_loss(taken, Role.VALIDATION)) if held_out else None,
@@ -209,15 +224,34 @@ class LadderSearch:
             tiers=tiers,
             stages=self.ladder.problems[-1].stage_parts(tiers[-1]),
         )
+        if self.options.per == "model":
+            searched[-1][0].measurer.finish()
+            return result
+        return self._by_head(result)
+
+    def _by_head(self, result: SearchResult) -> SearchResult:
+        """Search the factors of layers or heads, from a ladder for all of them on."""
+        problems = self.ladder.problems
+        return HeadSearch(
+            heads_of(self.model, self.options.per),
+            lambda number, below: self._task(number, problems[number - 1], below, BY_HEAD),
+            len(problems),
+            _forget,
+        ).run(result)
 
     def _tiers(self, rungs: Sequence[tuple[Task, Candidate]]) -> Tiers:
         """Return the tiers up to those that are known."""
         return Tiers([*self.ladder.fixed, *(task.problem.factors(c) for task, c in rungs)])
 
-    def _task(self, number: int, problem: Problem, below: Tiers) -> Task:
-        """Return what a method works with to search a tier above others."""
+    def _task(
+        self, number: int, problem: Problem, below: Tiers, stream: tuple[int, ...] = ()
+    ) -> Task:
+        """Return what a method works with to search a tier above others.
+
+        `stream` names random numbers of its own.
+        """
         end, begin, target = problem.target_length, below.limits[-1], self.ladder.targets[-1]
-        seeds = np.random.SeedSequence((self.options.seed, number)).spawn(3)
+        seeds = np.random.SeedSequence((self.options.seed, number, *stream)).spawn(3)
         for_method, for_windows, for_needles = map(np.random.default_rng, seeds)
         windows = self.windows.first(
             end, for_needles if self.options.objective == "needle" else None

@@ -59,15 +59,6 @@ class Task:
         """The role of the windows that decide: held-out ones, where there are any."""
         return Role.VALIDATION if Role.VALIDATION in self.measurer.windows else Role.SEARCH
 
-    @property
-    def guide(self) -> Role:
-        """The role of the windows that turn a descent back.
-
-        In a ladder a window costs its range alone, so those that decide: the few search windows
-        turned down points that were better on other text.
-        """
-        return Role.SEARCH if self.measurer.tier is None else self.judge
-
     def evolve(self, seeds: dict[str, Candidate]) -> None:
         """Run Algorithm 1 from these seeds, within the budget; `measurer` keeps the results."""
         measure, sizes = self.measurer.measure, self.options.sizes
@@ -89,7 +80,8 @@ class Task:
         """Return the NLL of each candidate; one that was measured in this role is not again."""
         known = self.measurer.losses(role)
         named = {**self.problem.seeds(), **self.problem.rules()}
-        names = {candidate: name for name, candidate in named.items()}
+        # Two rules can be the same factors: the first gives the name.
+        names = {candidate: name for name, candidate in reversed(named.items())}
         candidates = list(dict.fromkeys(candidates))
         fresh = [c for c in candidates if c not in known]
         proposals = [Proposal(c, names.get(c, origin), iteration) for c in fresh]
@@ -114,12 +106,13 @@ def evolution(task: Task) -> Candidate:
 
 
 def gradient(task: Task) -> Candidate:
-    """A descent from the best of the baselines and of a family of ramps, then a sweep of n_hat."""
+    """A descent from the best closed form or the best of a family of ramps; a sweep of n_hat."""
     rules = task.problem.rules()
-    family = [*task.problem.seeds().values(), *rules.values(), *_ramps(task.problem)]
+    family = [*task.problem.seeds().values(), *rules.values(), *ramps(task.problem)]
     screened = _ranked(task.measure(task.few, family, "ramp", 0))
-    yarn = rules["yarn"]
-    starts = task.measure(Role.SEARCH, [*screened[:STARTS], yarn], "ramp", 0)
+    best_rule = next(c for c in screened if c in rules.values())
+    starts = [*screened[:STARTS], best_rule, rules["yarn"]]
+    starts = task.measure(Role.SEARCH, starts, "ramp", 0)
     chosen, loss = _descended(task, starts)
     numbers = task.problem.space.start_tokens
     if task.problem.below is not None:  # a sweep like that of the tier below gained nothing
@@ -134,14 +127,16 @@ def gradient(task: Task) -> Candidate:
 def hybrid(task: Task) -> Candidate:
     """A short Algorithm 1, which also sees the best ramp, for n_hat and a start; then a descent."""
     seeds = task.problem.seeds()
-    if family := _ramps(task.problem):
+    if family := ramps(task.problem):
         seeds["ramp"] = _best(task.measure(task.few, family, "ramp", 0))
     task.evolve(seeds)
     chosen, loss = _descended(task, task.measurer.losses(Role.SEARCH))
     plain = dataclasses.replace(chosen, start_tokens=task.problem.space.start_tokens[0])
-    judged = task.measure(task.judge, [plain, task.problem.rules()["yarn"]], "start tokens")
-    # Without start tokens where these gain next to nothing, and never worse than YaRN.
-    return plain if judged[plain] <= min(loss + START_TOKEN_GAIN, *judged.values()) else chosen
+    own = task.measure(task.judge, [plain], "start tokens")[plain]
+    judged = task.measurer.losses(task.judge)
+    rules = [judged[c] for c in task.problem.rules().values() if c in judged]
+    # Without start tokens where these gain next to nothing, and never worse than the rules.
+    return plain if own <= min(loss + START_TOKEN_GAIN, *rules) else chosen
 
 
 METHODS = {"evolution": evolution, "gradient": gradient, "hybrid": hybrid}
@@ -153,30 +148,29 @@ def most_evaluations(problem: Problem, options: SearchOptions, held_out: bool) -
     `held_out` says whether there are validation windows.
     """
     seeds = len({*problem.seeds().values(), *problem.rules().values()})
-    family = len(_ramps(problem))
-    evolved = min(options.sizes.most_evaluations, options.max_evaluations or sys.maxsize)
+    family = len(ramps(problem))
+    first = max(0, len(problem.seeds()) - options.sizes.population)  # all seeds are in it
+    evolved = options.sizes.most_evaluations + first
+    evolved = min(evolved, options.max_evaluations or sys.maxsize)
     descent = options.descent.steps + 2 * options.descent.checkpoints + 2
     return {
         "evolution": evolved + (FINALISTS + seeds if held_out else 0),
         "gradient": seeds + family + STARTS + descent + len(problem.space.start_tokens)
-        + START_TOKEN_FINALISTS + 2,
-        "hybrid": family + evolved + descent + 2,
+        + START_TOKEN_FINALISTS + 4,
+        "hybrid": family + evolved + descent + 3,
     }[options.method]  # fmt: skip
-
-
-def _ramps(problem: Problem) -> list[Candidate]:
-    """Return the family of ramps; none in a ladder above a tier that has been searched."""
-    return ramps(problem) if problem.below is None else []
 
 
 def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, float]:
     """Descend from the best start in the space; return the best point on the way and its NLL.
 
     `starts` have their NLL on the search windows. Points are put on the grid before they are
-    measured, so exactly what is returned was measured. Where a point is worse on the windows that
-    guide than the best so far, the descent goes back to the best and continues with smaller steps.
-    The deciding windows compare the points with the best start and YaRN, even if these lie outside
-    the space.
+    measured, so exactly what is returned was measured. Where a point is worse on the search windows
+    than the best so far, the descent goes back to the best and continues with smaller steps. Not so
+    in a ladder, where a window costs its range alone: all points go to the deciding windows, which
+    are more. The few search windows turned down points that were better on other text.
+    The deciding windows compare the points with the best start, the best closed form and YaRN, even
+    if these lie outside the space.
 
     The descent works on the free log lambdas alone. A matrix gives all others, and its transpose
     the gradient by the free ones.
@@ -206,22 +200,34 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
         loss, gradient = task.measurer.step(all_pairs(point), step, start.start_tokens, windows)
         return loss, np.append(free.T @ gradient[:-1], gradient[-1])
 
-    best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
-    slow = 1.0
-    least = task.measure(task.guide, [start], "start")[start]
-    kept = [problem.rules()["yarn"], best_start, start]
-    for steps in settings.segments:
-        point = descent.run(best, loss_and_gradient, steps, slow)
+    def on_grid(point: Point) -> Candidate:
         candidate = space.snap_like(all_pairs(point).lambdas, start)
-        if problem.learn_attention:
-            factor = round(point.attention_factor, ATTENTION_DIGITS)
-            candidate = dataclasses.replace(candidate, attention_factor=factor)
-        loss = task.measure(task.guide, [candidate], "gradient", steps.stop)[candidate]
-        if loss < least:
-            best, least = point, loss
+        if not problem.learn_attention:
+            return candidate
+        factor = round(point.attention_factor, ATTENTION_DIGITS)
+        return dataclasses.replace(candidate, attention_factor=factor)
+
+    best = Point(np.log(start.lambdas[-free.shape[1] :]), factor)
+    rules = problem.rules()
+    measured = {c: starts[c] for c in rules.values() if c in starts}
+    kept = [rules["yarn"], *([_best(measured)] if measured else []), best_start, start]
+    if task.measurer.tier is not None:
+        points = descent.averages(best, loss_and_gradient)
+        for steps, candidate in zip(settings.segments, map(on_grid, points), strict=True):
+            task.measure(task.judge, [candidate], "gradient", steps.stop)
             kept.append(candidate)
-        else:
-            slow *= SLOWER
+    else:
+        slow = 1.0
+        least = task.measure(Role.SEARCH, [start], "start")[start]
+        for steps in settings.segments:
+            point = descent.run(best, loss_and_gradient, steps, slow)
+            candidate = on_grid(point)
+            loss = task.measure(Role.SEARCH, [candidate], "gradient", steps.stop)[candidate]
+            if loss < least:
+                best, least = point, loss
+                kept.append(candidate)
+            else:
+                slow *= SLOWER
     judged = task.measure(task.judge, kept, "finalist")
     chosen = _best(judged)
     return chosen, judged[chosen]

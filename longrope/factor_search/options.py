@@ -29,6 +29,7 @@ from longrope.runs.options import Options, about
 METHODS = ("evolution", "gradient", "hybrid")
 OBJECTIVES = ("perplexity", "needle")
 SCALINGS = ("compose", "ignore")
+PER = ("model", "layer", "head")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class SearchOptions(Options):
     ladder: bool = _option(
         switch, PROBLEM, "Search tiers by position, one for each doubling of the window.", False
     )
+    per: str = _option(
+        _one_of(PER), PROBLEM, "What has factors of its own: the model, each layer or each head.",
+        "model",
+    )  # fmt: skip
     scaling: str = _option(
         _one_of(SCALINGS), PROBLEM,
         "Factors or a scaling that the model has: compose (search on top) or ignore.", "compose",
@@ -193,6 +198,13 @@ class SearchOptions(Options):
                 f"shard_sequence: expected False with method={self.method!r}, whose steps go "
                 "backwards through the model; method='evolution' can"
             )
+        if self.per != "model":
+            for name, value in (("method", "evolution"), ("critical_dimension", True)):
+                if getattr(self, name) == value:
+                    raise ValueError(
+                        f"per: expected 'model' with {name}={value!r}, got {self.per!r}, whose "
+                        "factors are found by descent on all pairs"
+                    )
         if self.ladder and self.shard_sequence:
             raise ValueError(
                 "shard_sequence: expected False with ladder=True, whose ranges go through the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,13 @@ from longrope.factor_search.critical import CriticalSpace
 from longrope.factor_search.options import PRESETS, SearchOptions
 from longrope.factor_search.space import STEPS, Candidate, SearchSpace
 from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
-from longrope.factors.rules import base_inv_freq, ntk_lambdas, yarn_lambdas
+from longrope.factors.baselines import BASELINES
+from longrope.factors.rules import base_inv_freq, closed_forms
 from longrope.patching import RopeSettings
+
+#: The bound in hundredths of rules that count from the base where candidates multiply a stage: no
+#: pair moves any more, and it is a number that JSON and float64 have.
+TOP = STEPS * 10**12
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Problem:
     #: In a ladder the candidate that the tier below has taken, with its attention factor, and its
     #: target length.
     below: tuple[Candidate, int] | None = None
+    #: The shapes of ramps to begin with; None: the whole family.
+    shapes: tuple[tuple[float, float], ...] | None = None
     #: Whether candidates have YaRN's attention factor, or begin with it.
     yarn_attention: bool = True
 
@@ -184,12 +190,8 @@ class Problem:
         )
 
     def baselines(self) -> dict[str, RescaleFactors]:
-        """Return the factors that need no search, by name: PI, NTK and YaRN."""
-        return {
-            "pi": RescaleFactors.pi(**self.lengths),
-            "ntk": RescaleFactors.ntk(**self.lengths),
-            "yarn": RescaleFactors.yarn(**self.lengths),
-        }
+        """Return the factors that need no search, by name: the closed forms as they are."""
+        return {name: make(**self.lengths) for name, make in BASELINES.items()}
 
     def stage_parts(self, factors: RescaleFactors) -> tuple[RescaleFactors, ...]:
         """Return what factors are the product of: the stage and what is on top of it."""
@@ -206,39 +208,38 @@ class Problem:
         return stage, on_top
 
     def rules(self) -> dict[str, Candidate]:
-        """Return the baselines, with the fewest start tokens.
+        """Return the closed forms, with the fewest start tokens.
 
         They count from the base; with a stage they lie outside the space, and have the attention
-        factor of the whole ratio.
+        factor of the whole ratio. Pairs that a rule stops (CoPE's last) or slows down beyond the
+        bound of lambda have the bound; with a stage, `TOP`.
         """
         top = self.space.upper
         changes: dict[str, Any] = {}
         if self.stage is not None:
-            top = sys.maxsize
+            top = TOP
             changes = {"from_base": True}
             if self.yarn_attention:
                 ratio = self.target_length / self.original_length
                 changes["attention_factor"] = yarn_attention_factor(ratio)
         space = SearchSpace(self.space.dims, top, self.space.start_tokens)
-        found = {name: space.snap(f.lambdas) for name, f in self.baselines().items()}
+        whole = self.target_length / self.original_length
+        found = {name: space.snap(lambdas) for name, lambdas in self._closed_forms(whole).items()}
         return {name: dataclasses.replace(c, **changes) for name, c in found.items()}
 
     def seeds(self) -> dict[str, Candidate]:
         """Return the first members of the population, with the fewest start tokens.
 
-        The baselines; with a stage, the baselines of the ratio that is left, on top of it. They are
-        on the grid and within the bounds of lambda. With a `CriticalSpace` they stay as they are,
+        The closed forms; with a stage, those of the ratio that is left, on top of it. They are on
+        the grid and within the bounds of lambda. With a `CriticalSpace` they stay as they are,
         although they lie outside it, so that the search is never worse than they are; the start of
-        LongRoPE2 and the baselines snapped into the space follow them. In a ladder those that the
-        tier below leads to follow.
+        LongRoPE2 and the closed forms snapped into the space follow them. In a ladder those that
+        the tier below leads to follow.
         """
         space = SearchSpace(self.space.dims, self.space.upper, self.space.start_tokens)
-        if self.stage is None:
-            rules = {name: f.lambdas for name, f in self.baselines().items()}
-            seeds = {name: space.snap(lambdas) for name, lambdas in rules.items()}
-        else:
-            rules = self._rules_of_the_ratio()
-            seeds = {f"stage {name}": space.snap(lambdas) for name, lambdas in rules.items()}
+        rules = self._closed_forms(self.ratio)
+        prefix = "" if self.stage is None else "stage "
+        seeds = {prefix + name: space.snap(lambdas) for name, lambdas in rules.items()}
         if isinstance(self.space, CriticalSpace):
             seeds["critical"] = self.space.start()
             for name, lambdas in rules.items():
@@ -250,20 +251,30 @@ class Problem:
                 seeds[name] = candidate
         return seeds
 
-    def _rules_of_the_ratio(self) -> dict[str, np.ndarray]:
-        """Return the baselines' lambdas for the ratio that is left.
+    def _closed_forms(self, ratio: float) -> dict[str, np.ndarray]:
+        """Return the lambdas of the closed forms for a ratio, by name.
 
-        YaRN's ramp stays at the turns in the original window: there lie the pairs that the stage
-        has already slowed down to turns that the model knows, and that must slow down again.
+        On top of a stage too the bands of YaRN and the like stay at the turns in the original
+        window: there lie the pairs that the stage has already slowed down to turns that the model
+        knows, and that must slow down again.
         """
-        yarn = yarn_lambdas(
-            self.ratio, self.original_length, self.rope_theta, self.rotary_dim, truncate=True
-        )
-        return {
-            "pi": np.full(self.space.dims, self.ratio),
-            "ntk": ntk_lambdas(self.ratio, self.rotary_dim),
-            "yarn": yarn,
-        }
+        return closed_forms(ratio, self.original_length, self.rope_theta, self.rotary_dim)
+
+    @property
+    def attention_from_below(self) -> float | None:
+        """The attention factor that the tier below leads to, where it is learned, else None.
+
+        On top of the stage's own, to the power of `ln r / ln r_below`, with `r` the ratios.
+        """
+        if self.below is None or not self.learn_attention:
+            return None
+        own = 1.0 if self.stage is None else self.stage.attention_factor
+        return round(own * (self.below[0].attention_factor / own) ** self._power, 3)
+
+    @property
+    def _power(self) -> float:
+        lower = dataclasses.replace(self, target_length=self.below[1])
+        return math.log(self.ratio) / math.log(lower.ratio)
 
     def _from_below(self) -> dict[str, Candidate]:
         """Return what the factors of the tier below lead to at this target.
@@ -275,18 +286,13 @@ class Problem:
             return {}
         candidate, length = self.below
         lower = dataclasses.replace(self, target_length=length)
-        power = math.log(self.ratio) / math.log(lower.ratio)
-        own = 1.0 if self.stage is None else self.stage.attention_factor
-        changes = {}
-        if self.learn_attention:
-            factor = own * (candidate.attention_factor / own) ** power
-            changes["attention_factor"] = round(factor, 3)
         lambdas = np.asarray(self.on_stage(candidate), np.float64)
         found = {}
         for name, values in (
-            ("tier below", lambdas**power),
+            ("tier below", lambdas**self._power),
             ("stretched", lambdas * (self.ratio / lower.ratio)),
         ):
             snapped = self.space.snap(values, candidate.start_tokens)
-            found[name] = dataclasses.replace(snapped, **changes)
+            factor = self.attention_from_below
+            found[name] = dataclasses.replace(snapped, attention_factor=factor)
         return found

@@ -7,7 +7,9 @@ on the model: on the packaged one, narrow ramps around 0.7 turns are far better.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from longrope.factors.rules import pair_that_turns
 CENTRES = tuple(2 ** (k / 2) for k in range(4, -4, -1))
 #: Turns at the start of the ramp divided by those at its end (YaRN: 32).
 WIDTHS = (1.2, 3, 8)
+#: The family: `(centre, width)` of each.
+SHAPES = tuple((centre, width) for centre in CENTRES for width in WIDTHS)
 
 
 def ramp(problem: Problem, centre: float, width: float) -> Candidate:
@@ -32,6 +36,24 @@ def ramp(problem: Problem, centre: float, width: float) -> Candidate:
 
 
 def ramps(problem: Problem) -> list[Candidate]:
-    """Return the candidates of the family, each once, without those that rescale nothing."""
-    family = dict.fromkeys(ramp(problem, centre, width) for centre in CENTRES for width in WIDTHS)
-    return [c for c in family if c.hundredths[-1] > problem.space.lower]
+    """Return the candidates of the family, each once, without those that rescale nothing.
+
+    In a ladder above a tier that has been searched, those of the shapes that were best there, with
+    the attention factor that it leads to.
+    """
+    shapes = SHAPES if problem.shapes is None else problem.shapes
+    family = dict.fromkeys(ramp(problem, centre, width) for centre, width in shapes)
+    factor = problem.attention_from_below
+    return [
+        dataclasses.replace(c, attention_factor=factor)
+        for c in family
+        if c.hundredths[-1] > problem.space.lower
+    ]
+
+
+def best_shapes(
+    problem: Problem, losses: Mapping[Candidate, float], count: int
+) -> tuple[tuple[float, float], ...]:
+    """Return the shapes of the `count` best ramps of a problem, of those that have a loss."""
+    known = {s: losses[c] for s in SHAPES if (c := ramp(problem, *s)) in losses}
+    return tuple(sorted(known, key=known.__getitem__)[:count])

@@ -27,6 +27,8 @@ from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
+from longrope.factor_search.heads import HeadSearch, heads_of
+from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.ladder import Ladder, LadderSearch
 from longrope.factor_search.measurer import Measurer
@@ -77,7 +79,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
 
     The search is over non-decreasing lambdas on a grid of 0.01 and the number of start tokens, by
     one of three methods. `"evolution"` is Algorithm 1 of LongRoPE (arXiv 2402.13753), which begins
-    with PI, NTK and YaRN. `"gradient"` compares these and a family of ramps on a few windows,
+    with PI, NTK and YaRN, here beside the other closed forms (`RescaleFactors.mrrope`, `.cope`,
+    `.llama3`, `.dynamic_ntk`). `"gradient"` compares these and a family of ramps on a few windows,
     descends from the best of them by the gradient of the loss on random windows of the documents,
     and then tries other numbers of start tokens. `"hybrid"` takes the start of the descent, and the
     number of start tokens, from a short evolution. The model's weights are not changed, and neither
@@ -87,10 +90,11 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     `seed`: one from each document, and further ones that do not overlap if there are fewer
     documents. The final factors are the best on held-out windows, which neither the evolution nor a
     step of a descent sees: one window of each document in `validation`, or, without it, up to
-    `samples` further windows of `documents`. They choose among the best 8 of the evolution, PI, NTK
-    and YaRN; or among points on the way of the descent, its start and YaRN. So the result is never
-    worse there than YaRN. The model as loaded is measured beside them, and a warning says so where
-    it is better. With too little text for both, the search windows choose.
+    `samples` further windows of `documents`. They choose among the best 8 of the evolution and the
+    closed forms; or among points on the way of the descent, its start, YaRN, and the closed form
+    that was the best on the search windows. So the result is never worse there than
+    these. The model as loaded is measured beside them, and a warning says so where it is better.
+    With too little text for both, the search windows choose.
 
     With `ladder=True` the result is tiers by position (`longrope.Tiers`): one for each doubling of
     the window of the model as loaded, searched one after another from the shortest on. Each has the
@@ -101,7 +105,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
 
     A model that has factors or tiers applied, or a scaling in its config, is stage one: candidates
     multiply its lambdas (of tiers the last ones) and lead from its window to the target, the rules
-    for that ratio are the seeds, PI, NTK and YaRN counted from the base compete beside them, and
+    for that ratio are the seeds, the closed forms counted from the base compete beside them, and
     the result is the product (`SearchResult.stages`). A ladder goes on above tiers that are
     applied, and these stay as they are.
 
@@ -122,6 +126,11 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         `"gradient"`, `"evolution"` (the paper's, at about ten times the cost) or `"hybrid"`.
     ladder
         Search tiers by position. Not with `shard_sequence`.
+    per
+        `"layer"` or `"head"`: every layer, or every key/value head with its query heads, gets
+        factors of its own, by a second descent from the shared ones on, of as many steps. The
+        held-out windows choose among points on its way, the shared factors, and mixtures of the two
+        (`longrope.factor_search.heads`). Not with `"evolution"` or `critical_dimension`.
     scaling
         `"compose"`: on top of what the model has; `"ignore"`: from the base alone, in a window of
         `original_length`.
@@ -152,9 +161,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     validation
         Held-out documents for the final choice.
     max_lambda
-        Upper bound of lambda; None: `1.25 s` with `s` the target over the window that the search
-        starts from. On top of a stage the bound of what multiplies it; in a ladder that of every
-        tier, or with None each its own.
+        Upper bound of lambda, also of pairs that a closed form stops; None: `1.25 s` with `s` the
+        target over the window that the search starts from. On top of a stage the bound of what
+        multiplies it; in a ladder that of every tier, or with None each its own.
     seed
         The seed of the windows and of the search. Equal arguments give equal results to the bit on
         one machine, in equal batches: these follow from the free memory, and a resumed search takes
@@ -170,13 +179,13 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         Drop candidates of the evolution early: after 1, 2, 4, ... search windows, those that are
         worse than the `parents`-th best by a one-sided paired Student t test at 0.01 on the losses
         of 16 blocks of tokens per window (not the share of wrong decisions: neighbouring blocks are
-        not independent). Never PI, NTK and YaRN. The losses of the others are those without a race,
+        not independent). Never the closed forms. The losses of the others are those without a race,
         up to rounding. Not with `"gradient"`.
     critical_dimension
         Search as LongRoPE2 (arXiv 2502.20082) does: the critical pair of dimensions, from the first
         that turns at most 10 times in the original window to the first that turns at most once, and
         the lambdas from it on, in `[s, 2 s]` (`max_lambda`: another upper bound). Faster pairs
-        follow, `lambda_i = lambda_critical^(i / critical)`. PI, NTK and YaRN take part as they are.
+        follow, `lambda_i = lambda_critical^(i / critical)`. The closed forms take part as they are.
     steps, learning_rate, windows_per_step
         The descent: 80 steps of Adam on log lambda, at a rate that falls from 0.05 to 0, on 1
         random window each.
@@ -190,7 +199,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         of each window's tokens, and attention goes around the ranks in a ring.
     out
         Run directory: `config.json`, `journal.jsonl` (one durable line per evaluation),
-        `factors.json`, `history.csv`, `search.png`; of a ladder also `tiers.json`.
+        `factors.json`, `history.csv`, `report.html`, `results.csv`, plots; of a ladder also
+        `tiers.json`.
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
@@ -212,7 +222,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         With one sentence for any argument out of range, a model without rotary embedding or, for a
         ladder, without a layer that sees beyond its first tier, a last tier without tokens to
         score, a document shorter than `target_length`, a window whose keys and values do not fit
-        the free memory, an output that is not finite with PI, NTK or YaRN, a folder that cannot be
+        the free memory, an output that is not finite with a closed form, a folder that cannot be
         written, the journal of another search, or ranks that were not given the same search.
     LostRankError
         If a rank of the job has died or does not answer; a `RuntimeError`.
@@ -276,8 +286,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         notes, journal = _everywhere(job, notes, journal)
         held_out = Role.VALIDATION in drawn.windows
         total = (
-            most_evaluations(problem, options, held_out) if ladder is None
-            else ladder.most_evaluations(options, held_out)
+            most_evaluations(problem, options, held_out) + most_by_head(options, held_out)
+            if ladder is None else ladder.most_evaluations(options, held_out)
         )  # fmt: skip
         on_batch = stack.enter_context(
             progress_bar(options.progress if job.first else False, total)
@@ -289,10 +299,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
                 model, options, ladder, drawn, notes, journal, on_batch, job
             ).run()
         if options.out is not None and job.first:
-            folder.write_results(
-                out, result.factors, result.history, problem.baselines(), result.tiers,
-                result.loaded,
-            )  # fmt: skip
+            folder.write_results(out, result)
     return result
 
 
@@ -341,9 +348,11 @@ def _search(
         history=tuple(measurer.history),
         stages=problem.stage_parts(factors),
     )
-    measurer.finish()
     result = as_loaded.beside(result, model, evaluator, drawn.windows, job)
-    return result
+    if options.per == "model":
+        measurer.finish()
+        return result
+    return HeadSearch(heads_of(model, options.per), lambda number, below: task).run(result)
 
 
 def _notes(model: nn.Module, options: SearchOptions, job: ranks.Ranks) -> dict[str, Any]:

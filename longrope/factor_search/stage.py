@@ -31,8 +31,16 @@ def tiers_as_found(
 
 
 def stage_of(tiers: Tiers) -> RescaleFactors | None:
-    """Return what candidates multiply: the last of the tiers; None where it changes nothing."""
+    """Return what candidates multiply: the last of the tiers; None where it changes nothing.
+
+    Raises `ValueError` where its layers or heads have factors of their own.
+    """
     last = tiers[-1]
+    if last.per_head:
+        raise ValueError(
+            "model: expected factors for all layers and heads alike to search on top of, got those "
+            "of each; apply their mean(), or give scaling='ignore'"
+        )
     if np.all(last.lambdas == 1) and last.attention_factor == 1:
         return None
     return last

@@ -9,6 +9,7 @@ import numpy as np
 
 from longrope._validation import choice, count, even, longer, positive
 from longrope.factors.rules import (
+    LLAMA3_TURNS,
     cope_lambdas,
     dynamic_ntk_ratio,
     llama3_lambdas,
@@ -141,8 +142,8 @@ class Baselines:
         target_length: int,
         rope_theta: float = 10000.0,
         rotary_dim: int = 128,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
+        low_freq_factor: float = LLAMA3_TURNS[0],
+        high_freq_factor: float = LLAMA3_TURNS[1],
     ) -> RescaleFactors:
         """Return Llama 3.1's rule, with the ratio `s` as its factor.
 

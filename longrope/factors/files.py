@@ -81,13 +81,27 @@ def _fields(path: Path, content: object) -> dict:
         if names:
             raise ValueError(f"{path}: expected the fields of rescale factors, "
                              f"{what}: {', '.join(sorted(names))}")  # fmt: skip
-    lambdas = content["lambdas"]
-    numbers = isinstance(lambdas, list) and all(
-        v == "inf" or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in lambdas
-    )
-    if not numbers:
-        raise ValueError(f"{path}: lambdas: expected a list of numbers")
-    return content | {"lambdas": [float("inf") if v == "inf" else v for v in lambdas]}
+    try:
+        return content | {"lambdas": _numbers(content["lambdas"])}
+    except TypeError:
+        raise ValueError(f"{path}: lambdas: expected a list of numbers") from None
+
+
+def _numbers(values: object) -> list:
+    """Return a list of numbers, or of such lists; `TypeError` where it is none."""
+    if not isinstance(values, list):
+        raise TypeError
+    found = []
+    for value in values:
+        if isinstance(value, list):
+            found.append(_numbers(value))
+        elif value == "inf":
+            found.append(float("inf"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(value)
+        else:
+            raise TypeError
+    return found
 
 
 def _parse_csv(path: Path, text: str) -> list[float]:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
 from longrope.factors import files, official
 from longrope.factors.baselines import Baselines
+from longrope.factors.heads import PerHead, attention_factors
 from longrope.factors.rules import base_inv_freq
 
 
 @dataclass(frozen=True, eq=False)
-class RescaleFactors(Baselines):
+class RescaleFactors(PerHead, Baselines):
     """Rescaled rotary frequencies `1 / (lambda_i * theta^(2i/R))` and what they are made for.
 
     LongRoPE (arXiv 2402.13753, section 3): position `n` turns pair `i` by
@@ -33,11 +34,14 @@ class RescaleFactors(Baselines):
     lambdas
         `[R/2]` positive factors, fastest dimension first. A factor above 1 slows its dimension
         down, and an infinite one stops it (`inv_freq` 0). They need be neither monotone nor at
-        least 1: that binds the search, and some of the published sets break the order.
+        least 1: that binds the search, and some of the published sets break the order. Or
+        `[L, Hk, R/2]`: those of every attention layer and key/value head, whose query heads turn as
+        it does; `[L, 1, R/2]` those of every layer.
     start_tokens
         The paper's n-hat, in tokens: absolute positions below it are not rescaled.
     attention_factor
-        Multiplies cos and sin of every position, so attention logits by its square.
+        Multiplies cos and sin of every position, so attention logits by its square. With lambdas by
+        layer and head `[L, Hk]`, or one number for all.
     original_length, target_length
         Context length in tokens before and after the extension.
     rope_theta
@@ -53,7 +57,7 @@ class RescaleFactors(Baselines):
 
     lambdas: np.ndarray
     start_tokens: int = 0
-    attention_factor: float = 1.0
+    attention_factor: float | np.ndarray = 1.0
     original_length: int = 4096
     target_length: int = 32768
     rope_theta: float = 10000.0
@@ -62,13 +66,14 @@ class RescaleFactors(Baselines):
     def __post_init__(self):
         checked = {
             "start_tokens": integer("start_tokens", self.start_tokens, 0),
-            "attention_factor": positive("attention_factor", self.attention_factor),
             "original_length": integer("original_length", self.original_length, 1),
             "target_length": integer("target_length", self.target_length, 1),
             "rope_theta": positive("rope_theta", self.rope_theta, above=1),
             "rotary_dim": even("rotary_dim", self.rotary_dim),
         }
-        checked["lambdas"] = lambda_array(self.lambdas, checked["rotary_dim"])
+        checked["lambdas"] = lambdas = lambda_array(self.lambdas, checked["rotary_dim"])
+        heads = lambdas.shape[:2] if lambdas.ndim > 1 else None
+        checked["attention_factor"] = attention_factors(self.attention_factor, heads)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
 
@@ -84,7 +89,7 @@ class RescaleFactors(Baselines):
         return base_inv_freq(self.rope_theta, self.rotary_dim)
 
     def inv_freq(self) -> np.ndarray:
-        """Return the rescaled frequencies, radians per token, float64 `[R/2]`."""
+        """Return the rescaled frequencies, radians per token, float64 in the shape of lambdas."""
         return self.base_inv_freq() / self.lambdas
 
     def replace(self, **changes) -> RescaleFactors:
@@ -108,18 +113,22 @@ class RescaleFactors(Baselines):
                     f"{name}: expected the same value in both factors of a product, "
                     f"got {ours} and {theirs}"
                 )
+        one, two = self, other
+        if self.per_head and other.per_head:
+            heads = tuple(map(max, self.heads, other.heads))
+            one, two = self.spread(*heads), other.spread(*heads)  # refuse others
         # Whole numbers of any size divide exactly here; floats would round beyond 2^53.
         product, original = self.target_length * other.target_length, other.original_length
         return self.replace(
-            lambdas=self.lambdas * other.lambdas,
+            lambdas=one.lambdas * two.lambdas,
             start_tokens=other.start_tokens,
-            attention_factor=self.attention_factor * other.attention_factor,
+            attention_factor=one.attention_factor * two.attention_factor,
             target_length=max(1, (2 * product + original) // (2 * original)),
         )
 
     def _key(self) -> tuple:
-        settings = tuple(getattr(self, f.name) for f in dataclasses.fields(self)[1:])
-        return (self.lambdas.tobytes(), *settings)
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return tuple((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, RescaleFactors) else NotImplemented
@@ -176,8 +185,15 @@ class RescaleFactors(Baselines):
         An infinite lambda, which JSON has no number for, is "inf".
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        lambdas = ["inf" if value == math.inf else value for value in self.lambdas.tolist()]
-        return fields | {"lambdas": lambdas}
+        if self.per_head:
+            fields["attention_factor"] = self.attention_factor.tolist()
+
+        def plain(value: float | list) -> float | str | list:
+            if isinstance(value, list):
+                return [plain(v) for v in value]
+            return "inf" if value == math.inf else value
+
+        return fields | {"lambdas": plain(self.lambdas.tolist())}
 
     @classmethod
     def load(cls, path: str | Path, **settings) -> RescaleFactors:

@@ -9,6 +9,8 @@ import numpy as np
 #: The paper's YaRN settings, and transformers': dimensions that turn more than 32 times in the
 #: original window keep their frequency, those that turn less than once are interpolated.
 YARN_BETA_FAST, YARN_BETA_SLOW = 32, 1
+#: Llama 3.1's `low_freq_factor` and `high_freq_factor`: turns in the original window.
+LLAMA3_TURNS = 1.0, 4.0
 
 
 def su_attention_factor(ratio: float, original_length: int) -> float:
@@ -101,6 +103,28 @@ def llama3_lambdas(
     turns = original_length * base_inv_freq(rope_theta, rotary_dim) / (2 * math.pi)
     smooth = np.clip((turns - low_turns) / (high_turns - low_turns), 0, 1)
     return 1 / (smooth + (1 - smooth) / ratio)
+
+
+def closed_forms(
+    ratio: float, original_length: int, rope_theta: float, rotary_dim: int
+) -> dict[str, np.ndarray]:
+    """Return the lambdas of every rule that needs no search, by name, `[R/2]` each.
+
+    Those of `longrope.factors.baselines.BASELINES`, for any ratio: also one that leads to no whole
+    number of tokens, as on top of another scaling.
+    """
+    rope = (original_length, rope_theta, rotary_dim)
+    ones = np.ones(rotary_dim // 2)
+    return {
+        "pi": ratio * ones,
+        "ntk": ntk_lambdas(ratio, rotary_dim),
+        "yarn": yarn_lambdas(ratio, *rope, truncate=True),
+        "dynamic-ntk": ntk_lambdas(dynamic_ntk_ratio(ratio, ratio), rotary_dim),
+        "llama3": llama3_lambdas(ratio, *rope, *LLAMA3_TURNS),
+        "mrrope-uni": mrrope_lambdas(ratio, *rope, progressive=False),
+        "mrrope-pro": mrrope_lambdas(ratio, *rope, progressive=True),
+        "cope": cope_lambdas(ones, base_inv_freq(rope_theta, rotary_dim), original_length, None),
+    }
 
 
 def dynamic_ntk_ratio(ratio: float, factor: float) -> float:

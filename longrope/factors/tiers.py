@@ -12,6 +12,7 @@ import numpy as np
 
 from longrope._validation import positive
 from longrope.factors import files
+from longrope.factors.heads import span
 from longrope.factors.rescale import RescaleFactors
 
 
@@ -91,10 +92,8 @@ class Tiers(Sequence[RescaleFactors]):
         for number, tier in enumerate(self._tiers):
             last = number == len(self._tiers) - 1
             end = "" if last else f"{tier.target_length - 1}"
-            least, most = tier.lambdas.min(), tier.lambdas.max()
-            span = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
-            factor = f"{tier.attention_factor:.4g}"
-            rows.append((f"{start}-{end}", span, factor, str(tier.start_tokens)))
+            lambdas, factor = span(tier.lambdas), span(tier.attention_factor)
+            rows.append((f"{start}-{end}", lambdas, factor, str(tier.start_tokens)))
             start = tier.target_length
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]

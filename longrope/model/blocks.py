@@ -112,6 +112,11 @@ def rotations(tiers: Tiers, length: int, device: torch.device) -> Rotations:
     def of_tiers(values: Iterable[object], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.stack(list(values)), dtype=dtype, device=device)
 
+    if any(tier.per_head for tier in tiers):
+        raise ValueError(
+            "tiers: expected factors for all layers and heads alike, got those of each; take their "
+            "mean(), or apply them to the Hugging Face model"
+        )
     positions = torch.arange(length, device=device)
     shared = {
         "inv_freq": of_tiers((tier.inv_freq() for tier in tiers), torch.float64),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longrope._files import new_folder
+from longrope._warnings import warn
 from longrope.checkpoints.export import export as export_factors
 from longrope.checkpoints.export import free_folder
 from longrope.checkpoints.hf import ABOUT
@@ -43,15 +46,21 @@ def check_llama(llama: Any) -> None:
 
 def save(model: LongRoPEModel, path: str | os.PathLike) -> Path:
     """Write a model into a new folder."""
-    path, config = free_folder(path), model.llama.config
-    setattr(config, TRAINED, model.trained)
-    try:
-        with new_folder(path) as folder, exporting():
-            model.llama.save_pretrained(folder)
-            model.tiers.save(folder / TIERS)
-    finally:
-        delattr(config, TRAINED)
+    path = free_folder(path)
+    with _marked(model), new_folder(path) as folder, exporting():
+        model.llama.save_pretrained(folder)
+        model.tiers.save(folder / TIERS)
     return path
+
+
+@contextlib.contextmanager
+def _marked(model: LongRoPEModel) -> Iterator[None]:
+    """Let the configuration that is written say whether the weights are more than random."""
+    setattr(model.llama.config, TRAINED, model.trained)
+    try:
+        yield
+    finally:
+        delattr(model.llama.config, TRAINED)
 
 
 def read(
@@ -63,7 +72,8 @@ def read(
     path, options = Path(path), {"dtype": "auto" if dtype is None else dtype}
     if (path / ABOUT).is_file():
         llama, _ = load_export(path, **options)
-        return llama.to(device), rotary_of(llama).tiers, True
+        trained = vars(llama.config).pop(TRAINED, True)
+        return llama.to(device), rotary_of(llama).tiers, trained
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path: expected a folder with a config.json, got {str(path)!r}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -74,7 +84,15 @@ def read(
 
 
 def export(model: LongRoPEModel, path: str | os.PathLike, options: dict[str, Any]) -> Path:
-    """Write a folder that plain transformers reads."""
+    """Write a folder that plain transformers reads; one of random weights says that it is."""
+    if not model.trained:
+        warn("model: its weights are random, and those of the export are too (fit trains them)")
+        with _marked(model):
+            return _export(model, path, options)
+    return _export(model, path, options)
+
+
+def _export(model: LongRoPEModel, path: str | os.PathLike, options: dict[str, Any]) -> Path:
     if model.context_length > model.base_length:
         return export_factors(model.llama, path, model.tiers, **options)
     if options:

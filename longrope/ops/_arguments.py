@@ -53,10 +53,12 @@ def check_frequencies(
     attention_factor: float | Tensor,
     batch: int | None = None,
     tiers: int | None = None,
+    heads: tuple[int, ...] | None = None,
 ) -> None:
     """Check what turns: dtypes, shapes among each other and, where given, the batch size.
 
-    With `tiers`, each of the tiers has frequencies, start tokens and an attention factor.
+    With `tiers`, each of the tiers has frequencies, start tokens and an attention factor. With
+    `heads`, those of q and of k, frequencies and factors may come by groups of them.
     """
     rows = "B" if batch is None else str(batch)
     sizes = [] if tiers is None else [tiers]
@@ -65,8 +67,24 @@ def check_frequencies(
         by_row = t.dim() == len(shape) + 1 and batch in (None, t.shape[0])
         return (t.dim() == len(shape) or by_row) and tuple(t.shape)[int(by_row) :] == shape
 
+    grouped = (
+        heads is not None and isinstance(inv_freq, Tensor) and inv_freq.dim() == len(sizes) + 3
+    )
+    groups = inv_freq.shape[1] if grouped else 0
+
+    def fits_by_group(t: Tensor, *shape: int) -> bool:
+        if not grouped or t.dim() != len(shape) + 2:
+            return fits(t, *shape)
+        rows_fit = batch is None or t.shape[0] in (1, batch)
+        return rows_fit and t.shape[1] == groups and tuple(t.shape)[2:] == shape
+
     def text(*shape: int | str) -> str:
         return f"[{', '.join(map(str, shape))}] or [{', '.join(map(str, (rows, *shape)))}]"
+
+    def by_group(*shape: int | str) -> str:
+        if not grouped:
+            return ""
+        return f" or [{', '.join(map(str, (f'{rows} or 1', groups, *shape)))}]"
 
     starts = "an int or int64 " + (text(*sizes) if sizes else f"[{rows}]")
 
@@ -75,9 +93,14 @@ def check_frequencies(
 
     expect(
         is_float64(inv_freq) and inv_freq.shape[-1] > 0
-        and fits(inv_freq, *sizes, inv_freq.shape[-1]),
-        "inv_freq", f"float64 {text(*sizes, 'R/2')}", inv_freq,
+        and fits_by_group(inv_freq, *sizes, inv_freq.shape[-1]),
+        "inv_freq", f"float64 {text(*sizes, 'R/2')}{by_group(*sizes, 'R/2')}", inv_freq,
     )  # fmt: skip
+    if grouped:
+        expect(
+            groups > 0 and not any(count % groups for count in heads), "inv_freq",
+            f"groups into which {' and '.join(map(str, heads))} heads part evenly", inv_freq,
+        )  # fmt: skip
     pairs = inv_freq.shape[-1]
     if isinstance(start_tokens, Tensor):
         expect(
@@ -98,9 +121,10 @@ def check_frequencies(
     if isinstance(attention_factor, Tensor):
         expect(
             attention_factor.is_floating_point()
-            and (attention_factor.dim() == 0 or fits(attention_factor, *sizes)),
+            and (attention_factor.dim() == 0 or fits_by_group(attention_factor, *sizes)),
             "attention_factor",
-            "a number, or a float tensor " + ("[], " if sizes else "") + text(*sizes),
+            "a number, or a float tensor " + ("[], " if sizes else "") + text(*sizes)
+            + by_group(*sizes),
             attention_factor,
         )  # fmt: skip
     else:
@@ -127,11 +151,17 @@ def check_positions(
 def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tuple:
     """Return what turns one set of rescale factors into another, as the ops take it.
 
-    `(inv_freq, base_inv_freq, start_tokens)` of each set and the ratio of the attention factors.
-    The base frequencies are `theta^(-2i/R)`.
+    `(inv_freq, base_inv_freq, start_tokens)` of each set, and the ratio of the attention factors: a
+    number, and where it differs between heads a tensor `[1, G]`, else None. The base frequencies
+    are `theta^(-2i/R)`.
     """
     for name, factors in (("from_factors", from_factors), ("to_factors", to_factors)):
         expect(hasattr(factors, "rotary_dim"), name, "longrope.RescaleFactors", factors)
+        if factors.lambdas.ndim > 1 and len(factors.lambdas) > 1:
+            raise ValueError(
+                f"{name}: expected the factors of one layer (RescaleFactors.layer), got those of "
+                f"{len(factors.lambdas)}"
+            )
     expect(
         from_factors.rotary_dim == to_factors.rotary_dim,
         "to_factors", f"rotary_dim {from_factors.rotary_dim} as in from_factors",
@@ -145,4 +175,7 @@ def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tup
             exponent = torch.arange(0, factors.rotary_dim, 2, dtype=torch.float64, device=device)
             base = float(factors.rope_theta) ** (-exponent / factors.rotary_dim)
         sets += [inv_freq, base, factors.start_tokens]
-    return *sets, to_factors.attention_factor / from_factors.attention_factor
+    ratio = to_factors.attention_factor / from_factors.attention_factor
+    if isinstance(ratio, float):
+        return *sets, ratio, None
+    return *sets, 1.0, torch.as_tensor(ratio, dtype=torch.float64, device=device)

@@ -24,7 +24,8 @@ class Rotation:
     Parameters
     ----------
     inv_freq : float64 `[R/2]` or `[B, R/2]`; with limits `[T, R/2]` or `[B, T, R/2]`
-        Radians per token; a row of the batch may have its own.
+        Radians per token; a row of the batch may have its own. By groups of heads, as in
+        `ops.rope`, `[B or 1, G, R/2]`; with limits `[B or 1, G, T, R/2]`.
     query_positions, key_positions : int64 `[N]` or `[B, N]`, `[M]` or `[B, M]`
         Positions of the queries and of the keys; may be negative. With limits the tiers of the
         queries (those in `query_range`) must not fall along a row; positions as such may (left
@@ -34,7 +35,8 @@ class Rotation:
     base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
         The original frequencies; required with `start_tokens`.
     attention_factor : float or tensor `[]` or `[B]`; with limits also `[T]` or `[B, T]`
-        Multiplies the rotated dimensions of queries and of keys.
+        Multiplies the rotated dimensions of queries and of keys. With groups also `[B or 1, G]`;
+        with limits `[B or 1, G, T]`.
     interleaved : bool
         Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
     limits : int64 `[T]`, optional
@@ -69,10 +71,16 @@ class Rotation:
             tiers = self.limits.shape[0]
         check_frequencies(
             self.inv_freq, self.start_tokens, self.base_inv_freq, self.attention_factor,
-            tiers=tiers,
+            tiers=tiers, heads=(),
         )  # fmt: skip
         check_positions("query_positions", self.query_positions)
         check_positions("key_positions", self.key_positions)
+
+    @property
+    def groups(self) -> int | None:
+        """The groups of heads with frequencies of their own; None: all heads turn alike."""
+        grouped = self.inv_freq.dim() == (3 if self.limits is None else 4)
+        return self.inv_freq.shape[1] if grouped else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors among the fields, by name."""
@@ -81,7 +89,8 @@ class Rotation:
     def by_tier(self) -> tuple[Tensor, int | Tensor, float | Tensor]:
         """Return inv_freq, start_tokens and attention_factor in tiers: one without limits.
 
-        Tensors are `[T, R/2]` or `[B, T, R/2]`, `[T]` or `[B, T]`, and of float64.
+        Tensors are `[T, R/2]` or `[B, T, R/2]`, `[T]` or `[B, T]`, and of float64; by groups of
+        heads `[B or 1, G, T, R/2]` and `[B or 1, G, T]`.
         """
         inv_freq, starts, factors = self.inv_freq, self.start_tokens, self.attention_factor
         if self.limits is None:

@@ -23,6 +23,7 @@ from longrope.ops._arguments import (
 from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
 from longrope.ops._fake import attention as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import push_forward, refuse_tangents
+from longrope.ops._groups import attend_groups
 from longrope.ops._rotation import Rotation
 from longrope.ops.rope import _start_and_factor
 
@@ -134,6 +135,13 @@ def attention(
         out, lse = torch.ops.longrope.attention(q, k, v, *options)
     else:
         expect(isinstance(rotation, Rotation), "rotation", "an ops.Rotation, or None", rotation)
+        if rotation.groups is not None:
+            out, lse = attend_groups(
+                attention, q, k, v, rotation, query_range, causal=causal, query_start=query_start,
+                key_length=key_length, key_start=key_start, window=window, scale=scale,
+                softcap=softcap,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
         check_positions("query_positions", rotation.query_positions, q.shape[0], queries)
         check_positions("key_positions", rotation.key_positions, k.shape[0], keys)
         check_tensors(q=q, **rotation.tensors())

@@ -53,14 +53,15 @@ def rope(
         Keys, likewise.
     positions : int64 `[N]` or `[B, N]`
         May be negative. Angles are off by at most `pi 2^-64 |position|` rad: 1e-6 up to 2^42.
-    inv_freq : float64 `[R/2]` or `[B, R/2]`
-        Radians per token, `R <= D`; dimensions from `R` on are copied.
+    inv_freq : float64 `[R/2]`, `[B, R/2]` or `[B or 1, G, R/2]`
+        Radians per token, `R <= D`; dimensions from `R` on are copied. With `G`, the heads of q and
+        of k each part evenly into `G` neighbourhoods; `G = Hk`: query heads turn as their key head.
     start_tokens : int or int64 `[B]`
         Positions below it turn by `base_inv_freq` (n_hat of the paper); 0: none do, not even
         negative ones.
     base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
         The original frequencies; required with `start_tokens`.
-    attention_factor : float or tensor `[]` or `[B]`
+    attention_factor : float or tensor `[]` or `[B]`, with groups also `[B or 1, G]`
         Multiplies the rotated dimensions (sections 3 of YaRN and Phi-3's `su`).
     interleaved : bool
         Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
@@ -139,7 +140,8 @@ def rerotate(
         The positions that they were rotated at.
     from_factors, to_factors : longrope.RescaleFactors
         The set that turned them, and the set wanted; of one `rotary_dim`. Positions below a set's
-        `start_tokens` have its original frequencies.
+        `start_tokens` have its original frequencies. Sets with factors for each head are those of
+        one layer (`RescaleFactors.layer`).
     interleaved : bool
         Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
     out : tensor like k, optional
@@ -196,13 +198,13 @@ def rerotate_rows_(
         The positions that they are rotated at; may be negative.
     from_tier, to_tier : int64 `[B]`
         The tier that turned a row's keys, and the tier wanted; -1: not rotated.
-    inv_freq : float64 `[T, R/2]` or `[B, T, R/2]`
-        Radians per token of each tier, `R <= D`; dimensions from `R` on stay.
+    inv_freq : float64 `[T, R/2]`, `[B, T, R/2]` or `[B or 1, G, T, R/2]`
+        Radians per token of each tier, `R <= D`; dimensions from `R` on stay. `G` as for `rope`.
     start_tokens : int or int64 `[T]` or `[B, T]`
         Positions below it turn by `base_inv_freq`; 0: none do.
     base_inv_freq : float64 `[R/2]` or `[B, R/2]`, optional
         The original frequencies; required with `start_tokens`.
-    attention_factor : float or tensor `[]`, `[T]` or `[B, T]`
+    attention_factor : float or tensor `[]`, `[T]` or `[B, T]`, with groups also `[B or 1, G, T]`
         What each tier multiplies the rotated dimensions by; not 0.
     interleaved : bool
         Pairs are `(2i, 2i + 1)` instead of `(i, i + R/2)`.
@@ -316,6 +318,8 @@ def _rope_backward(ctx, grad_q, grad_k):
         if ctx.needs_input_grad[_BASE_INV_FREQ]:
             grads[_BASE_INV_FREQ] = to_base.sum_to_size(base.shape)
         if ctx.needs_input_grad[_FACTOR]:
+            if to_factor.dim() > 1 and factor_rows.dim() < 2:
+                to_factor = to_factor.sum(1)  # one for all groups of heads
             grads[_FACTOR] = to_factor.sum_to_size(factor_rows.shape)
     return tuple(grads)
 

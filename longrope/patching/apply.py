@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope.factors import RescaleFactors, Tiers
-from longrope.patching import cache_guard, row_tiers, tiered
+from longrope.patching import cache_guard, layers, row_tiers, tiered
 from longrope.patching.attention import use_own_attention, use_tiered_attention
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import attention_layers, decoder
@@ -98,6 +98,8 @@ def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: s
     """Do what `apply` says, without a word."""
     base, settings = decoder(model), rope_settings(model)
     check_fit(settings, several)
+    for tier in several:
+        layers.check_heads(base, tier)
     accept_rotations(attention_layers(base)[0])
     by_position = by_position and len(several) > 1
     remove(model)
@@ -114,6 +116,8 @@ def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: s
     rotary.place(device_of(model))
     base.rotary_emb = rotary
     (tiered if by_position else row_tiers).install(base, rotary)
+    if not by_position and any(tier.per_head for tier in several):
+        rotary.hooks += layers.install(base)
     if len(several) == 1:
         rotary.hooks += cache_guard.install(base, several[0])
 
@@ -165,11 +169,13 @@ def rows(
     model
         As for `apply`.
     inv_freq
-        float64 `[B, R/2]`, or `[R/2]` for all rows, radians per token. Gradients flow into it.
+        float64 `[B, R/2]`, or `[R/2]` for all rows, radians per token. Gradients flow into it. By
+        layer and group of heads `[L, B or 1, G, R/2]`.
     start_tokens
         int or int64 `[B]`.
     attention_factor
-        float or tensor `[B]` or `[]`. Gradients flow into it.
+        float or tensor `[B]` or `[]`, by layer and group of heads `[L, B or 1, G]`. Gradients flow
+        into it.
     """
     base = decoder(model)
     found = base.rotary_emb
@@ -178,10 +184,13 @@ def rows(
         _install(model, _plain(model), False, "turned")
     rotary = base.rotary_emb
     before = rotary.rows
+    picking = layers.install(base)
     try:
         rotary.set_rows(inv_freq, start_tokens, attention_factor)
         yield rotary
     finally:
+        for hook in picking:
+            hook.remove()
         rotary.rows = before
         if not patched:
             _apply_again(model, found)

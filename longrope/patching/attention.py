@@ -262,9 +262,10 @@ def _tiered_forward(
         )
     options = Options(kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"))
     if query.rotation.plan is None:
-        out = tier_compiled.attend(query, key, value, attention_mask, options)
+        out = tier_compiled.attend(query, key, value, attention_mask, options, module.layer_idx)
     else:
-        out = attend(query, key, value, module_of(query.rotation.ticket), options)
+        rotary = module_of(query.rotation.ticket)
+        out = attend(query, key, value, rotary, options, module.layer_idx)
     return out.transpose(1, 2), None
 
 

@@ -27,6 +27,21 @@ def bits(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float64).view(np.int64))
 
 
+def stacked(tiers: Sequence[RescaleFactors]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the frequencies and the attention factors of tiers.
+
+    `[T, R/2]` and `[T]`; where some of them differ between layers or heads `[T, L, G, R/2]` and
+    `[T, L, G]`.
+    """
+    if heads := [tier.heads for tier in tiers if tier.per_head]:
+        layers_and_heads = [max(counts) for counts in zip(*heads, strict=True)]
+        tiers = [tier.spread(*layers_and_heads) for tier in tiers]
+    return (
+        np.stack([tier.inv_freq() for tier in tiers]),
+        np.stack([tier.attention_factor for tier in tiers]),
+    )
+
+
 class RescaledRotaryEmbedding(KeepsNumbers):
     """A model's rotary embedding with rescaled frequencies, chosen for each row of the batch.
 
@@ -61,10 +76,11 @@ class RescaledRotaryEmbedding(KeepsNumbers):
     def numbers(self) -> dict[str, Tensor]:
         """Return the buffers by name, on the CPU."""
         tiers = self.tiers
+        inv_freq, factors = stacked(tiers)
         return {
-            "inv_freq_bits": bits(np.stack([f.inv_freq() for f in tiers])),
+            "inv_freq_bits": bits(inv_freq),
             "base_bits": bits(tiers[0].base_inv_freq()),
-            "factor_bits": bits(np.array([f.attention_factor for f in tiers])),
+            "factor_bits": bits(factors),
             "start_tokens": torch.from_numpy(np.array([f.start_tokens for f in tiers])),
             "limits": torch.from_numpy(np.array([f.target_length for f in tiers])),
         }
@@ -85,11 +101,12 @@ class RescaledRotaryEmbedding(KeepsNumbers):
         ----------
         inv_freq
             `[B, R/2]` or `[R/2]` for all rows, radians per token. float64 (other dtypes are
-            converted). Gradients flow into it.
+            converted). Gradients flow into it. By layer and group of heads `[L, B or 1, G, R/2]`.
         start_tokens
             int or int64 `[B]`: positions below it keep the model's original frequencies.
         attention_factor
-            float or tensor `[B]` or `[]`. Gradients flow into it.
+            float or tensor `[B]` or `[]`. Gradients flow into it. By layer and group of heads
+            `[L, B or 1, G]`.
 
         Raises
         ------
@@ -98,6 +115,9 @@ class RescaledRotaryEmbedding(KeepsNumbers):
         """
         half = self.base_bits.shape[0]
         inv_freq = torch.as_tensor(inv_freq, dtype=torch.float64)
+        if inv_freq.ndim == 4:
+            self.rows = self._rows_by_layer(inv_freq, start_tokens, attention_factor)
+            return
         if inv_freq.ndim not in (1, 2) or inv_freq.shape[-1] != half:
             raise ValueError(
                 f"inv_freq: expected [{half}] or [B, {half}], got {list(inv_freq.shape)}"
@@ -116,6 +136,25 @@ class RescaledRotaryEmbedding(KeepsNumbers):
         rows = max(counts)
         self.rows = (inv_freq.expand(rows, half), starts.expand(rows), factors.expand(rows))
 
+    def _rows_by_layer(
+        self, inv_freq: Tensor, start_tokens: Tensor | int, attention_factor: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        half, rows = self.base_bits.shape[0], inv_freq.shape[1]
+        factors = torch.as_tensor(attention_factor, dtype=torch.float64)
+        if factors.ndim == 0:
+            factors = factors.expand(inv_freq.shape[:3])
+        if inv_freq.shape[-1] != half or factors.shape != inv_freq.shape[:3]:
+            raise ValueError(
+                f"inv_freq, attention_factor: expected [L, B, G, {half}] and [L, B, G], got "
+                f"{list(inv_freq.shape)} and {list(factors.shape)}"
+            )
+        starts = torch.as_tensor(start_tokens, dtype=torch.int64)
+        if starts.ndim > 1 or starts.numel() not in (1, rows):
+            raise ValueError(
+                f"start_tokens: expected one value or [{rows}], got {list(starts.shape)}"
+            )
+        return inv_freq, starts.expand(rows), factors
+
     def clear_rows(self) -> None:
         """Go back to the tiers."""
         self.rows = None
@@ -131,15 +170,21 @@ class RescaledRotaryEmbedding(KeepsNumbers):
         if self.rows is not None:
             return tuple(setting.to(device) for setting in self.rows)
         inv_freq = self.inv_freq_bits.to(device).view(torch.float64)
-        if len(self.tiers) == 1:  # plain numbers, which need no look into a tensor
+        by_layer = inv_freq.ndim == 4
+        if len(self.tiers) == 1 and not by_layer:  # plain numbers: no look into a tensor
             return inv_freq[0], self.tiers[0].start_tokens, self.tiers[0].attention_factor
+        factors = self.factor_bits.to(device).view(torch.float64)
+        if len(self.tiers) == 1:
+            return inv_freq.transpose(0, 1), self.tiers[0].start_tokens, factors.transpose(0, 1)
         tier = self.tier
         if tier is None:
             lengths = self.planned_lengths
             tier = self.tier_of(positions.amax(-1).reshape(-1) + 1 if lengths is None else lengths)
         tier = tier.to(device)
-        factors = self.factor_bits.to(device).view(torch.float64)
-        return inv_freq[tier], self.start_tokens.to(device)[tier], factors[tier]
+        inv_freq, factors = inv_freq[tier], factors[tier]
+        if by_layer:
+            inv_freq, factors = inv_freq.transpose(0, 1), factors.transpose(0, 1)
+        return inv_freq, self.start_tokens.to(device)[tier], factors
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_
@@ -161,11 +206,14 @@ class RescaledRotaryEmbedding(KeepsNumbers):
         batch = x.shape[0]
         positions = position_ids.to(x.device)
         inv_freq, start_tokens, attention_factor = self._settings(positions)
-        if inv_freq.ndim == 2 and inv_freq.shape[0] not in (1, batch):
+        rows = 1 if inv_freq.ndim == 1 else inv_freq.shape[-2 if inv_freq.ndim == 2 else 1]
+        if rows not in (1, batch):
             raise ValueError(
                 f"inv_freq: expected one row, or one for each of the {batch} rows of the batch, "
-                f"got {inv_freq.shape[0]}"
+                f"got {rows}"
             )
+        if isinstance(start_tokens, Tensor) and rows == 1 and inv_freq.ndim == 4:
+            start_tokens = start_tokens.expand(batch)
         if inv_freq.ndim == 2 and inv_freq.shape[0] == 1:
             inv_freq, start_tokens, attention_factor = (
                 inv_freq[0], start_tokens.expand(batch), attention_factor[0]

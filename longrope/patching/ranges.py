@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longrope import ops
 from longrope.factors import RescaleFactors, Tiers
+from longrope.patching import layers
 from longrope.patching.apply import without_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.embedding import bits
@@ -48,6 +49,12 @@ class RangeRotation(NamedTuple):
         turn = turning_by(original)
         return Unturned(q, self, turn), Unturned(k, self, turn)
 
+    def of_layer(self, layer: int) -> RangeRotation:
+        """Return the rotation of one layer."""
+        if self.queries is None:
+            return self
+        return self._replace(queries=self.queries.of_layer(layer), keys=self.keys.of_layer(layer))
+
     def turned(self, query: Unturned, key: Unturned) -> tuple[Tensor, Tensor]:
         """Return queries `[B, H, n, D]` and keys `[B, Hk, M, D]`, turned."""
         if self.queries is None:
@@ -77,15 +84,17 @@ class RangeRotaryEmbedding(nn.Module):
     ) -> None:
         """Turn by factors: `inv_freq` float64 `[R/2]`, or `[B, R/2]` with the others `[B]`.
 
+        By layer and group of heads `[L, B or 1, G, R/2]`, with `attention_factor` `[L, B or 1, G]`.
         Gradients flow into the frequencies and the attention factor.
         """
         self.settings = inv_freq, start_tokens, attention_factor
 
     def turn_by_factors(self, factors: RescaleFactors) -> None:
         """Turn all rows by one set of factors."""
-        self.turn_by(
-            torch.from_numpy(factors.inv_freq()), factors.start_tokens, factors.attention_factor
-        )
+        inv_freq, factor = torch.from_numpy(factors.inv_freq()), factors.attention_factor
+        if factors.per_head:
+            inv_freq, factor = inv_freq[:, None], torch.tensor(factor)[:, None]
+        self.turn_by(inv_freq, factors.start_tokens, factor)
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_: Any
@@ -122,10 +131,13 @@ def ranges(model: nn.Module) -> Iterator[RangeRotaryEmbedding]:
         settings = rope_settings(model)
         plain = RescaleFactors.none(**settings.lengths(settings.original_length))
         base.rotary_emb = RangeRotaryEmbedding(own, plain.base_inv_freq())
+        picking = layers.install(base)
         try:
             with kernel_attention(model, _attend):
                 yield base.rotary_emb
         finally:
+            for hook in picking:
+                hook.remove()
             base.rotary_emb = own
 
 

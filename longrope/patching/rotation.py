@@ -40,7 +40,11 @@ def _refuse(rotation, dim: int):
 
 
 class KernelRotation(NamedTuple):
-    """A rotation by `ops.rope`; the fields are its arguments."""
+    """A rotation by `ops.rope`; the fields are its arguments.
+
+    Or that of all layers, of which `of_layer` picks one: `inv_freq` is `[L, B or 1, G, R/2]` then,
+    and `attention_factor` `[L, B or 1, G]`.
+    """
 
     positions: Tensor
     inv_freq: Tensor
@@ -52,13 +56,25 @@ class KernelRotation(NamedTuple):
         """Turn the first `R` channels of q `[B, H, N, D]` and k `[B, Hk, N, D]`, halves paired."""
         return ops.rope(q, k, *self)
 
+    def of_layer(self, layer: int) -> KernelRotation:
+        """Return the rotation of one layer."""
+        if self.inv_freq.dim() < 4:
+            return self
+        inv_freq, factor = self.inv_freq[layer], self.attention_factor[layer]
+        if inv_freq.shape[1] == 1:  # heads that turn alike
+            inv_freq, factor = inv_freq[:, 0], factor[:, 0]
+            if len(inv_freq) == 1:
+                inv_freq, factor = inv_freq[0], factor[0]
+        return self._replace(inv_freq=inv_freq, attention_factor=factor)
+
     unsqueeze = _refuse
 
 
 class TableRotation(NamedTuple):
     """A rotation by tables `[B or 1, N, R/2]`, for devices whose kernels are not built.
 
-    float32, or float64 for a float64 model.
+    float32, or float64 for a float64 model. By groups of heads `[B or 1, G, N, R/2]`, of all layers
+    `[L, B or 1, G, N, R/2]`.
     """
 
     cos: Tensor
@@ -68,8 +84,16 @@ class TableRotation(NamedTuple):
         """Turn the first `R` channels of q `[B, H, N, D]` and k `[B, Hk, N, D]`, halves paired."""
         return self._turn(q), self._turn(k)
 
+    def of_layer(self, layer: int) -> TableRotation:
+        """Return the rotation of one layer."""
+        return TableRotation(self.cos[layer], self.sin[layer]) if self.cos.dim() > 4 else self
+
     def _turn(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos[:, None], self.sin[:, None]
+        if self.cos.dim() == 3:
+            cos, sin = self.cos[:, None], self.sin[:, None]
+        else:
+            each = x.shape[1] // self.cos.shape[1]
+            cos, sin = (t.repeat_interleave(each, 1) for t in self)
         half = cos.shape[-1]
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         turned = (first * cos - second * sin, second * cos + first * sin)
@@ -93,8 +117,15 @@ def tabulate(arguments: KernelRotation, dtype: torch.dtype) -> TableRotation:
     positions = positions.reshape(-1, positions.shape[-1], 1)
     start_tokens = by_row(start_tokens, torch.int64)
     early = (positions < start_tokens) & (start_tokens > 0)  # as ops.rope has it
-    angle = positions * torch.where(early, base, inv_freq.reshape(-1, 1, inv_freq.shape[-1]))
-    factor = by_row(factor, torch.float64)
+    if inv_freq.dim() > 2:  # by groups of heads, maybe of all layers
+        positions, early = positions[:, None], early[:, None]
+        inv_freq = inv_freq[..., None, :]
+        factor = torch.as_tensor(factor, dtype=torch.float64, device=device)
+        factor = factor[..., None, None] if factor.dim() else factor
+    else:
+        inv_freq = inv_freq.reshape(-1, 1, inv_freq.shape[-1])
+        factor = by_row(factor, torch.float64)
+    angle = positions * torch.where(early, base, inv_freq)
     return TableRotation((angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype))
 
 

@@ -132,7 +132,7 @@ def _turn_cache(call: Pass, keys: CachedKeys, factors: tuple[RescaleFactors, ...
     if not changed:
         return
     positions = torch.cat(keys.positions, 1)
-    for layer in call.cache.layers:
+    for index, layer in enumerate(call.cache.layers):
         if type(layer).__name__ not in _TURNABLE_LAYERS:
             raise ValueError(
                 "past_key_values: expected cache layers of the types "
@@ -145,4 +145,5 @@ def _turn_cache(call: Pass, keys: CachedKeys, factors: tuple[RescaleFactors, ...
         turn = ops if held.device.type in DEVICES_WITH_KERNELS else ops.reference
         for row, old, new in changed:
             row_keys = held[row : row + 1]
-            turn.rerotate(row_keys, at[row : row + 1], old, new, out=row_keys)
+            sets = old.layer(index), new.layer(index)
+            turn.rerotate(row_keys, at[row : row + 1], *sets, out=row_keys)

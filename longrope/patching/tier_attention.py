@@ -19,7 +19,7 @@ from longrope import ops
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
 from longrope.patching.tier_pass import Plan, Segment
-from longrope.patching.torch_attention import Options, attend_by_torch, is_faster
+from longrope.patching.torch_attention import Options, attend_by_torch
 
 #: Tokens whose keys are un-turned at a time when a row leaves the first tier, in float32.
 _UNTURNED_AT_A_TIME = 4096
@@ -85,10 +85,11 @@ class Unturned(NamedTuple):
 
 
 def attend(
-    query: Unturned, key: Unturned | Cached, value: Tensor, rotary: nn.Module, options: Options
-) -> Tensor:
-    """Return the attention of a pass, `[B, H, N, D]`; keys and values join the cache, if any."""
-    rows = _Rows(query, key, value, rotary, options)
+    query: Unturned, key: Unturned | Cached, value: Tensor, rotary: nn.Module, options: Options,
+    index: int,
+) -> Tensor:  # fmt: skip
+    """Return the attention of a pass in layer `index`, `[B, H, N, D]`; a cache takes its keys."""
+    rows = _Rows(query, key, value, rotary, options, index)
     layer = rows.layer
     if layer is not None and layer.is_quantized:
         with torch.no_grad():
@@ -111,13 +112,13 @@ class _Rows:
 
     def __init__(
         self, query: Unturned, key: Unturned | Cached, value: Tensor, rotary: nn.Module,
-        options: Options,
+        options: Options, index: int,
     ):  # fmt: skip
         cached = isinstance(key, Cached)
         self.layer = key.layer if cached else None
         self.start = int(key.start) if cached else 0
         self.query, self.key, self.value = query, key.new if cached else key, value
-        self.rotary, self.options = rotary, options
+        self.rotary, self.options, self.index = rotary, options, index
         self.rotation = query.rotation
         self.plan = query.rotation.plan
         self.first_by_model = rotary.first_by_model
@@ -185,9 +186,8 @@ class _Rows:
         keys, values, positions = self.layer.storage()
         at = self.rotation.positions
         end = self.start + at.shape[1]
-        query, new = KernelRotation(self._real(at, 0), *self.rotation.settings).rotate(
-            self.query.states, self.key.states
-        )
+        rotation = KernelRotation(self._real(at, 0), *self.rotation.settings)
+        query, new = rotation.of_layer(self.index).rotate(self.query.states, self.key.states)
         keys[:, :, self.start : end] = new
         values[:, :, self.start : end] = self.value
         positions[:, self.start : end] = at
@@ -228,8 +228,8 @@ class _Rows:
         """Turn keys from one form into another, in place, with one rounding."""
         by_model = [f == 0 and self.first_by_model for f in (old, new)]
         if not any(by_model) and UNROTATED not in (old, new) and _has_kernels(keys):
-            tiers = self.rotary.tiers
-            ops.rerotate(keys, self._real(positions, row), tiers[old], tiers[new], out=keys)
+            sets = (self.rotary.tiers[form].layer(self.index) for form in (old, new))
+            ops.rerotate(keys, self._real(positions, row), *sets, out=keys)
             return
         for first in range(0, keys.shape[2], _UNTURNED_AT_A_TIME):
             part = slice(first, first + _UNTURNED_AT_A_TIME)
@@ -343,6 +343,7 @@ class _Rows:
         if back:
             inv_freq, base, factor = -inv_freq, -base, 1 / factor
         arguments = KernelRotation(positions, inv_freq, start_tokens, base, factor)
+        arguments = arguments.of_layer(self.index)
         if _has_kernels(x):
             return arguments.rotate(x, x[:, :0])[0]
         return tabulate(arguments, torch.promote_types(x.dtype, torch.float32)).rotate(x, x)[0]
@@ -364,8 +365,6 @@ class _Rows:
             return attend_by_torch(
                 query, keys, values, mask if mask is None else mask[rows, :end], o
             )
-        if plan.key_start is None and is_faster(query, keys, o):
-            return attend_by_torch(query, keys, values, None, o)
         bounds = {}
         if plan.key_start is not None:
             for name in ("key_start", "key_length"):

@@ -35,15 +35,16 @@ class _Held(NamedTuple):
 
 
 def attend(
-    query: Unturned, key: Unturned | Cached, value: Tensor, mask: Tensor | None, options: Options
-) -> Tensor:
+    query: Unturned, key: Unturned | Cached, value: Tensor, mask: Tensor | None, options: Options,
+    index: int,
+) -> Tensor:  # fmt: skip
     """Return the attention of a pass, `[B, H, N, D]`, as `tier_attention.attend` does.
 
     `mask` is what the model's own implementation is given.
     """
     rotation = query.rotation
     told = (rotation.cos, rotation.sin, rotation.positions, mask, rotation.ticket)
-    asked = (options.scale, options.window, options.softcap)
+    asked = (index, options.scale, options.window, options.softcap)
     if not isinstance(key, Cached):
         return torch.ops.longrope.attend_tiers(query.states, key.states, value, *told, *asked)
     keys, values, positions = key.layer.storage()
@@ -56,11 +57,13 @@ def attend(
 @torch.library.custom_op("longrope::attend_tiers", mutates_args=())
 def _attend_tiers(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    mask: Tensor | None, ticket: int, scale: float | None, window: int | None,
+    mask: Tensor | None, ticket: int, index: int, scale: float | None, window: int | None,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     query, key = _planned(q, k, cos, sin, positions, mask, ticket, 0)
-    return tier_attention.attend(query, key, v, module_of(ticket), Options(scale, window, softcap))
+    return tier_attention.attend(
+        query, key, v, module_of(ticket), Options(scale, window, softcap), index
+    )
 
 
 @torch.library.custom_op(
@@ -69,15 +72,15 @@ def _attend_tiers(
 def _attend_tiers_cached(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     mask: Tensor | None, ticket: int, form: Tensor, keys: Tensor, values: Tensor,
-    held_positions: Tensor, start: Tensor, scale: float | None, window: int | None,
-    softcap: float | None,
+    held_positions: Tensor, start: Tensor, index: int, scale: float | None,
+    window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     begin = int(start)
     query, key = _planned(q, k, cos, sin, positions, mask, ticket, begin)
     cached = Cached(_Held(form, keys, values, held_positions), key, begin)
     options = Options(scale, window, softcap)
     with torch.no_grad():
-        return tier_attention.attend(query, cached, v, module_of(ticket), options)
+        return tier_attention.attend(query, cached, v, module_of(ticket), options, index)
 
 
 @_attend_tiers.register_fake
@@ -91,7 +94,7 @@ def _(q, *_):
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.ticket, ctx.scale, ctx.window, ctx.softcap = inputs
+    *tensors, ctx.ticket, ctx.index, ctx.scale, ctx.window, ctx.softcap = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -108,7 +111,7 @@ def _recording() -> Iterator[None]:
 @torch.library.custom_op("longrope::attend_tiers_backward", mutates_args=())
 def _attend_tiers_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
-    mask: Tensor | None, ticket: int, scale: float | None, window: int | None,
+    mask: Tensor | None, ticket: int, index: int, scale: float | None, window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the attention again, as functions, and differentiate that."""
@@ -116,7 +119,7 @@ def _attend_tiers_backward(
     with _recording():
         query, key = _planned(*leaves[:2], cos, sin, positions, mask, ticket, 0)
         options = Options(scale, window, softcap)
-        out = tier_attention.attend(query, key, leaves[2], module_of(ticket), options)
+        out = tier_attention.attend(query, key, leaves[2], module_of(ticket), options, index)
         grads = torch.autograd.grad(out, leaves, grad)
     return tuple(map(torch.Tensor.contiguous, grads))
 
@@ -127,9 +130,9 @@ def _(grad, q, k, v, *_):
 
 
 def _backward(ctx, grad):
-    asked = (ctx.ticket, ctx.scale, ctx.window, ctx.softcap)
+    asked = (ctx.ticket, ctx.index, ctx.scale, ctx.window, ctx.softcap)
     grads = torch.ops.longrope.attend_tiers_backward(grad, *ctx.saved_tensors, *asked)
-    return *grads, *[None] * 8
+    return *grads, *[None] * 9
 
 
 _attend_tiers.register_autograd(_backward, setup_context=_keep)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longrope.factors import Tiers
 from longrope.patching import tier_cache
-from longrope.patching.embedding import bits
+from longrope.patching.embedding import bits, stacked
 from longrope.patching.keeping import KeepsNumbers
 from longrope.patching.rotation import accept_rotations, original_rotation
 from longrope.patching.settings import LENGTH_DEPENDENT, RopeSettings, text_config
@@ -70,8 +70,12 @@ class TieredRotaryEmbedding(KeepsNumbers):
 
     def numbers(self) -> dict[str, Tensor]:
         """Return the buffers by name, on the CPU."""
-        inv_freq = np.stack([tier.inv_freq() for tier in self.tiers])
-        return {"inv_freq_bits": bits(inv_freq), "base_bits": bits(self.tiers[0].base_inv_freq())}
+        inv_freq, factors = stacked(self.tiers)
+        return {
+            "inv_freq_bits": bits(inv_freq),
+            "factor_bits": bits(factors),
+            "base_bits": bits(self.tiers[0].base_inv_freq()),
+        }
 
     def _register(self) -> None:
         """Take a ticket, by which `module_of` finds this module while it lives."""
@@ -97,11 +101,17 @@ class TieredRotaryEmbedding(KeepsNumbers):
         ends = ", ".join(str(limit) for limit in self.tiers.limits)
         return f"tiers by position, up to {ends} tokens"
 
-    def settings(self, tier: int) -> tuple[Tensor, int, Tensor, float]:
-        """Return what `ops.rope` turns by: frequencies, start tokens, the original ones, factor."""
+    def settings(self, tier: int) -> tuple[Tensor, int, Tensor, float | Tensor]:
+        """Return what `ops.rope` turns by: frequencies, start tokens, the original ones, factor.
+
+        Of all layers, as `KernelRotation` has them, where some tier differs between them.
+        """
         factors = self.tiers[tier]
         frequencies = self.inv_freq_bits[tier].view(torch.float64)
         base = self.base_bits.view(torch.float64)
+        if frequencies.ndim > 1:
+            factor = self.factor_bits[tier].view(torch.float64)[:, None]
+            return frequencies[:, None], factors.start_tokens, base, factor
         return frequencies, factors.start_tokens, base, factors.attention_factor
 
     def model_tables(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,8 +179,7 @@ def loaded_tier(settings: RopeSettings, tiers: Tiers) -> bool:
         and settings.rope_type not in LENGTH_DEPENDENT
         and first.start_tokens == loaded.start_tokens
         and np.allclose(first.inv_freq(), loaded.inv_freq(), rtol=1e-5, atol=0)
-        # A bool of Python: torch.compile takes numpy's for a tensor.
-        and bool(np.isclose(first.attention_factor, loaded.attention_factor, rtol=1e-6))
+        and np.allclose(first.attention_factor, loaded.attention_factor, rtol=1e-6)
     )
 
 

@@ -17,23 +17,6 @@ class Options:
     softcap: float | None
 
 
-def is_faster(query: Tensor, keys: Tensor, options: Options) -> bool:
-    """Say whether torch attends faster than our kernels, all keys existing.
-
-    One query in float32 on a CPU whose heads share no keys: in 0.34 to 0.5 of the time of
-    `ops.attention`, for 500 to 16,000 keys of 40 and 64 channels on AVX2. With shared keys, and in
-    16 bits, it takes up to 11 times as long.
-    """
-    return (
-        query.shape[2] == 1
-        and query.shape[1] == keys.shape[1]
-        and query.dtype == torch.float32
-        and query.device.type == "cpu"
-        and options.window is None
-        and options.softcap is None
-    )
-
-
 def attend_by_torch(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, options: Options
 ) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longrope._files import replacing
+from longrope.runs import times
 from longrope.runs.journal import Journal, is_begun
 
 CONFIG, JOURNAL = "config.json", "journal.jsonl"
+#: What `longrope.report` writes into the folder of every run.
+REPORT, ROWS, PLOTS = "report.html", "results.csv", "plots"
 
 
 def noted(out: Path, name: str) -> Any:
@@ -58,7 +63,8 @@ def prepare(out: str | Path, kind: str, results: Sequence[str], resume: bool = T
     except OSError as error:
         raise ValueError(f"out: cannot write to {str(out)!r} ({error.strerror})") from None
     begun = is_begun(out / JOURNAL, kind)
-    others = [name for name in (CONFIG, *results) if (out / name).exists()]
+    names = (CONFIG, *results, REPORT, ROWS)
+    others = [name for name in names if (out / name).exists()]
     if others and not begun:
         raise ValueError(
             f"out: expected a new folder or one of a {kind}, got {str(out)!r}, which holds "
@@ -68,13 +74,22 @@ def prepare(out: str | Path, kind: str, results: Sequence[str], resume: bool = T
         with Journal.locked(out / JOURNAL, kind):
             aside = next(p for n in itertools.count(1) if not (p := out / f"previous-{n}").exists())
             aside.mkdir()
-            for name in (*others, JOURNAL):  # the journal last: a kill in between loses nothing
+            beside = [name for name in (times.TIMES, PLOTS) if (out / name).exists()]
+            for name in (
+                *others,
+                *beside,
+                JOURNAL,
+            ):  # the journal last: a kill in between loses nothing
                 os.replace(out / name, aside / name)
     return out
 
 
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
-    """Write what the run was asked to do, for people; the journal's header is what binds."""
+    """Write what the run was asked to do, for people; the journal's header is what binds.
+
+    The run has begun by then, or goes on: its times have another line.
+    """
+    times.began(out)
     write_text(out / CONFIG, json.dumps(config, indent=2, default=str) + "\n")
 
 
@@ -82,3 +97,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader never sees half of it."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def write_table(path: str | Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Replace a CSV file as a whole. Raises `OSError` with one sentence where it cannot."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(Path(path), table.getvalue())

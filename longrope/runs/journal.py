@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -243,6 +244,18 @@ def is_begun(path: Path, kind: str) -> bool:
     return True
 
 
+def kind_of(path: Path) -> str | None:
+    """Return what kind of run a journal is of; None where there is no journal that has begun."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+        header = strict_json(line) if line.endswith(b"\n") else {}
+        form = re.fullmatch(r"longrope ([\w ]+) journal 1", str(header.get("format")))
+    except (OSError, ValueError, AttributeError):  # the last of JSON that is no object
+        return None
+    return form[1] if form else None
+
+
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the header and the complete entries of a journal, without its lock.
 
@@ -250,7 +263,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        if _MARK not in lines[0]:
+        if not lines or _MARK not in lines[0]:
             raise _DamagedLineError(1, "it has no checksum")
         header, *entries = _parsed(lines, [])
     except _DamagedLineError as error:

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "attention/attention.h"
@@ -206,6 +207,33 @@ void run(const Case& c) {
   }
 }
 
+// bfloat16 as the same numbers in float32, but for the rounding of the result.
+void compare_bfloat16(const Case& c) {
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> q(kBatch * c.heads * c.queries * c.head_dim);
+  std::vector<uint16_t> k(kBatch * c.kv_heads * c.keys * c.head_dim), v(k.size()), out(q.size());
+  std::vector<float> wide_q, wide_k, wide_v, wide_out(q.size());
+  for (const auto& [values, wide] :
+       {std::pair{&q, &wide_q}, std::pair{&k, &wide_k}, std::pair{&v, &wide_v}}) {
+    for (uint16_t& x : *values) {
+      const float value = normal(random);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      x = static_cast<uint16_t>(bits >> 16);
+      wide->push_back(widen(x));
+    }
+  }
+  std::vector<float> lse(kBatch * c.heads * c.queries), wide_lse(lse.size());
+  attend(parameters(c, q.data(), k.data(), v.data(), out.data(), lse.data()));
+  attend(
+      parameters(c, wide_q.data(), wide_k.data(), wide_v.data(), wide_out.data(), wide_lse.data()));
+  for (size_t i = 0; i < lse.size(); ++i) CHECK_NEAR(lse[i], wide_lse[i], 1e-5);
+  for (size_t i = 0; i < out.size(); ++i) {
+    CHECK_NEAR(widen(out[i]), wide_out[i], 1e-5 + std::abs(wide_out[i]) / 256);
+  }
+}
+
 // Queries of two tiers, crossed inside a block of rows, as if each tier's had keys turned by hand.
 void run_tiers(int64_t queries, int64_t keys, int64_t crossing, bool interleaved) {
   const Case c{2, 1, queries, keys, 12, keys - queries, 0, keys, 0, true, 0};
@@ -290,6 +318,12 @@ int main() {
     run({1, 1, 9, 40, 7, -4, 3, 40, 0, true, 0});        // rows that see no key
     run({2, 2, 19, 65, 256, 0, 0, 65, 0, false, 0});
     run({4, 2, 50, 60, 24, 10, 0, 60, 0, true, 0, 7, 31});  // some of the queries
+    run({6, 2, 1, 131, 64, 130, 0, 131, 0, true, 0});       // decode steps: three rows to a key,
+    run({7, 1, 1, 260, 33, 259, 2, 259, 0, true, 0});       // seven, of an odd size,
+    run({2, 1, 5, 2500, 80, 2495, 0, 2500, 700, true, 0});  // ten, keys in parts
+    compare_bfloat16({6, 2, 1, 131, 64, 130, 0, 131, 0, true, 0});
+    compare_bfloat16({8, 1, 2, 300, 72, 298, 3, 299, 0, true, 0});
+    run_tiers(3, 2100, 1, false);
     run_tiers(300, 300, 101, false);
     run_tiers(40, 2100, 1, true);  // keys in parts
     run_tiers(1, 70, 0, false);    // all in the second

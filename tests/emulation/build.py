@@ -9,7 +9,9 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +65,16 @@ def _object(source: Path, flags: tuple[str, ...]) -> Path:
     return target
 
 
-def build(name: str, sources: tuple[Path, ...], *, executable=False, flags=()) -> Path:
+def torch_flags() -> tuple[str, ...]:
+    """What a source with torch's headers takes, compiled fast: host code has no need to be fast."""
+    from torch.utils.cpp_extension import include_paths
+
+    return (*(f"-isystem{path}" for path in include_paths()), "-O0", "-g0")
+
+
+def build(
+    name: str, sources: tuple[Path, ...], *, host: tuple[Path, ...] = (), executable=False, flags=()
+) -> Path:
     """Compile and link `sources` with the runtime; the path of the library or program.
 
     Parameters
@@ -72,6 +83,8 @@ def build(name: str, sources: tuple[Path, ...], *, executable=False, flags=()) -
         Stem of the result.
     sources
         `.cu` and `.cpp` files.
+    host
+        `.cpp` files that include torch.
     executable
         A program under AddressSanitizer instead of a shared library.
     flags
@@ -82,11 +95,18 @@ def build(name: str, sources: tuple[Path, ...], *, executable=False, flags=()) -
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes build once
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda s: _object(s, flags), (*RUNTIME, *sources)))
+            more = (*flags, *torch_flags()) if host else ()
+            jobs = [pool.submit(_object, s, flags) for s in (*RUNTIME, *sources)]
+            jobs += [pool.submit(_object, s, more) for s in host]
+            objects = [job.result() for job in jobs]
         key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
         target = CACHE / f"{name}-{key}{'' if executable else '.so'}"
         if not target.exists():
             link = list(SANITIZE) if executable else ["-shared"]
+            if host:
+                from torch.utils.cpp_extension import library_paths
+
+                link += [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
             _run([*compiler(), *map(str, objects), *link, "-o", f"{target}.tmp"])
             Path(f"{target}.tmp").rename(target)
     return target
@@ -103,3 +123,12 @@ class Runtime:
     def set_order(self, order: str, seed: int = 0) -> None:
         """Run threads and blocks `"forward"`, `"reverse"` or in a random order from now on."""
         self.library.emulation_set_order(self.ORDERS.index(order), ctypes.c_uint(seed))
+
+    @contextmanager
+    def capability(self, capability: int) -> Iterator[None]:
+        """Give blocks the shared memory of another chip: 80, 86 (else), 89, 90, 100 or 120."""
+        self.library.emulation_set_capability(capability)
+        try:
+            yield
+        finally:
+            self.library.emulation_set_capability(86)

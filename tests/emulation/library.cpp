@@ -59,14 +59,6 @@ const char* emulated_attention_merge(const longrope::AttentionMergeParams* param
   return guarded([&] { longrope::attention_merge_cuda(*params, nullptr); });
 }
 
-const char* emulated_linear_nll_chunk(const longrope::NllChunkParams* params) {
-  return guarded([&] { longrope::linear_nll_chunk_cuda(*params, nullptr); });
-}
-
-const char* emulated_linear_nll_backward_chunk(const longrope::NllBackwardChunkParams* params) {
-  return guarded([&] { longrope::linear_nll_backward_chunk_cuda(*params, nullptr); });
-}
-
 const char* emulated_candidate_sums(const longrope::CandidateSumsParams* params) {
   return guarded([&] { longrope::candidate_sums_cuda(*params, nullptr); });
 }
@@ -75,8 +67,6 @@ int64_t sizeof_AttentionParams() { return sizeof(longrope::AttentionParams); }
 int64_t sizeof_AttentionBackwardParams() { return sizeof(longrope::AttentionBackwardParams); }
 int64_t sizeof_AttentionRotation() { return sizeof(longrope::AttentionRotation); }
 int64_t sizeof_AttentionMergeParams() { return sizeof(longrope::AttentionMergeParams); }
-int64_t sizeof_NllChunkParams() { return sizeof(longrope::NllChunkParams); }
-int64_t sizeof_NllBackwardChunkParams() { return sizeof(longrope::NllBackwardChunkParams); }
 int64_t sizeof_CandidateSumsParams() { return sizeof(longrope::CandidateSumsParams); }
 int64_t sizeof_RopeParams() { return sizeof(longrope::RopeParams); }
 int64_t sizeof_RopeBackwardParams() { return sizeof(longrope::RopeBackwardParams); }

@@ -1,53 +1,25 @@
 """torch.ops.longrope.linear_nll and its relatives over the emulated kernels.
 
-The loops over chunks are those of csrc/bindings/perplexity_chunks.h, with chunks so small that
-tests meet their borders; the matrix products are torch's.
+linear_nll runs as csrc/bindings/perplexity_chunks.h has it for CUDA, loops, matrix products and
+all, with chunks so small that tests meet their borders.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int, c_int64, c_void_p
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_int64, c_void_p
+from functools import cache
 
 import torch
 
-from emulation.library import DTYPES, call, poisoned
+from emulation import library
+from emulation.build import HERE, ROOT, Runtime, build
+from emulation.library import call, poisoned
 
-CHUNK = 136
-ROWS = 48
-
-
-class LogitsChunk(ctypes.Structure):
-    """As csrc/perplexity/perplexity.h says."""
-
-    _fields_ = [
-        ("logits", c_void_p),
-        *((name, c_int64) for name in ("row_stride", "rows", "first", "columns", "vocab")),
-        ("targets", c_void_p),
-        ("ignore_index", c_int64),
-        ("softcap", c_double),
-    ]
-
-
-class NllChunkParams(ctypes.Structure):
-    """As csrc/perplexity/perplexity.h says."""
-
-    _fields_ = [
-        ("chunk", LogitsChunk),
-        *((name, c_void_p) for name in ("target_logit", "largest", "log_sum", "nll")),
-    ]
-
-
-class NllBackwardChunkParams(ctypes.Structure):
-    """As csrc/perplexity/perplexity.h says."""
-
-    _fields_ = [
-        ("chunk", LogitsChunk),
-        *((name, c_void_p) for name in ("largest", "log_sum", "grad_nll")),
-        ("dtype", c_int),
-        ("grad_logits", c_void_p),
-        ("grad_row_stride", c_int64),
-    ]
+#: Of a chunk of logits.
+ROWS, COLUMNS = 48, 136
 
 
 class CandidateSumsParams(ctypes.Structure):
@@ -60,60 +32,69 @@ class CandidateSumsParams(ctypes.Structure):
     ]
 
 
-def chunks(hidden, weight, targets, ignore_index, softcap):
-    """Yield each chunk's rows, columns, description and logits."""
-    for row in range(0, len(targets), ROWS):
-        rows = slice(row, min(row + ROWS, len(targets)))
-        for first in range(0, max(len(weight), 1), CHUNK):
-            columns = slice(first, min(first + CHUNK, len(weight)))
-            logits = poisoned((rows.stop - rows.start, CHUNK), torch.float32)
-            logits[:, : columns.stop - first] = hidden[rows].float() @ weight[columns].float().T
-            yield rows, columns, logits, LogitsChunk(
-                logits.data_ptr(), CHUNK, rows.stop - rows.start, first, columns.stop - first,
-                len(weight), targets[rows].data_ptr(), ignore_index, softcap or 0.0,
-            )  # fmt: skip
+@cache
+def host() -> Runtime:
+    """Build (once) and load linear_nll's host code over the emulated kernels."""
+    kernels = tuple(sorted((ROOT / "csrc" / "perplexity" / "cuda").glob("*.cu")))
+    path = build("perplexity", kernels, host=(HERE / "perplexity_host.cpp",))
+    torch.ops.load_library(path)
+    return Runtime(path)
+
+
+def in_every_order(name: str, *arguments) -> tuple[torch.Tensor, ...]:
+    """Run an op of the host code in three thread orders, which must agree in every bit."""
+    library.calls += 1
+    runs = []
+    for order in Runtime.ORDERS:
+        host().set_order(order)
+        # Memory that torch hands out is NaN first, as anything may be on a device.
+        with uninitialized_is_nan(), products_of_16_bits():
+            runs.append(getattr(torch.ops.longrope_emulated, name)(*arguments, ROWS, COLUMNS))
+        for first, now in zip(runs[0], runs[-1], strict=True):
+            same = torch.equal(first.view(torch.uint8), now.view(torch.uint8))
+            assert same, f"{name}: the result depends on the order of threads ({order})"
+    return runs[0]
+
+
+@contextmanager
+def uninitialized_is_nan() -> Iterator[None]:
+    """Fill what torch allocates with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # which is what that hangs on
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def products_of_16_bits() -> Iterator[None]:
+    """Give the CPU the products of 16-bit matrices in float32, which torch has on CUDA alone."""
+
+    def mm(a, b, out_dtype, *, out):
+        return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def addmm(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+        wide = a.to(out_dtype), b.to(out_dtype)
+        return torch.addmm(c, *wide, beta=beta, alpha=alpha, out=out)
+
+    cpu = torch.library.Library("aten", "IMPL")
+    cpu.impl("mm.dtype_out", mm, "CPU")
+    cpu.impl("addmm.dtype_out", addmm, "CPU")
+    try:
+        yield
+    finally:
+        cpu._destroy()
 
 
 def linear_nll(hidden, weight, targets, ignore_index=-100, softcap=None):
     """longrope::linear_nll."""
-    targets = targets.contiguous()
-    size = len(targets)
-    nll = poisoned((size,), torch.float32)
-    stats = poisoned((2, size), torch.float32)
-    target_logit = poisoned((size,), torch.float32)
-    for rows, _, _logits, chunk in chunks(hidden, weight, targets, ignore_index, softcap):
-        written = target_logit[rows], stats[0, rows], stats[1, rows], nll[rows]
-        params = NllChunkParams(chunk, *(t.data_ptr() for t in written))
-        call("emulated_linear_nll_chunk", params, written)
-    return nll, stats
+    return in_every_order("linear_nll", hidden, weight, targets, ignore_index, softcap)
 
 
-def linear_nll_backward(
-    grad_nll, hidden, weight, targets, stats, ignore_index, softcap, need_hidden, need_weight
-):  # fmt: skip
+def linear_nll_backward(*arguments):
     """longrope::linear_nll_backward."""
-    targets, grad_nll = targets.contiguous(), grad_nll.contiguous()
-    ignored = (targets == ignore_index)[:, None]
-    scored = hidden.masked_fill(ignored, 0)  # 0 times what may be NaN
-    grad_hidden, grad_weight = (
-        torch.zeros(t.shape if need else 0) for t, need in ((hidden, need_hidden),
-                                                            (weight, need_weight))
-    )  # fmt: skip
-    for rows, columns, _logits, chunk in chunks(hidden, weight, targets, ignore_index, softcap):
-        grad_logits = poisoned((chunk.rows, CHUNK), hidden.dtype)
-        params = NllBackwardChunkParams(
-            chunk, stats[0, rows].data_ptr(), stats[1, rows].data_ptr(), grad_nll[rows].data_ptr(),
-            DTYPES[hidden.dtype], grad_logits.data_ptr(), CHUNK,
-        )  # fmt: skip
-        call("emulated_linear_nll_backward_chunk", params, (grad_logits,))
-        grad = grad_logits[:, : chunk.columns].float()
-        if need_hidden:
-            grad_hidden[rows] += grad @ weight[columns].float()
-        if need_weight:
-            grad_weight[columns] += grad.T @ scored[rows].float()
-    if need_hidden:
-        grad_hidden.masked_fill_(ignored, 0)
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+    return in_every_order("linear_nll_backward", *arguments)
 
 
 def candidate_sums(nll, targets, candidate, candidates, ignore_index=-100):

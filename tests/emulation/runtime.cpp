@@ -20,10 +20,22 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kBarriers = 16;
 constexpr unsigned kMaxThreads = 1024;
-// The least that a supported chip grants: 163 KiB on sm_80 (CUDA programming guide, table of
-// compute capabilities); 48 KiB of it for static arrays.
-constexpr std::size_t kMaxSharedBytes = 163 << 10;
 constexpr std::size_t kMaxStaticBytes = 48 << 10;
+
+// Shared memory of a block by compute capability, static arrays included (CUDA programming guide,
+// table of compute capabilities).
+std::size_t shared_bytes_of(int capability) {
+  switch (capability) {
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 90:
+    case 100:
+      return 227 << 10;
+    default:  // 86, 89, 120
+      return 99 << 10;
+  }
+}
 
 struct Copy {
   char* shared;
@@ -88,6 +100,7 @@ struct State_ {
   std::mutex mutex;  // one launch at a time
   Order order = Order::kForward;
   unsigned seed = 0;
+  int capability = 86;  // the least shared memory
   const Launch* launch = nullptr;
   const std::function<void()>* body = nullptr;
   Context scheduler;
@@ -285,9 +298,9 @@ void check_launch(const Launch& launch) {
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.x > 0x7FFFFFFFu || g.y > 65535 || g.z > 65535) {
     throw std::runtime_error(name + "grid " + text(g) + " is not within (2^31 - 1, 65535, 65535)");
   }
-  if (launch.dynamic_shared_bytes > kMaxSharedBytes) {
+  if (launch.dynamic_shared_bytes > most_shared_bytes()) {
     throw std::runtime_error(name + std::to_string(launch.dynamic_shared_bytes) +
-                             " bytes of shared memory, more than sm_80 has");
+                             " bytes of shared memory, more than the device has");
   }
 }
 
@@ -298,6 +311,9 @@ void set_order(Order order, unsigned seed) {
   g().order = order;
   g().seed = seed;
 }
+
+void set_capability(int capability) { g().capability = capability; }
+std::size_t most_shared_bytes() { return shared_bytes_of(g().capability); }
 
 void run_grid(const Launch& launch, const std::function<void()>& body) {
   State_& s = g();
@@ -409,6 +425,9 @@ void* static_shared(const void* tag, std::size_t bytes) {
     std::size_t total = 0;
     for (auto& entry : s.statics) total += entry.second.bytes;
     if (total > kMaxStaticBytes) fail("more than 48 KiB of static shared memory", Site::here());
+    if (total + s.dynamic.bytes > most_shared_bytes()) {
+      fail("more shared memory than the device has, static and dynamic together", Site::here());
+    }
   }
   return it->second.data();
 }
@@ -438,6 +457,8 @@ void check_shared(const void* pointer, int bytes, const char* primitive, Site si
 int lane() { return g().current->number % kWarp; }
 
 }  // namespace emulation
+
+extern "C" void emulation_set_capability(int capability) { emulation::set_capability(capability); }
 
 extern "C" void emulation_set_order(int order, unsigned seed) {
   emulation::set_order(static_cast<emulation::Order>(order), seed);

@@ -32,6 +32,11 @@ struct Index3 {
 enum class Order { kForward, kReverse, kShuffle };
 void set_order(Order order, unsigned seed);
 
+// The compute capability whose shared memory launches get, 10 times major plus minor. The first one
+// is 86, whose blocks get the least of all that are supported.
+void set_capability(int capability);
+std::size_t most_shared_bytes();
+
 struct Launch {
   const char* kernel;  // its name, for the reports
   Index3 grid, block;

@@ -100,7 +100,7 @@ __device__ void copy_groups(const float* in, float* out) {
   const int t = threadIdx.x;
   for (int group = 0; group < 2; ++group) {
     const int at = 128 * group + 4 * t;
-    cp_async_16(buffer + at, in + at, t == 31 ? 8 : 16);  // the last vector is half zeros
+    cp_async_16(buffer + at, in + at, t != 31);  // the last vector is zeros
     cp_async_commit();
   }
   cp_async_wait<kFirst>();

@@ -129,7 +129,7 @@ def test_divergence_is_reported_with_both_places(runtime, numbers, order, kernel
 def test_asynchronous_copies(runtime, numbers, order):
     out = execute(runtime, "async_copies", numbers, 256, order)
     expected = numbers[:256].reshape(2, 128).copy()
-    expected[:, 126:] = 0  # only 8 bytes of the last vector were asked for
+    expected[:, 124:] = 0  # the last vector was said not to exist
     assert np.array_equal(out.reshape(2, 128), expected[:, ::-1])
 
 
@@ -186,13 +186,26 @@ def test_an_order_repeats(runtime, numbers):
         ("misaligned", "load: address not aligned to 16 bytes"),
         ("beyond_shared", "cp.async: address outside shared memory"),
         ("too_many_threads", "block (1056, 1, 1) is not within 1024 threads"),
-        ("too_much_shared", "204800 bytes of shared memory, more than sm_80 has"),
+        (
+            "too_much_shared",
+            "too_much_shared: expected a device whose blocks get 204800 bytes of shared memory, "
+            "got 101376",
+        ),
     ],
 )
 def test_misuse_is_refused(runtime, numbers, kernel, expected):
     with pytest.raises(RuntimeError) as caught:
         execute(runtime, kernel, numbers, 64)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "kib"), [(80, 163), (86, 99), (89, 99), (120, 99)])
+def test_shared_memory_is_that_of_the_chip(runtime, numbers, capability, kib):
+    with runtime.capability(capability), pytest.raises(RuntimeError, match=f"got {kib * 1024}$"):
+        execute(runtime, "too_much_shared", numbers, 64)
+    with runtime.capability(90):
+        out = execute(runtime, "too_much_shared", numbers, 64)
+    assert np.array_equal(out[8:32], numbers[8:32][::-1])  # what 32 threads wrote
 
 
 def test_the_runtime_survives_an_error(runtime, numbers):

@@ -38,7 +38,7 @@ def sets():
     return {"yarn": yarn.ladder(), "cope": yarn.cope(3)}
 
 
-def test_figures_are_those_of_the_measures(tmp_path):
+def test_figures_are_those_of_the_measures(tmp_path, reports):
     model = build()
     found = longrope.evaluate(model, documents(), factors=sets(), out=tmp_path / "run", **ASK)
     assert found.sets == ("as loaded", "yarn", "cope") and found.tasks == ("passkey", "perplexity")
@@ -52,8 +52,10 @@ def test_figures_are_those_of_the_measures(tmp_path):
         assert figure.value == longrope.perplexity(model, documents(), length=300, stride=300)
         longrope.remove(model)
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert files == {"config.json", "journal.jsonl", "evaluation.csv", "evaluation.png",
-                     "passkey.png"}  # fmt: skip
+    assert files == {
+        "config.json", "journal.jsonl", "times.jsonl", "evaluation.csv", "evaluation.png",
+        "passkey.png", "report.html", "results.csv", "plots",
+    }  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "run" / "evaluation.csv").open()))
     assert [row["length"] for row in rows] == ["260"] * 6 + ["300"] * 6
     assert float(rows[3]["value"]) == found.figures[3].value
@@ -221,11 +223,14 @@ def test_the_command_evaluate(folder, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["trials"] == 1
 
 
-def test_the_command_passkey(folder, tmp_path):
+def test_the_command_passkey(folder, tmp_path, reports):
     ask = ("passkey", folder, "--lengths", "260,300", "--trials", 2, "--device", "cpu")
     shown = call(*ask, "--out", tmp_path / "new").stdout
     assert shown.startswith(str(longrope.passkey(build(), None, lengths=[260, 300], trials=2)))
-    assert {p.name for p in (tmp_path / "new").iterdir()} == {"passkey.csv", "passkey.png"}
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "passkey.csv", "passkey.png", "passkey.json", "times.jsonl", "report.html", "results.csv",
+        "plots",
+    }  # fmt: skip
     with_factors = call(*ask, "--factors", folder / "mine.json", "--protocol", "longlora").stdout
     model = longrope.apply(build(), RescaleFactors.load(folder / "mine.json"))
     expected = longrope.passkey(model, None, lengths=[260, 300], trials=2, protocol="longlora")

@@ -61,7 +61,9 @@ def test_the_table_has_a_row_for_the_model_as_it_was_and_for_each_stage(finished
     assert rows[1].by_range[0] == pytest.approx(rows[0].by_range[0], rel=1e-5)
     assert rows[2].by_range[0] != rows[0].by_range[0]
     assert result.measured.table() == (result.folder / "table.md").read_text().strip()
-    assert (result.folder / "model" / "README.md").read_text().count(rows[3].name) == 1
+    card = (result.folder / "model" / "README.md").read_text()
+    assert card.count(rows[3].name) == 1
+    assert "| stage one | factors for 32 tokens" in card
     # On text that no stage sees.
     plan, kept, held_out = run.prepared(
         model, documents(), run.ExtendArguments(target_length=TARGET, out="x", stages=STAGES)
@@ -226,6 +228,26 @@ def test_without_resume_an_earlier_run_is_set_aside(finished, tmp_path):
     assert len(list((out / "stages").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "most, said", [(1_500, r"File too large: .*config\.json"), (20_000, r"search-1/search")]
+)
+def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on_later(finished, tmp_path, most, said):
+    """At the start, and in a search; of a checkpoint see test_finetune."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(OSError, match=said) as caught:
+            extension_runs.run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    extension_runs.run(tmp_path)
+    for name in extension_runs.RESULTS:
+        assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -264,7 +286,7 @@ def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     refused("out: expected a path, got int", out=3)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        refused("extend: expected one process, got a job of 2 ranks")
+        refused("extend: expected a job .* got WORLD_SIZE=2, LOCAL_RANK=None and 1 joined")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     refused("holds config.json and no journal of a context extension", out=tmp_path / "other")
@@ -298,7 +320,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path):
         "extend", files / "model", files / "texts", "--out", out, "--target-length", 64,
         "--finetune", "--steps", 30, "--dry-run", "--device", "cpu",
     ).stdout  # fmt: skip
-    for words in ("search-64 (search)", "30 steps of 32 rows of 64 tokens", "tiers for 16, 32"):
+    for words in (
+        "search-64 (search)", "30 steps of 32 rows of 64 tokens", "tiers for 16, 32", "the table",
+    ):  # fmt: skip
         assert words in shown
     assert "MiB" in shown
     assert not out.exists()
@@ -310,6 +334,19 @@ def test_options_of_fine_tuning_without_any_are_refused(tmp_path):
         "--steps", 30, code=2,
     ).stderr  # fmt: skip
     assert error.startswith("longrope: --steps: expected --finetune or --stages")
+
+
+def test_flags_win_over_a_recipe(files, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox " * 30)
+    shown = call(
+        "extend", files / "model", tmp_path, "--out", tmp_path / "run", "--target-length", 512,
+        "--stages", "longrope-llama2", "--steps", 9, "--learning-rate", 1e-3, "--dry-run",
+        "--device", "cpu",
+    ).stdout  # fmt: skip
+    for length in (32, 64):
+        trained = f"9 steps of 32 rows of {length} tokens, lr 0.001 linear, tiers by one"
+        assert trained in shown
 
 
 def test_the_commands_extend_and_recover(files, tmp_path):

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 from support import families, tiny_models
-from support.tiny_search import build_model
+from support.tiny_search import SIZES, build_model
 
 import longrope
 from longrope import FinetuneConfig
@@ -154,6 +154,23 @@ def test_mixed_windows_turn_short_rows_as_loaded_and_long_rows_by_the_last_facto
     assert torch.equal(long, model(input_ids=ids).logits)
 
 
+def test_short_rows_of_mixed_windows_are_the_task_of_the_model_as_loaded():
+    """A row that holds windows of the original length, one after another."""
+    model = build_model()
+    parts = [torch.randint(40, (1, WINDOW)) for _ in range(LENGTH // WINDOW)]
+    expected = sum(
+        torch.nn.functional.cross_entropy(
+            model(input_ids=part).logits[0, :-1], part[0, 1:], reduction="sum"
+        )
+        for part in parts
+    )
+    targets = torch.cat([torch.cat([p[:, 1:], torch.full((1, 1), -100)], 1) for p in parts], 1)
+    positions = torch.arange(WINDOW).repeat(len(parts))[None]
+    with finetune._factors(model, tiers_of(model), "row"), trainer.giving_loss(model):
+        loss = model(input_ids=torch.cat(parts, 1), targets=targets, position_ids=positions)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_a_model_whose_head_is_no_matrix_product_takes_its_own_logits():
     model = tiny_models.build(vocab_size=40)
     own = type(model).forward
@@ -273,6 +290,22 @@ def test_an_interrupted_stage_ends_with_the_same_weights(
     last = checkpoint.last_complete(tmp_path / "cut")
     assert last.name == "checkpoint-3"
     assert same(train(tmp_path / "cut", documents, **config), whole[1])
+
+
+def test_a_model_with_tied_weights_goes_on_without_a_warning(tmp_path, documents, monkeypatch):
+    from transformers import trainer as library
+
+    def tied():
+        return tiny_models.build(**SIZES | {"tie_word_embeddings": True})
+
+    said = []
+    monkeypatch.setattr(library.logger, "warning", lambda message, *_: said.append(message))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 3)
+        train(tmp_path / "cut", documents, tied())
+    cut = train(tmp_path / "cut", documents, tied())
+    assert same(cut, train(tmp_path / "whole", documents, tied()))
+    assert not [message for message in said if "missing keys" in message]
 
 
 def test_free_memory_after_a_restart_does_not_change_how_a_stage_goes_on(

@@ -1,5 +1,6 @@
 """Plans: what follows from the ratio, recipes, TOML, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,6 +88,53 @@ def test_longrope2_mixes_windows():
     assert config.steps * config.batch_size * 131072 == pytest.approx(10e9, rel=0.01)
 
 
+def test_rows_of_the_mistral_recipe_do_not_depend_on_the_window():
+    def rows(window, target):
+        made = plan("longrope-mistral", window, target)
+        return [s.length for s in made.stages if isinstance(s, FinetuneStage)]
+
+    assert rows(8192, 2048 * 1024) == [16384, 16384]
+    assert rows(32768, 2048 * 1024) == [32768, 32768]  # never shorter than the window
+    assert rows(256, 8192) == [512, 1024]  # as far as the factors reach
+
+
+def test_what_was_given_wins_over_a_recipe():
+    given = FinetuneConfig(steps=400, decay="cosine", seed=5)
+    made = plan("longrope-llama2", 4096, 2048 * 1024, given)
+    for config in (s.config for s in made.stages if isinstance(s, FinetuneStage)):
+        assert (config.steps, config.decay, config.seed) == (400, "cosine", 5)
+        assert (config.tiers, config.batch_size, config.warmup_steps) == ("one", 32, 20)
+    # The other fields of a copy are no one's wish.
+    copy = dataclasses.replace(FinetuneConfig(batch_size=8), learning_rate=1e-3)
+    config = plan("longrope2", 8192, 131072, copy).stages[1].config
+    assert (config.batch_size, config.learning_rate, config.tiers) == (8, 1e-3, "row")
+
+
+def test_a_configuration_and_a_stage_that_say_two_things_are_refused():
+    stages = [SEARCH | {"length": 2048}, TRAIN | {"length": 2048, "steps": 60, "seed": 2}]
+    with pytest.raises(
+        ValueError, match=r"steps: expected it in finetune or in stages\[1\], got 9"
+    ):
+        plan(stages, finetune=FinetuneConfig(steps=9))
+    config = plan(stages, finetune=FinetuneConfig(steps=60, seed=1)).stages[1].config
+    assert (config.steps, config.seed) == (60, 2)
+
+
+def test_the_seed_of_the_run_is_that_of_a_configuration_without_one():
+    stages = [SEARCH | {"length": 2048}, TRAIN | {"length": 2048}]
+    assert plan(stages).stages[1].config.seed == 7
+    assert plan(stages, finetune=FinetuneConfig(steps=30)).stages[1].config.seed == 7
+    assert plan(stages, finetune=FinetuneConfig(seed=0)).stages[1].config.seed == 0
+
+
+@pytest.mark.parametrize("steps, expected", [(400, 20), (100, 20), (19, 3), (3, 0)])
+def test_the_warm_up_adapts_to_the_steps_unless_it_is_asked_for(steps, expected):
+    stages = [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "steps": steps}]
+    assert plan(stages).stages[1].config.warmup_steps == expected
+    asked = TRAIN | {"length": 512, "steps": steps, "warmup_steps": steps}
+    assert plan([stages[0], asked]).stages[1].config.warmup_steps == steps
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_recipes_are_json_and_tell_plans_apart(name):
     made = plan(name, 4096, 2048 * 1024)
@@ -144,7 +192,7 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
         ([{"kind": "dance"}], r"stages\[0\].kind: expected one of 'search'"),
         ([SEARCH], r"stages\[0\]: length: expected an integer"),
         (
-            [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "steps": 5}],
+            [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "steps": 5, "warmup_steps": 20}],
             r"stages\[1\]: warmup_steps: expected at most steps \(5\), got 20",
         ),
         (

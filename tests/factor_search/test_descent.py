@@ -103,6 +103,28 @@ def test_the_mean_of_iterates_is_less_noisy_than_the_last():
     assert np.linalg.norm(point.log_lambdas - optimum) < 0.8 * np.mean(late)
 
 
+def test_the_averages_of_segments_are_those_of_one_descent():
+    """The moments go on: the points are those of a descent without checkpoints."""
+    settings, optimum = DescentSettings(steps=40, checkpoints=5), np.linspace(0.2, 2, 16)
+    seen = []
+
+    def loss_and_gradient(point, step):
+        seen.append(point.log_lambdas)
+        return bowl(optimum)(point, step)
+
+    descent = Descent(np.ones(16), 10.0, settings, 1.2)
+    points = descent.averages(START, loss_and_gradient)
+    assert len(points) == 5 and len(seen) == 40
+    for number, point in enumerate(points[:-1], 1):  # what a step has led to is seen by the next
+        later = np.mean(seen[8 * number - 3 : 8 * number + 1], axis=0)
+        assert point.log_lambdas == pytest.approx(later)
+    away = [np.linalg.norm(point.log_lambdas - optimum) for point in points]
+    assert away == sorted(away, reverse=True)
+    once = DescentSettings(steps=1)
+    moved = Descent(np.ones(16), 10.0, once, 1.2).averages(START, bowl(optimum))
+    assert (moved[0].log_lambdas != START.log_lambdas).all()
+
+
 def test_pairs_move_in_units_of_their_scales():
     scales = np.geomspace(0.01, 1, 16)
     start = Point(np.linspace(0.5, 2, 16), 1.0)

@@ -1,6 +1,7 @@
 """`longrope.search` by gradient and hybrid: results, resuming, bad input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from support.tiny_search import build_model
 
 import longrope
 from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
-from longrope.factor_search import folder, gradient, methods, run
+from longrope.factor_search import gradient, methods, run
+from longrope.factor_search.history import BASELINES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -70,6 +72,18 @@ def test_the_result_is_the_best_on_the_validation_windows(uninterrupted):
     assert "yarn" in {e.origin for e in of_role(result, "validation")}
     searched = [e for e in of_role(result, "search") if values(e) == values(best)]
     assert result.perplexity == pytest.approx(searched[0].perplexity)
+
+
+def test_the_best_closed_form_is_a_finalist(uninterrupted, method):
+    _, result = uninterrupted
+    few = of_role(result, "screen" if method == "gradient" else "search")
+    assert len({e.lambdas for e in few if e.origin in BASELINES}) > 3
+    forms = [e for e in of_role(result, "search") if e.origin in BASELINES]
+    best = min(forms, key=lambda e: e.nll)
+    judged = [e for e in of_role(result, "validation") if e.lambdas == best.lambdas]
+    assert judged and result.validation_perplexity <= judged[0].perplexity * math.exp(
+        methods.START_TOKEN_GAIN
+    )
 
 
 def test_the_perplexity_is_that_of_the_factors(shared_model, documents, uninterrupted):
@@ -206,7 +220,6 @@ def test_never_worse_than_yarn_even_with_steps_that_only_harm(
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     method, shared_model, documents, uninterrupted, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     content = journal_of(out).read_bytes()
     lines = content.splitlines(keepends=True)

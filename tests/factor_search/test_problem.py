@@ -5,6 +5,7 @@ import pytest
 from longrope.factor_search.evolution import EvolutionSettings
 from longrope.factor_search.options import PRESETS, SearchOptions
 from longrope.factor_search.problem import Problem
+from longrope.factors.baselines import BASELINES
 from longrope.patching import RopeSettings
 
 PAPER = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
@@ -49,3 +50,19 @@ def test_arguments_go_before_the_preset():
     found = space("official-code", max_lambda=3.5, start_tokens=7)
     assert (found.upper, found.start_tokens) == (350, (7,))
     assert space("paper", original_length=30, target_length=60).start_tokens == PAPER[:10]
+
+
+def test_the_closed_forms_are_seeds_and_stopped_pairs_have_the_bound():
+    problem = Problem.of(LLAMA2, SearchOptions(target_length=8 * 4096))
+    for found in (problem.seeds(), problem.rules()):
+        assert set(found) == set(BASELINES)
+        assert all(c in problem.space for c in found.values())
+    exact = problem.baselines()["cope"].lambdas
+    assert exact[-1] == float("inf") and problem.seeds()["cope"].hundredths[-1] == 1000
+    assert problem.seeds()["cope"].lambdas[40] == round(exact[40], 2)
+    # On top of another scaling those that count from the base lie beyond the bound.
+    stage = problem.baselines()["yarn"]
+    above = Problem.of(LLAMA2, SearchOptions(target_length=16 * 4096), stage=stage)
+    assert set(above.seeds()) == {f"stage {name}" for name in BASELINES}
+    assert all(c in above.space for c in above.seeds().values())
+    assert above.factors(above.rules()["cope"]).inv_freq()[-1] < 1e-15

@@ -7,7 +7,7 @@ import pytest
 from support.threads import threads
 
 import longrope
-from longrope.factor_search import folder, racing, run
+from longrope.factor_search import racing, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {
@@ -120,7 +120,6 @@ def test_every_evaluation_is_a_line_with_its_block_sums(uninterrupted):
 def test_resuming_from_every_prefix_gives_the_uninterrupted_run(
     shared_model, documents, uninterrupted, tmp_path, monkeypatch, method
 ):
-    monkeypatch.setattr(folder, "plot", lambda *args: None)
     out, expected = uninterrupted
     changes = {"method": method, "batch_size": None}
     if method == "hybrid":

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import longrope
 from longrope import RescaleFactors, Tiers, ops
 from longrope.factors.baselines import BASELINES
+from longrope.factors.rules import closed_forms
 
 #: 8 pairs whose turns in the original window are 512 / 2^i / (2 pi): 81.5, 40.7, 20.4, 10.2, 5.1,
 #: 2.5, 1.27, 0.64. So the band of YaRN and MrRoPE is from pair 1 to pair 7: n = 6.
@@ -104,6 +105,9 @@ def test_every_baseline_by_name(name):
     made = BASELINES[name](**OCTAVES)
     assert {field: getattr(made, field) for field in OCTAVES} == OCTAVES
     assert np.all(made.lambdas >= 1)
+    forms = closed_forms(8, *(OCTAVES[k] for k in ("original_length", "rope_theta", "rotary_dim")))
+    assert set(forms) == set(BASELINES)  # what a search begins with
+    np.testing.assert_array_equal(made.lambdas, forms[name])
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,22 @@ def test_saved_models_come_back(target, tmp_path, one_thread):
     assert LongRoPEModel.load(folder, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("target", [None, TARGET], ids=["base", "tiers"])
+def test_an_export_of_random_weights_says_that_they_are(target, tmp_path, one_thread):
+    model = build(target=target)
+    with pytest.warns(UserWarning, match="random, and those of the export are too") as caught:
+        folder = model.export(tmp_path / "random")
+    assert len(caught) == 1
+    back = LongRoPEModel.load(folder)
+    assert not back.trained
+    assert not hasattr(back.llama.config, "longrope_trained")
+    assert not hasattr(model.llama.config, "longrope_trained")
+    back.trained = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LongRoPEModel.load(back.export(tmp_path / "trained")).trained
+
+
 def test_an_export_has_the_logits_of_plain_transformers(tmp_path, one_thread):
     model, tokens = build(), ids()
     plain = AutoModelForCausalLM.from_pretrained(model.export(tmp_path / "base"))

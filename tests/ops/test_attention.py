@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.criterion import assert_as_accurate, assert_nonzero_gradient
+from support.views import moved
 from torch.utils._pytree import tree_map
 
 from longrope import ops
@@ -139,7 +140,7 @@ def test_strided_views_of_poisoned_memory(backend, dtype, token_major):
         view.copy_(torch.randn(view.shape))
         views.append(view)
     exact = ops.reference.attention(*(t.double() for t in views))
-    got = ops.attention(*(t.to(backend.device) for t in views))
+    got = ops.attention(*(moved(t, backend.device) for t in views))
     assert_as_accurate(got, ops.reference.attention(*views), exact)
     assert (got.stride(1) < got.stride(2)) == token_major
 

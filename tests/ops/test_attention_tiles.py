@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.criterion import assert_as_accurate
+from support.views import moved
 from torch.utils._pytree import tree_map
 
 from longrope import ops
@@ -114,10 +115,10 @@ def test_unaligned_and_expanded_views(backend, dtype):
     k, v = torch.randn(2, 1, 2, 39, 53).to(dtype)[..., 1:41].expand(2, 2, 2, 39, 40)
     exact = ops.reference.attention(*(t.double() for t in (q, k, v)))
     low = ops.reference.attention(q, k, v)
-    leaves = [t.to(backend.device).detach().requires_grad_() for t in (q, k, v)]
+    leaves = [moved(t, backend.device).requires_grad_() for t in (q, k, v)]
     out = ops.attention(*leaves)
     assert_as_accurate(out, low, exact)
-    grad = torch.randn(2, 4, 11, 45).to(dtype)[..., 5:].to(backend.device)
+    grad = moved(torch.randn(2, 4, 11, 45).to(dtype)[..., 5:], backend.device)
     got = torch.autograd.grad(out, leaves, grad)
     leaves = [t.detach().contiguous().requires_grad_() for t in leaves]
     expected = torch.autograd.grad(ops.attention(*leaves), leaves, grad.contiguous())
@@ -128,15 +129,15 @@ def test_unaligned_and_expanded_views(backend, dtype):
 def test_positions_far_away(backend):
     """Beyond the range of 32 bits, and where sums would overflow 64."""
     tensors = inputs(1, 1, 5, 9, 16, torch.float32)
-    moved = [t.to(backend.device) for t in tensors]
-    everything = ops.attention(*moved, causal=False, return_lse=True)
+    there = [t.to(backend.device) for t in tensors]
+    everything = ops.attention(*there, causal=False, return_lse=True)
     for start in (2**33, 2**61, 2**63 - 1):
         for got, expected in zip(
-            ops.attention(*moved, query_start=start, return_lse=True), everything, strict=True
+            ops.attention(*there, query_start=start, return_lse=True), everything, strict=True
         ):
             assert torch.equal(got, expected)
         for arguments in ({"query_start": -start}, {"query_start": start, "window": 100}):
-            out, lse = ops.attention(*moved, **arguments, return_lse=True)
+            out, lse = ops.attention(*there, **arguments, return_lse=True)
             assert (out == 0).all() and (lse == -math.inf).all()
 
 

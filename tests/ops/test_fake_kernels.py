@@ -43,7 +43,7 @@ SETS = {
     "k": ones(2, 2, 5, 8), "positions": torch.arange(5), "from_inv_freq": double(3),
     "from_base_inv_freq": double(3), "from_start_tokens": 2, "to_inv_freq": double(2, 3),
     "to_base_inv_freq": double(3), "to_start_tokens": 1, "attention_factor": 1.0,
-    "interleaved": True,
+    "attention_factor_groups": None, "interleaved": True,
 }  # fmt: skip
 TIERS = {
     "inv_freq": double(2, 3), "base_inv_freq": double(3), "start_tokens": 0,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -70,7 +71,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     """Many searches in one job, good and bad; after a bad one the next must work."""
     import torch
 
-    from longrope.factor_search import folder as search_folder
+    from longrope.report import writing
 
     documents = tiny_search.build_documents()
     others = [d + (d == 0).long() for d in documents] if rank else documents
@@ -81,7 +82,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
     seed = int(rank == size - 1)
     population = -3 if rank == 1 else 6
     found = {"evolution": search(**SMALL, out=folder / "out")}
-    search_folder.plot = lambda *arguments: None  # one is enough: a second each
+    writing.write = lambda folder: None  # one is enough: a second each
     found |= {
         "resumed": search(**SMALL, out=folder / "cut"),
         "gradient": search(**DESCENT, out=folder / "descent"),
@@ -125,6 +126,49 @@ def stopped(rank: int, size: int, folder: Path) -> dict:
     if rank == 1:
         _after_calls(CALLS, signal.SIGSTOP)
     return search(**SMALL)
+
+
+def extension(rank: int, size: int, folder: Path) -> dict:
+    """`longrope.extend`: without interruption, stopped in a step and again, and what is refused."""
+    from longrope.extension import trainer
+    from longrope.extension.folder import weights_hash
+    from longrope.factor_search import folder as search_folder
+    from support import extension_runs
+
+    search_folder.plot = lambda path, *arguments: path.touch()  # a second each
+    own_step, own_loss = trainer.RowTrainer.training_step, trainer.RowTrainer.compute_loss
+
+    def stopping(self, *args):
+        if self.state.global_step == 2:
+            raise ValueError("stopped")
+        return own_step(self, *args)
+
+    def broken(self, *args, **kwargs):
+        return own_loss(self, *args, **kwargs) * (math.nan if rank == 1 else 1)
+
+    def run(out, **changes):
+        try:
+            result = extension_runs.run(folder / out, **changes)
+            return [weights_hash(result.model), result.measured.table()]
+        except Exception as error:
+            return str(error)
+
+    stages = [extension_runs.STAGES[0], extension_runs.STAGES[1] | {"batch_size": 3}]
+    found = {
+        "whole": run("whole"),
+        "batch": run("none", stages=stages, target_length=32),
+    }
+    trainer.RowTrainer.training_step = stopping
+    found["stopped"] = run("cut")
+    trainer.RowTrainer.training_step = own_step
+    found["resumed"] = run("cut")
+    trainer.RowTrainer.compute_loss = broken
+    found["not finite"] = run("broken", stages=[stages[0], stages[1] | {"batch_size": 2}],
+                              target_length=32)  # fmt: skip
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    found["sharded"] = run("none")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return found
 
 
 def command(rank: int, size: int, folder: Path) -> dict:
@@ -171,6 +215,7 @@ SCENARIOS = [
     (killed, 2),
     (killed, 4),
     (stopped, 2),
+    (extension, 2),
     (command, 2),
     (command_refused, 2),
     (command_killed, 2),

@@ -98,7 +98,7 @@ template <typename T, template <typename> class Products>
 inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, int64_t task,
                          void* workspace, void* memory) {
   using Real = RealOf<T>;
-  const Products<T> x(p, plan, memory, nullptr);
+  Products<T> x(p, plan, memory, nullptr);
   const Task t = locate(p, plan, task);
   const int64_t rows = round_up(t.rows.end - t.rows.begin, Products<T>::kStep);
   Range* const ranges = x.state.range;
@@ -115,8 +115,9 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
     const bool whole = own.begin == t.rows.begin && own.end == t.rows.end;
     const Range seen = whole ? all_seen : row_ranges(p, t, queries, rows, ranges);
     const Tokens<T> k(p.k, key_table(p, t.batch, tier), p.head_dim, t.batch, t.kv_head);
-    for (int64_t first = seen.begin; first < seen.end; first += kBlockKeys) {
-      const int64_t count = seen.end - first < kBlockKeys ? seen.end - first : kBlockKeys;
+    for (int64_t first = seen.begin, count; first < seen.end; first += count) {
+      const int64_t most = Products<T>::block_keys(k.table, first);
+      count = seen.end - first < most ? seen.end - first : most;
       x.pack_keys(k, v, first, count);
       for (int64_t r = 0; r < rows; r += kGroupRows) {
         const int64_t here = rows - r < kGroupRows ? rows - r : kGroupRows;
@@ -126,7 +127,7 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
   }
 
   for (int64_t i = 0; i < t.rows.end - t.rows.begin; ++i) {
-    Real* const o = x.state.o + i * x.padded;
+    Real* const o = x.output(i);
     const Real l = x.state.l[i], inverse = l == 0 ? 0 : 1 / l;
     for (int64_t d = 0; d < p.head_dim; ++d) o[d] *= inverse;
     // Of a score of +inf the sum is NaN, and so is the output; lse is +inf.

@@ -54,6 +54,9 @@ struct LibraryProducts {
     }
   }
 
+  static int64_t block_keys(const AttentionTable&, int64_t) { return kBlockKeys; }
+  float* output(int64_t r) const { return state.o + r * padded; }
+
   // Rows [r, r + rows), at most kGroupRows, against the packed keys: all together where each sees
   // the whole block, else in parts.
   void add_block(int64_t r, int64_t rows, Range keys, const Softmax<float>& softmax) const {

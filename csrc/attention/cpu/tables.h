@@ -5,12 +5,13 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/cpu/visible.h"
 #include "common/cpu/memory.h"
 
 namespace longrope {
 
 // Of the queries that attend, and for every tier of every row of the batch of the keys that its
-// queries see. Rows that turn alike share them.
+// queries see, or of offsets where those do. Rows that turn alike share them.
 class AttentionTables {
  public:
   // `query_begin` as in AttentionTiers; it and what `params` point to live as long as this.
@@ -30,6 +31,12 @@ class AttentionTables {
     int64_t begin, end;
     char *cos, *sin;
   };
+
+  Range queries_of(int64_t b, int64_t tier) const;
+  void make_tables(const AttentionParams& params, int64_t rows,
+                   const std::vector<Range>& key_ranges, int64_t tokens);
+  void make_offsets(const AttentionParams& params, int64_t rows,
+                    const std::vector<Range>& key_ranges);
 
   const AttentionRotation& rotation_;
   const int64_t* query_begin_;

@@ -40,6 +40,9 @@ struct TileProducts {
     }
   }
 
+  static int64_t block_keys(const AttentionTable&, int64_t) { return kBlockKeys; }
+  Real* output(int64_t r) const { return state.o + r * padded; }
+
   // Rows [r, r + rows), at most kGroupRows, against the packed keys.
   void add_block(int64_t r, int64_t rows, Range keys, const Softmax<Real>& softmax) const {
     constexpr int64_t kRows = Tile<Real>::kRows, kColumns = Tile<Real>::kColumns;

@@ -2,11 +2,10 @@
 // attend, join the parts. Which kernels run and how much workspace they need depends on the shapes
 // alone.
 //
-// Why q and k turn apart from the attention kernel: there every block of rows would turn every key
-// again, and keys are read by many blocks. The price is one pass over q and k: a decode step (one
-// query) over a cache of un-rotated keys moves 2 times what one over rotated keys does (k in, k
-// out, k and v in, instead of k and v in). Rotations in tiers take a step for each tier (tiers.cu);
-// blocks of rows that have no part in a step leave at once.
+// Why q and k turn apart from the attention kernel where there are many rows: every block of rows
+// would turn every key again, and keys are read by many blocks. The price is one pass over q and k.
+// A few queries read every key once (decode.cu) and turn it there. Rotations in tiers take a step
+// for each tier (tiers.cu); blocks of rows that have no part in a step leave at once.
 #include "attention/cuda/kernels.cuh"
 #include "attention/cuda/workspace.cuh"
 
@@ -22,9 +21,21 @@ class Preparation {
 
   // `x` aligned as the kernels read it.
   AttentionTensor aligned(const AttentionTensor& x, int64_t heads, int64_t tokens) {
-    if (reads_as_is(x, p_.dtype)) return x;
+    if (reads_as_is(x, p_)) return x;
     const AttentionTensor out = workspace.heads(p_, heads, tokens);
-    if (run_) copy({x, out, p_.batch, heads, tokens, p_.head_dim}, p_.dtype, stream_);
+    if (run_) copy({x, out, p_.batch, heads, tokens, p_.head_dim, read_columns(p_)}, stream_);
+    return out;
+  }
+
+  // Room for turned tokens; what is read behind a row is zero.
+  AttentionTensor turned(int64_t heads, int64_t tokens) {
+    const AttentionTensor out = workspace.heads(p_, heads, tokens);
+    const int64_t behind = read_columns(p_) - p_.head_dim;
+    if (run_ && behind > 0) {
+      AttentionTensor rest = out;
+      rest.data = static_cast<uint16_t*>(out.data) + p_.head_dim;
+      copy({rest, rest, p_.batch, heads, tokens, 0, behind}, stream_);
+    }
     return out;
   }
 
@@ -36,18 +47,38 @@ class Preparation {
   bool run_;
 };
 
-// Turns the tokens of a step into `out`.
-void turn(RopeParams rope, const AttentionTensor& out, const int64_t* begin, const int64_t* end,
-          const int64_t* tier, cudaStream_t stream) {
-  rope.q_out = {out.data, rope.q.heads, out.batch_stride, out.head_stride, out.token_stride};
+// The tokens of a step and their tier.
+RopeParams of_step(RopeParams rope, const int64_t* begin, const int64_t* end, const int64_t* tier) {
   rope.token_begin_rows = begin;
   rope.token_end_rows = end;
   rope.turn.tier_rows = tier;
+  return rope;
+}
+
+void turn(RopeParams rope, const AttentionTensor& out, cudaStream_t stream) {
+  rope.q_out = {out.data, rope.q.heads, out.batch_stride, out.head_stride, out.token_stride};
   rope_cuda(rope, stream);
 }
 
-void attend(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
-  p.dtype == DType::kFloat32 ? forward_float(p, splits, stream) : forward_16_bit(p, splits, stream);
+// Which kernel attends.
+enum class Kernel { kFloat, kManyRows, kFewRows };
+
+Kernel kernel_for(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat32) return Kernel::kFloat;
+  const int64_t rows = p.queries * (p.heads / p.kv_heads);
+  return rows <= kDecodeRows ? Kernel::kFewRows : Kernel::kManyRows;
+}
+
+int splits_for(Kernel kernel, const AttentionParams& p) {
+  if (kernel == Kernel::kFloat) return forward_float_splits(p);
+  return kernel == Kernel::kFewRows ? decode_splits(p) : forward_16_bit_splits(p);
+}
+
+void attend(Kernel kernel, const AttentionParams& p, const Splits& splits, const KeyTable& table,
+            cudaStream_t stream) {
+  if (kernel == Kernel::kFloat) forward_float(p, splits, stream);
+  if (kernel == Kernel::kManyRows) forward_16_bit(p, splits, stream);
+  if (kernel == Kernel::kFewRows) decode(p, splits, table, stream);
   if (splits.count > 1) merge_splits(p, splits, stream);
 }
 
@@ -56,13 +87,23 @@ size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   const AttentionParams given = p;
   Preparation prepare(given, memory, stream, run);
   Workspace& workspace = prepare.workspace;
+  const Kernel kernel = kernel_for(p);
+  // Eight pairs turn at once where the keys are read.
+  const bool turns_inside =
+      p.rotation && kernel == Kernel::kFewRows && p.rotation->k.pairs % 8 == 0;
   p.v = prepare.aligned(given.v, p.kv_heads, p.keys);
-  p.q = p.rotation ? workspace.heads(p, p.heads, p.queries)
+  p.q = p.rotation ? prepare.turned(p.heads, p.queries)
                    : prepare.aligned(given.q, p.heads, p.queries);
-  p.k = p.rotation ? workspace.heads(p, p.kv_heads, p.keys)
-                   : prepare.aligned(given.k, p.kv_heads, p.keys);
-  Splits splits{p.dtype == DType::kFloat32 ? forward_float_splits(p) : forward_16_bit_splits(p),
-                nullptr, nullptr};
+  p.k = p.rotation && !turns_inside ? prepare.turned(p.kv_heads, p.keys)
+                                    : prepare.aligned(given.k, p.kv_heads, p.keys);
+  KeyTable table{};
+  float* sines = nullptr;
+  if (turns_inside) {
+    const RopeParams& k = p.rotation->k;
+    sines = workspace.take<float>(p.batch * p.keys * 2 * k.pairs);
+    table = {sines, p.keys, static_cast<int>(k.pairs), k.interleaved};
+  }
+  Splits splits{splits_for(kernel, p), nullptr, nullptr};
   const int64_t rows = splits.count > 1 ? splits.count * p.batch * p.heads * p.queries : 0;
   splits.out = workspace.take<float>(rows * p.head_dim);
   splits.lse = workspace.take<float>(rows);
@@ -76,14 +117,16 @@ size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   if (!run) return workspace.bytes();
 
   write_idle(p, stream);
-  if (!p.rotation) attend(p, splits, stream);
+  if (!p.rotation) attend(kernel, p, splits, table, stream);
   if (p.rotation) plan_steps(p, steps, static_cast<int>(count), stream);
   for (int64_t at = 0; at < count * p.batch; at += p.batch) {
-    turn(p.rotation->q, p.q, steps.query_begin + at, steps.query_end + at, steps.tier + at, stream);
-    turn(p.rotation->k, p.k, steps.key_begin + at, steps.key_end + at, steps.tier + at, stream);
+    const int64_t* const tier = steps.tier + at;
+    const RopeParams k = of_step(p.rotation->k, steps.key_begin + at, steps.key_end + at, tier);
     p.query_begin.rows = steps.query_begin + at;
     p.query_end.rows = steps.query_end + at;
-    attend(p, splits, stream);
+    turn(of_step(p.rotation->q, p.query_begin.rows, p.query_end.rows, tier), p.q, stream);
+    turns_inside ? fill_key_table(k, table, sines, stream) : turn(k, p.k, stream);
+    attend(kernel, p, splits, table, stream);
   }
   return workspace.bytes();
 }

@@ -1,4 +1,4 @@
-// Copies of tensors whose rows do not begin at multiples of 16 bytes.
+// Copies of tensors whose rows do not begin and end at multiples of 16 bytes, to rows that do.
 //
 // Mapping: a warp takes a row, its lanes neighbouring columns. Bytes moved: every element in and
 // out.
@@ -10,30 +10,27 @@ namespace {
 
 constexpr int kWarps = 8;
 
-template <typename T>
 __global__ void __launch_bounds__(32 * kWarps) copy_kernel(Copy c) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (at >= c.batch * c.heads * c.tokens) return;
   const int64_t token = at % c.tokens, head = at / c.tokens % c.heads,
                 row = at / c.tokens / c.heads;
-  const T* x = row_of<const T>(c.x, row, head, token);
-  T* out = row_of<T>(c.out, row, head, token);
-  const int head_dim = static_cast<int>(c.head_dim);
-  for (int i = threadIdx.x % 32; i < head_dim; i += 32) out[i] = x[i];
+  const uint16_t* x = row_of<const uint16_t>(c.x, row, head, token);
+  uint16_t* out = row_of<uint16_t>(c.out, row, head, token);
+  for (int i = threadIdx.x % 32; i < c.width; i += 32) {
+    out[i] = i < c.columns ? x[i] : static_cast<uint16_t>(0);
+  }
 }
 
 LONGROPE_MAX_REGISTERS(copy_kernel, 64)
 
 }  // namespace
 
-void copy(const Copy& c, DType dtype, cudaStream_t stream) {
+void copy(const Copy& c, cudaStream_t stream) {
   const int64_t rows = c.batch * c.heads * c.tokens;
   if (rows == 0) return;
-  for_dtype(dtype, [&](auto zero) {
-    launch("attention", copy_kernel<decltype(zero)>,
-           dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps))), dim3(32 * kWarps), 0,
-           stream, c);
-  });
+  launch("attention", copy_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps))),
+         dim3(32 * kWarps), 0, stream, c);
 }
 
 }  // namespace cuda

@@ -50,20 +50,13 @@ __global__ void __launch_bounds__(kThreads)
   const int warp_row = threadIdx.x / 32 * 16 * kM, first = work.first_row + warp_row;
   const Score score(p);
 
-  const auto copy_keys = [&](T* tile, const AttentionTensor& x, int begin) {
-    copy_tile<kKeys, kHeadDim, kThreads>(
-        tile, head_dim, static_cast<const T*>(x.data), [&](int key) {
-          return begin + key < work.keys.end ? head.key<const T>(x, begin + key) : nullptr;
-        });
-    cp_async_commit();
-  };
+  KeySource<kKeys, kHeadDim, kThreads, T> next_keys(p, p.k, head, work.keys.begin);
+  KeySource<kKeys, kHeadDim, kThreads, T> next_values(p, p.v, head, work.keys.begin);
   if (work.keys.begin < work.keys.end) {
-    copy_tile<kRows<kHeadDim>, kHeadDim, kThreads>(
-        q, head_dim, static_cast<const T*>(p.q.data), [&](int r) {
-          r += work.first_row;
-          return r < head.rows ? head.row<const T>(p.q, r) : nullptr;
-        });
-    copy_keys(k, p.k, work.keys.begin);
+    RowSource<kRows<kHeadDim>, kHeadDim, kThreads, T>(p, p.q, head, work.first_row)
+        .copy(q, head.rows - work.first_row);
+    next_keys.copy(k, 0, work.keys.end - work.keys.begin);
+    cp_async_commit();
   }
 
   // What this warp's rows see, all of them and each.
@@ -75,13 +68,17 @@ __global__ void __launch_bounds__(kThreads)
   for (int begin = work.keys.begin; begin < work.keys.end; begin += kKeys) {
     cp_async_wait<0>();
     sync_threads();  // the keys are there, and no warp needs the values of the last tile
-    copy_keys(v, p.v, begin);
+    next_values.copy(v, 0, work.keys.end - begin);
+    cp_async_commit();
     const bool busy = begin < some.end && begin + kKeys > some.begin;
     float s[kM][kKeys / 8][4] = {};
     if (busy) multiply_transposed<kHeadDim>(s, q + warp_row * kStride, k);
     cp_async_wait<0>();
     sync_threads();  // the values are there, and no warp needs the keys
-    if (begin + kKeys < work.keys.end) copy_keys(k, p.k, begin + kKeys);
+    if (begin + kKeys < work.keys.end) {
+      next_keys.copy(k, 0, work.keys.end - begin - kKeys);
+      cp_async_commit();
+    }
     if (!busy) continue;
 
     if (!score.is_product) score.apply(s);
@@ -143,11 +140,12 @@ LONGROPE_MAX_REGISTERS(attention_kernel, 255)
 
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
-  const size_t bytes =
+  constexpr size_t kBytes =
       sizeof(T) * (kRows<kHeadDim> + 2 * kTileKeys<kHeadDim>)*kTileStride<kHeadDim>;
+  static_assert(kBytes <= kSharedBytesEverywhere);
   launch("attention", attention_kernel<T, kHeadDim>,
          dim3(static_cast<unsigned>(row_tiles(p, kRows<kHeadDim>) * splits.count)), dim3(kThreads),
-         bytes, stream, p, splits, writes_packed(p.out, p));
+         kBytes, stream, p, splits, is_packed(p.out, p));
 }
 
 }  // namespace

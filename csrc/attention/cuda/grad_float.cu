@@ -92,7 +92,6 @@ __global__ void __launch_bounds__(kFloatThreads)
   float* const q = v + kFloatRows * stride;                    // [kFloatKeys, stride]
   float* const grad_out = q + kFloatKeys * stride;             // the same
   float* const weights = grad_out + kFloatKeys * stride;       // [kFloatRows, kFloatKeys]
-  float* const grads = weights + kFloatRows * kFloatKeys;      // the same
   const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * kRowsOfWarp;
   const int first_key = block_key + warp_key;
   const FloatScore score(p);
@@ -129,11 +128,14 @@ __global__ void __launch_bounds__(kFloatThreads)
       const bool is_seen = begin + lane < end && key >= seen.begin && key < seen.end;
       const float weight = weigh(score, s[r], ds[r], is_seen, terms.log2_sum[at], terms.delta[at]);
       weights[(warp_key + r) * kFloatKeys + lane] = weight;
-      grads[(warp_key + r) * kFloatKeys + lane] = ds[r];
     }
     sync_warp();
     add_weighted(dv, weights + warp_key * kFloatKeys, grad_out, head_dim);
-    add_weighted(dk, grads + warp_key * kFloatKeys, q, head_dim);
+    sync_warp();  // the weights are used: their gradients take their place
+#pragma unroll
+    for (int r = 0; r < kRowsOfWarp; ++r) weights[(warp_key + r) * kFloatKeys + lane] = ds[r];
+    sync_warp();
+    add_weighted(dk, weights + warp_key * kFloatKeys, q, head_dim);
   }
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
@@ -144,6 +146,12 @@ __global__ void __launch_bounds__(kFloatThreads)
   }
 }
 
+// Shared memory of either kernel: two operands of the block, two of the tile, and weights.
+constexpr size_t float_bytes(int head_dim) {
+  return sizeof(float) *
+         (2 * (kFloatRows + kFloatKeys) * float_stride(head_dim) + kFloatRows * kFloatKeys);
+}
+
 LONGROPE_MAX_REGISTERS(grad_queries_float_kernel, 128)
 LONGROPE_MAX_REGISTERS(grad_keys_float_kernel, 128)
 
@@ -151,16 +159,16 @@ LONGROPE_MAX_REGISTERS(grad_keys_float_kernel, 128)
 
 void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
-  const int stride = float_stride(static_cast<int>(p.head_dim));
-  const size_t operands = sizeof(float) * 2 * (kFloatRows + kFloatKeys) * stride;
-  const size_t weights = sizeof(float) * kFloatRows * kFloatKeys;
+  // 98.4 KiB for head_dim 256: kSharedBytesEverywhere is what these tiles were chosen for.
+  static_assert(float_bytes(kMaxHeadDim) <= kSharedBytesEverywhere);
+  const size_t bytes = float_bytes(static_cast<int>(p.head_dim));
   launch("attention_backward", grad_queries_float_kernel,
-         dim3(static_cast<unsigned>(row_tiles(p, kFloatRows))), dim3(kFloatThreads),
-         operands + weights, stream, g, terms);
+         dim3(static_cast<unsigned>(row_tiles(p, kFloatRows))), dim3(kFloatThreads), bytes, stream,
+         g, terms);
   const int64_t tiles = ceil_div<int64_t>(p.keys, kFloatRows);
   launch("attention_backward", grad_keys_float_kernel,
-         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kFloatThreads),
-         operands + 2 * weights, stream, g, terms);
+         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kFloatThreads), bytes,
+         stream, g, terms);
 }
 
 }  // namespace cuda

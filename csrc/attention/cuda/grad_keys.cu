@@ -7,11 +7,11 @@
 // Accumulation: float32 registers; P and dS rounded to the element type for the second products.
 // Mapping: a block of four warps takes 64 keys of one key/value head (and 128 columns of the
 // gradients: for head_dim 256 two blocks compute the same weights) and walks through the rows that
-// see them, 32 at a time, a row being a query of one of the heads that share the keys: their sum is
-// taken in this order, so results are the same on every run. While one tile of rows is multiplied
-// the next is copied (cp.async).
-// Bytes moved: k, v and their gradients once, q and dOut once for every 64 keys that their rows see
-// (half of them where causal), most of it from the second-level cache.
+// see them, 32 (16) at a time, a row being a query of one of the heads that share the keys: their
+// sum is taken in this order, so results are the same on every run. While one tile of rows is
+// multiplied the next is copied (cp.async). Bytes moved: k, v and their gradients once, q and dOut
+// once for every 64 keys that their rows see (half of them where causal), most of it from the
+// second-level cache.
 #include "attention/cuda/kernels.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
@@ -23,12 +23,18 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kKeys = 16 * kWarps;  // of a block
-constexpr int kRows = 32;           // of a tile
+
+// Rows of a tile. Two tiles of q and two of dOut beside 64 keys and values take 66 KiB for head_dim
+// 128; for 256 half as many keep it at 99 KiB, which every chip from sm_80 on grants.
+template <int kHeadDim>
+constexpr int kTileRows = kHeadDim > 128 ? 16 : 32;
 
 template <int kHeadDim>
 constexpr int kColumns = kHeadDim < 128 ? kHeadDim : 128;  // of a block
 
-struct Row {
+// What a tile holds of each row besides q and dOut. It lies behind the row of q, in the 16 bytes
+// that keep rows in different banks and that nothing else uses.
+struct alignas(16) Row {
   float log2_sum, delta;
   int begin, end;  // the keys that it sees
 };
@@ -37,8 +43,8 @@ template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     grad_keys_kernel(AttentionBackwardParams g, RowTerms terms, bool packed) {
   constexpr int kStride = kTileStride<kHeadDim>, kChunks = kHeadDim / kColumns<kHeadDim>;
-  constexpr int kTile = kRows * kStride;
-  LONGROPE_SHARED(Row, row_terms, 2 * kRows);  // two tiles, as of q and grad_out
+  constexpr int kRows = kTileRows<kHeadDim>, kTile = kRows * kStride;
+  static_assert(sizeof(T) * (kStride - kHeadDim) == sizeof(Row));
   T* const k = reinterpret_cast<T*>(dynamic_shared());
   T* const v = k + kKeys * kStride;
   T* const q = v + kKeys * kStride;
@@ -52,7 +58,6 @@ __global__ void __launch_bounds__(kThreads)
   const int head_dim = static_cast<int>(p.head_dim), lane = threadIdx.x % 32;
   const int warp_key = threadIdx.x / 32 * 16;
   const Score score(p);
-  const Divider by_group(static_cast<unsigned>(head.group));
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this tile:
   // what nobody sees, and rows that see nothing, may hold anything.
@@ -61,36 +66,34 @@ __global__ void __launch_bounds__(kThreads)
   const Keys queries = head.visible.queries(first_key, first_key + kKeys, all);
   const int begin = queries.begin * head.group, end = queries.end * head.group;
 
-  const auto copy_keys = [&](T* tile, const AttentionTensor& x) {
-    copy_tile<kKeys, kHeadDim, kThreads>(tile, head_dim, static_cast<const T*>(x.data), [&](int r) {
-      const int key = first_key + r;
-      return key >= used.begin && key < used.end ? head.key<const T>(x, key) : nullptr;
-    });
+  using Rows = RowSource<kRows, kHeadDim, kThreads, T>;
+  Rows next_q(p, p.q, head, begin), next_grad_out(p, g.grad_out, head, begin);
+  RowSteps mine(head.group, begin + static_cast<int>(threadIdx.x),
+                kRows);  // of the first kRows threads
+  const auto terms_of = [&](int buffer, int r) -> Row& {
+    return *reinterpret_cast<Row*>(q + buffer * kTile + r * kStride + kHeadDim);
   };
   const auto copy_rows = [&](int buffer, int first) {
-    const auto copy = [&](T* tile, const AttentionTensor& x) {
-      copy_tile<kRows, kHeadDim, kThreads>(
-          tile + buffer * kTile, head_dim, static_cast<const T*>(x.data),
-          [&](int r) { return first + r < end ? head.row<const T>(x, first + r) : nullptr; });
-    };
-    copy(q, p.q);
-    copy(grad_out, g.grad_out);
+    next_q.copy(q + buffer * kTile, end - first);
+    next_grad_out.copy(grad_out + buffer * kTile, end - first);
     cp_async_commit();
     if (threadIdx.x < kRows) {
-      const int row = first + threadIdx.x;
-      const Keys seen = head.visible.keys(head.query(row));
-      Row mine{INFINITY, 0.0f, seen.begin, seen.end};
-      if (row < end) {
-        const int64_t at = head.flat(p, row);
-        mine.log2_sum = terms.log2_sum[at];
-        mine.delta = terms.delta[at];
+      const Keys seen = head.visible.keys(mine.query);
+      Row row{INFINITY, 0.0f, seen.begin, seen.end};
+      if (first + static_cast<int>(threadIdx.x) < end) {
+        const int64_t at = head.flat(p, mine);
+        row.log2_sum = terms.log2_sum[at];
+        row.delta = terms.delta[at];
       }
-      row_terms[buffer * kRows + threadIdx.x] = mine;
+      terms_of(buffer, threadIdx.x) = row;
+      mine.step();
     }
   };
   if (begin < end) {
-    copy_keys(k, p.k);
-    copy_keys(v, p.v);
+    using Copies = KeySource<kKeys, kHeadDim, kThreads, T>;
+    const int from = used.begin - first_key, to = used.end - first_key;
+    Copies(p, p.k, head, first_key).copy(k, from, to);
+    Copies(p, p.v, head, first_key).copy(v, from, to);
     copy_rows(0, begin);
   }
 
@@ -103,11 +106,11 @@ __global__ void __launch_bounds__(kThreads)
     float s[1][kRows / 8][4] = {}, ds[1][kRows / 8][4] = {};
     multiply_transposed<kHeadDim>(s, k + warp_key * kStride, q + buffer * kTile);
     multiply_transposed<kHeadDim>(ds, v + warp_key * kStride, grad_out + buffer * kTile);
-    const bool is_inside = first_key >= head.visible.keys(head.query(first + kRows - 1)).begin &&
-                           first_key + kKeys <= head.visible.keys(head.query(first)).end;
+    const bool is_inside = first_key >= terms_of(buffer, kRows - 1).begin &&
+                           first_key + kKeys <= terms_of(buffer, 0).end;
 #pragma unroll
     for (int j = 0; j < kRows / 4; ++j) {
-      const Row& row = row_terms[buffer * kRows + j / 2 * 8 + lane % 4 * 2 + j % 2];
+      const Row row = terms_of(buffer, j / 2 * 8 + lane % 4 * 2 + j % 2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float &x = s[0][j / 2][2 * half + j % 2], &dx = ds[0][j / 2][2 * half + j % 2];
@@ -140,11 +143,12 @@ LONGROPE_MAX_REGISTERS(grad_keys_kernel, 255)
 template <typename T, int kHeadDim>
 void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
-  const size_t bytes = sizeof(T) * (2 * kKeys + 4 * kRows) * kTileStride<kHeadDim>;
+  constexpr size_t kBytes = sizeof(T) * (2 * kKeys + 4 * kTileRows<kHeadDim>)*kTileStride<kHeadDim>;
+  static_assert(kBytes <= kSharedBytesEverywhere);
   const int64_t tiles = ceil_div<int64_t>(p.keys, kKeys) * (kHeadDim / kColumns<kHeadDim>);
   launch("attention_backward", grad_keys_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kThreads), bytes, stream,
-         g, terms, writes_packed(g.grad_k, p) && writes_packed(g.grad_v, p));
+         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kThreads), kBytes, stream,
+         g, terms, is_packed(g.grad_k, p) && is_packed(g.grad_v, p));
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 //   S = Q K^T,  P = exp(score(S) - lse),  dP = dOut V^T,  dS = P (dP - delta),  dQ += dS K
 // Accumulation: float32 registers; dS rounded to the element type for the last product.
 // Mapping: a block of four warps takes 64 rows of one key/value head, a row being a query of one of
-// the heads that share it, and walks through the keys that these rows see, 32 at a time. S and dP
-// are computed again here rather than dQ added up by grad_keys.cu: that takes seven products
+// the heads that share it, and walks through the keys that these rows see, 32 (16) at a time. S and
+// dP are computed again here rather than dQ added up by grad_keys.cu: that takes seven products
 // instead of five and neither atomics, whose order changes, nor a sum for every tile of keys in
 // memory. While one tile of keys is multiplied the next is copied (cp.async). Bytes moved: q, dOut
 // and dQ once, k and v once for every 64 rows that see them (half of them where causal), most of it
@@ -21,11 +21,16 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16 * kWarps;  // of a block
-constexpr int kKeys = 32;           // of a tile
+
+// Keys of a tile. Two tiles of keys and two of values beside 64 rows of q and dOut take 66 KiB for
+// head_dim 128; for 256 half as many keep it at 99 KiB, which every chip from sm_80 on grants.
+template <int kHeadDim>
+constexpr int kTileKeys = kHeadDim > 128 ? 16 : 32;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     grad_queries_kernel(AttentionBackwardParams g, RowTerms terms, bool packed) {
+  constexpr int kKeys = kTileKeys<kHeadDim>;
   constexpr int kStride = kTileStride<kHeadDim>, kTile = kKeys * kStride;
   T* const q = reinterpret_cast<T*>(dynamic_shared());
   T* const grad_out = q + kRows * kStride;
@@ -39,26 +44,18 @@ __global__ void __launch_bounds__(kThreads)
   const int warp_row = threadIdx.x / 32 * 16, first = work.first_row + warp_row;
   const Score score(p);
 
-  const auto copy_rows = [&](T* tile, const AttentionTensor& x) {
-    copy_tile<kRows, kHeadDim, kThreads>(tile, head_dim, static_cast<const T*>(x.data), [&](int r) {
-      r += work.first_row;
-      return r < head.rows ? head.row<const T>(x, r) : nullptr;
-    });
-  };
+  KeySource<kKeys, kHeadDim, kThreads, T> next_keys(p, p.k, head, work.keys.begin);
+  KeySource<kKeys, kHeadDim, kThreads, T> next_values(p, p.v, head, work.keys.begin);
   const auto copy_keys = [&](int buffer, int begin) {
-    const auto copy = [&](T* tile, const AttentionTensor& x) {
-      copy_tile<kKeys, kHeadDim, kThreads>(
-          tile + buffer * kTile, head_dim, static_cast<const T*>(x.data), [&](int key) {
-            return begin + key < work.keys.end ? head.key<const T>(x, begin + key) : nullptr;
-          });
-    };
-    copy(k, p.k);
-    copy(v, p.v);
+    next_keys.copy(k + buffer * kTile, 0, work.keys.end - begin);
+    next_values.copy(v + buffer * kTile, 0, work.keys.end - begin);
     cp_async_commit();
   };
   if (work.keys.begin < work.keys.end) {
-    copy_rows(q, p.q);
-    copy_rows(grad_out, g.grad_out);
+    using Rows = RowSource<kRows, kHeadDim, kThreads, T>;
+    const int count = head.rows - work.first_row;
+    Rows(p, p.q, head, work.first_row).copy(q, count);
+    Rows(p, g.grad_out, head, work.first_row).copy(grad_out, count);
     copy_keys(0, work.keys.begin);
   }
 
@@ -109,10 +106,11 @@ LONGROPE_MAX_REGISTERS(grad_queries_kernel, 255)
 template <typename T, int kHeadDim>
 void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream) {
   const AttentionParams& p = g.forward;
-  const size_t bytes = sizeof(T) * (2 * kRows + 4 * kKeys) * kTileStride<kHeadDim>;
+  constexpr size_t kBytes = sizeof(T) * (2 * kRows + 4 * kTileKeys<kHeadDim>)*kTileStride<kHeadDim>;
+  static_assert(kBytes <= kSharedBytesEverywhere);
   launch("attention_backward", grad_queries_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(row_tiles(p, kRows))), dim3(kThreads), bytes, stream, g, terms,
-         writes_packed(g.grad_q, p));
+         dim3(static_cast<unsigned>(row_tiles(p, kRows))), dim3(kThreads), kBytes, stream, g, terms,
+         is_packed(g.grad_q, p));
 }
 
 }  // namespace

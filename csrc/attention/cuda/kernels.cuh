@@ -15,17 +15,38 @@ auto for_head_dim(int64_t head_dim, const F& f) {
   return f(std::integral_constant<int, kMaxHeadDim>());  // more is refused by check_sizes
 }
 
-// Whether rows of `x`, 16-bit elements, can be written 16 bytes at a time.
-inline bool writes_packed(const AttentionTensor& x, const AttentionParams& p) {
+// Whether rows of `x`, 16-bit elements, can be read and written 16 bytes at a time.
+inline bool is_packed(const AttentionTensor& x, const AttentionParams& p) {
   return packs<bf16>(x) && p.head_dim % 8 == 0;
 }
 
 // Forward, of the queries that attend: what others have in out and lse stays. bf16 and f16: rows of
-// q, k and v begin at multiples of 16 bytes. q and k as they are.
+// q, k and v begin and end at multiples of 16 bytes, with zeros behind head_dim. q and k as they
+// are.
 void forward_16_bit(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
 int forward_16_bit_splits(const AttentionParams& p);
 void forward_float(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
 int forward_float_splits(const AttentionParams& p);
+
+// The same for a few rows of 16-bit elements over many keys. With a table k comes un-rotated and
+// turns there.
+constexpr int kDecodeRows = 16;  // queries times heads that share keys, at most
+struct KeyTable {
+  const float* data;  // [batch, keys, cosines and then sines of `pairs`]; nullptr: k as it is
+  int64_t keys;
+  int pairs;  // a multiple of 8
+  bool interleaved;
+
+  __device__ __forceinline__ const float* row(int64_t batch, int64_t key) const {
+    return data + (batch * keys + key) * 2 * pairs;
+  }
+};
+void decode(const AttentionParams& p, const Splits& splits, const KeyTable& table,
+            cudaStream_t stream);
+int decode_splits(const AttentionParams& p);
+
+// Fills `out`, the memory of table.data, for the tokens of each row that turn.
+void fill_key_table(const RopeParams& k, const KeyTable& table, float* out, cudaStream_t stream);
 
 // out and lse from those of the parts.
 void merge_splits(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
@@ -33,12 +54,13 @@ void merge_splits(const AttentionParams& p, const Splits& splits, cudaStream_t s
 // The queries that do not attend.
 void write_idle(const AttentionParams& p, cudaStream_t stream);
 
-// out = x: [batch, heads, tokens, head_dim] of `dtype`, apart.
+// out = x, 16-bit elements, apart: [batch, heads, tokens, columns], and zeros up to `width`
+// columns.
 struct Copy {
   AttentionTensor x, out;
-  int64_t batch, heads, tokens, head_dim;
+  int64_t batch, heads, tokens, columns, width;
 };
-void copy(const Copy& copy, DType dtype, cudaStream_t stream);
+void copy(const Copy& copy, cudaStream_t stream);
 
 // A rotation in tiers takes `count` steps, in each of which a row of the batch has one tier or
 // none: its queries and the keys that they see. [count, batch]

@@ -78,10 +78,13 @@ struct Softmax {
     return largest == -INFINITY ? 0.0f : largest * unit;
   }
 
-  // Turns scores into weights relative to the largest so far, and o along with them.
+  // Turns scores into weights relative to the largest so far, and o along with them: most tiles
+  // bring no larger score to any row of the warp, and then o stays as it is.
   template <int kN, int kColumns>
   __device__ __forceinline__ void add(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4],
                                       float unit) {
+    float before[kM][2];  // what weights relative to the last largest score are worth now
+    bool grows = false;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -90,11 +93,14 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2 * kN; ++e) {
           const float x = s[i][e / 2][2 * half + e % 2];
-          most = x > most ? x : most;
+          most = fmaxf(most, x);
         }
         most = warp_max(most, 4);
         const float shift = shift_of(most, unit);
-        const float before = exp2_approx(fmaf(largest[i][half], unit, -shift));
+        // Exactly 1 where nothing grows: a power of a rounding error, once a tile, would add up.
+        const bool more = most > largest[i][half];
+        before[i][half] = more ? exp2_approx(fmaf(largest[i][half], unit, -shift)) : 1.0f;
+        grows = grows || more;
         largest[i][half] = most;
         float total = 0.0f;
 #pragma unroll
@@ -103,10 +109,14 @@ struct Softmax {
           x = exp2_approx(fmaf(x, unit, -shift));
           total += x;
         }
-        sum[i][half] = sum[i][half] * before + total;
-#pragma unroll
-        for (int e = 0; e < 2 * kColumns; ++e) o[i][e / 2][2 * half + e % 2] *= before;
+        sum[i][half] = sum[i][half] * before[i][half] + total;
       }
+    }
+    if (!any(kAllLanes, grows)) return;
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4 * kColumns; ++e) o[i][e / 4][e % 4] *= before[i][e % 4 / 2];
     }
   }
 

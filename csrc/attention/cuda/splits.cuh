@@ -53,8 +53,8 @@ inline int64_t row_tiles(const AttentionParams& p, int rows) {
 }
 
 // As many parts as make two blocks for every multiprocessor of a large GPU (132 on H100 and H200),
-// but none of less than two steps. The number depends on the shapes alone: results are the same on
-// every device.
+// but none of less than two steps. The number depends on the shapes alone, not on the device: how
+// sums are cut is no reason for devices to differ.
 inline int split_count(const AttentionParams& p, int rows, int keys_at_once) {
   constexpr int64_t kBlocks = 264;
   const int64_t window = std::min(p.window, p.keys);

@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory and the two products of tensor cores over them.
 #pragma once
 
-#include "common/cuda/device.cuh"
+#include "attention/cuda/visible.cuh"
 
 namespace longrope::cuda {
 
@@ -10,22 +10,96 @@ namespace longrope::cuda {
 template <int kHeadDim>
 constexpr int kTileStride = kHeadDim + 8;
 
-// Begins to copy [kRows, kHeadDim] into `tile`: row r from row_at(r), of which head_dim elements
-// exist, zero beyond them and where row_at gives nullptr. Addresses are aligned to 16 bytes;
-// `readable` is any that may be read.
-template <int kRows, int kHeadDim, int kThreads, typename T, typename RowAt>
-__device__ __forceinline__ void copy_tile(T* tile, int head_dim, const T* readable,
-                                          const RowAt& row_at) {
-  constexpr int kUnits = kHeadDim / 8;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * kUnits; i += kThreads) {
-    const int r = i / kUnits, column = i % kUnits * 8;
-    const T* row = column < head_dim ? row_at(r) : nullptr;
-    const int bytes = row ? 2 * (head_dim - column) : 0;
-    cp_async_16(tile + r * kTileStride<kHeadDim> + column, row ? row + column : readable,
-                bytes < 16 ? bytes : 16);
+// How kThreads threads (the block, or each warp by itself) copy tiles of kHeadDim columns: each
+// takes every kLanes-th unit of 16 bytes of a row, from a column that is always the same, so that
+// all it needs of a row is one address. Eight lanes read 128 bytes at once, a whole line of the
+// cache; 96 columns are 12 units.
+template <int kHeadDim, int kThreads>
+struct CopyLanes {
+  static constexpr int kLanes = kHeadDim % 64 == 0 ? 8 : 4;
+  static constexpr int kRows = kThreads / kLanes;  // at once
+  static constexpr int kUnits = kHeadDim / 8 / kLanes;
+
+  const int row = static_cast<int>(threadIdx.x % kThreads) / kLanes;
+  const int column = static_cast<int>(threadIdx.x) % kLanes * 8;
+
+  // Begins to copy one row, of which `width` columns exist, from `source`, which points to this
+  // thread's column: row `r` of `tile`. Zeros where it does not exist.
+  template <typename T>
+  __device__ __forceinline__ void copy(T* tile, int r, const T* source, int width,
+                                       bool exists) const {
+    T* const target = tile + (row + r) * kTileStride<kHeadDim> + column;
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+      const int offset = 8 * kLanes * j;
+      cp_async_16(target + offset, source + offset, exists && column + offset < width);
+    }
   }
-}
+};
+
+// Copies keys (or values) of a head, tile by tile. A thread keeps the address of its part of the
+// next row and adds the distance of two: what a 64-bit product for each copy would take is more
+// than what the copies do.
+template <int kKeys, int kHeadDim, int kThreads, typename T>
+class KeySource {
+ public:
+  __device__ __forceinline__ KeySource(const AttentionParams& p, const AttentionTensor& x,
+                                       const Head& head, int first)
+      : next_(head.key<const T>(x, first + lanes_.row) + lanes_.column),
+        step_(Lanes::kRows * x.token_stride),
+        width_(static_cast<int>(read_columns(p))) {}
+
+  // Begins to copy the next tile, of which keys [from, to) exist.
+  __device__ __forceinline__ void copy(T* tile, int from, int to) {
+    static_assert(kKeys % Lanes::kRows == 0, "every thread copies as many rows");
+#pragma unroll
+    for (int r = 0; r < kKeys; r += Lanes::kRows) {
+      const int key = lanes_.row + r;
+      lanes_.copy(tile, r, next_, width_, key >= from && key < to);
+      next_ += step_;
+    }
+  }
+  __device__ __forceinline__ void skip(int64_t elements) { next_ += elements; }
+
+ private:
+  using Lanes = CopyLanes<kHeadDim, kThreads>;
+  const Lanes lanes_;
+  const T* next_;
+  const int64_t step_;
+  const int width_;
+};
+
+// Copies rows of queries of a head, tile by tile: row r is query r / group of member r % group
+// (visible.cuh). A thread steps from row to row without a division.
+template <int kRows, int kHeadDim, int kThreads, typename T>
+class RowSource {
+ public:
+  __device__ __forceinline__ RowSource(const AttentionParams& p, const AttentionTensor& x,
+                                       const Head& head, int first)
+      : at_(head.group, first + lanes_.row, Lanes::kRows),
+        next_(head.row<const T>(x, first + lanes_.row) + lanes_.column),
+        step_(at_.queries * x.token_stride + at_.members * x.head_stride),
+        wrap_(x.token_stride - head.group * x.head_stride),
+        width_(static_cast<int>(read_columns(p))) {}
+
+  // Begins to copy the next tile, of which the first `count` rows exist.
+  __device__ __forceinline__ void copy(T* tile, int count) {
+    static_assert(kRows % Lanes::kRows == 0, "every thread copies as many rows");
+#pragma unroll
+    for (int r = 0; r < kRows; r += Lanes::kRows) {
+      lanes_.copy(tile, r, next_, width_, lanes_.row + r < count);
+      next_ += at_.step() ? step_ + wrap_ : step_;
+    }
+  }
+
+ private:
+  using Lanes = CopyLanes<kHeadDim, kThreads>;
+  const Lanes lanes_;
+  RowSteps at_;
+  const T* next_;
+  const int64_t step_, wrap_;
+  const int width_;
+};
 
 // c[i][j] += rows [16 i, 16 i + 16) of `a` times rows [8 j, 8 j + 8) of `b`, transposed: both tiles
 // [rows, kHeadDim]. The accumulators lie in the lanes as mma_16x8x16 says.

@@ -14,6 +14,12 @@ bool packs(const AttentionTensor& x) {
          x.head_stride % kCount == 0 && x.token_stride % kCount == 0;
 }
 
+// Columns of a row that the kernels read: those of head_dim, and zeros behind 16-bit ones up to a
+// multiple of 16 bytes (attention.cu sees to them).
+inline __host__ __device__ int64_t read_columns(const AttentionParams& p) {
+  return p.dtype == DType::kFloat32 ? p.head_dim : (p.head_dim + 7) / 8 * 8;
+}
+
 // [head_dim] row of (batch row, head, token).
 template <typename T>
 __device__ __forceinline__ T* row_of(const AttentionTensor& x, int64_t row, int64_t head,

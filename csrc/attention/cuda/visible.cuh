@@ -63,6 +63,31 @@ struct Visible {
   }
 };
 
+// The query and the member of a row, from row to row in steps of `count` with one division at the
+// beginning.
+struct RowSteps {
+  const int group;
+  int query, member;           // of the row
+  const int queries, members;  // of a step
+
+  __device__ __forceinline__ RowSteps(int group, int row, int count)
+      : group(group),
+        query(row / group),
+        member(row % group),
+        queries(count / group),
+        members(count % group) {}
+
+  // Whether the step goes to one more query than `queries`.
+  __device__ __forceinline__ bool step() {
+    query += queries;
+    member += members;
+    const bool wraps = member >= group;
+    query += wraps ? 1 : 0;
+    member -= wraps ? group : 0;
+    return wraps;
+  }
+};
+
 // One key/value head of one row of the batch.
 struct Head {
   int64_t batch;
@@ -100,31 +125,13 @@ struct Head {
   __device__ __forceinline__ T* key(const AttentionTensor& x, int key) const {
     return row_of<T>(x, batch, kv_head, key);
   }
-  // The row of the query in head kv_head * group + member.
-  template <typename T>
-  __device__ __forceinline__ T* row(const AttentionTensor& x, int query, int member) const {
-    return row_of<T>(x, batch, kv_head * group + member, query);
-  }
   // Where the row stands in [batch, heads, queries].
   __device__ __forceinline__ int64_t flat(const AttentionParams& p, int r) const {
-    return (batch * p.heads + kv_head * group + r % group) * p.queries + r / group;
+    return flat(p, RowSteps(group, r, 1));
   }
-};
-
-// x / divisor for 0 <= x < 2^31 by one multiplication (Granlund and Montgomery, 1994): multiplier =
-// ceil(2^(31 + s) / divisor), where 2^s is the smallest power of two that is not less than divisor.
-class Divider {
- public:
-  __device__ __forceinline__ explicit Divider(unsigned divisor) : shift_(31) {
-    while (1ull << (shift_ - 31) < divisor) ++shift_;
-    multiplier_ = static_cast<unsigned>(((1ull << shift_) + divisor - 1) / divisor);
+  __device__ __forceinline__ int64_t flat(const AttentionParams& p, const RowSteps& at) const {
+    return (batch * p.heads + kv_head * group + at.member) * p.queries + at.query;
   }
-  __device__ __forceinline__ int quotient(int x) const {
-    return static_cast<int>(static_cast<unsigned long long>(x) * multiplier_ >> shift_);
-  }
-
- private:
-  unsigned shift_, multiplier_;
 };
 
 }  // namespace longrope::cuda

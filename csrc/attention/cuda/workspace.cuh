@@ -17,10 +17,10 @@ class Workspace {
     return reinterpret_cast<T*>(piece);
   }
 
-  // [batch, heads, tokens, head_dim] of p.dtype, rows aligned to 16 bytes.
+  // [batch, heads, tokens, head_dim] of p.dtype, rows as the kernels read them.
   AttentionTensor heads(const AttentionParams& p, int64_t heads, int64_t tokens) {
     const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
-    const int64_t stride = ceil_div<int64_t>(p.head_dim * bytes, 16) * 16 / bytes;
+    const int64_t stride = read_columns(p);
     return {take<char>(p.batch * heads * tokens * stride * bytes), heads * tokens * stride,
             tokens * stride, stride};
   }
@@ -32,9 +32,9 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
-// Whether the kernels can read `x` where it lies.
-inline bool reads_as_is(const AttentionTensor& x, DType dtype) {
-  return dtype == DType::kFloat32 || packs<bf16>(x);
+// Whether the kernels can read `x` where it lies: 16-bit elements are read 16 bytes at a time.
+inline bool reads_as_is(const AttentionTensor& x, const AttentionParams& p) {
+  return p.dtype == DType::kFloat32 || is_packed(x, p);
 }
 
 inline bool is_empty(const AttentionParams& p) { return p.batch * p.heads * p.queries == 0; }

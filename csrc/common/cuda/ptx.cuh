@@ -138,16 +138,19 @@ __device__ __forceinline__ bool all(uint32_t mask, bool predicate, Site site = S
 
 // ---- asynchronous copies to shared memory -------------------------------------------------------
 
-// 16 bytes, of which only the first `source_bytes` are read and the rest become zero. Both
-// addresses are aligned to 16; with source_bytes 0 the source is not touched.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes = 16,
+// 16 bytes; both addresses are aligned to 16. Unless the source `exists` it is not touched, may be
+// any address, and zeros are written: by a predicate of the instruction itself, where a number of
+// bytes in a register would take six more instructions.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool exists = true,
                                             Site site = Site::here()) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(source_bytes)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred absent;\nsetp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, absent;\n}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(static_cast<uint32_t>(exists))
+      : "memory");
 #else
-  emulation::copy_async(shared, global, 16, source_bytes, site);
+  emulation::copy_async(shared, global, 16, exists ? 16 : 0, site);
 #endif
 }
 
@@ -168,6 +171,16 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
   emulation::wait_copies(kPending);
+#endif
+}
+
+// Asks for the line of an address in global memory, to the second-level cache. A hint: nothing is
+// read.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
 #endif
 }
 

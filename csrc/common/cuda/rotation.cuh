@@ -40,4 +40,36 @@ __device__ __forceinline__ Frequency frequency_of(double inv_freq) {
   return {turns_per_token(inv_freq), 1.0f + static_cast<float>(zero_or_nan)};
 }
 
+// The elements of pair j of a unit's two packs.
+template <bool kInterleaved, int kCount>
+__device__ __forceinline__ float& one_of(float (&x)[kCount], float (&y)[kCount], int j) {
+  if constexpr (kInterleaved) return 2 * j < kCount ? x[2 * j] : y[2 * j - kCount];
+  return x[j];
+}
+
+template <bool kInterleaved, int kCount>
+__device__ __forceinline__ float& two_of(float (&x)[kCount], float (&y)[kCount], int j) {
+  if constexpr (kInterleaved) return 2 * j + 1 < kCount ? x[2 * j + 1] : y[2 * j + 1 - kCount];
+  return y[j];
+}
+
+// Turns the pairs of a unit.
+template <bool kInterleaved, typename T, int kCount>
+__device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& second,
+                                       const float (&cos)[kCount], const float (&sin)[kCount]) {
+  float x[kCount], y[kCount];
+  unpack(first, x);
+  unpack(second, y);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    float& one = one_of<kInterleaved>(x, y, j);
+    float& two = two_of<kInterleaved>(x, y, j);
+    const float turned = one * cos[j] - two * sin[j];
+    two = two * cos[j] + one * sin[j];
+    one = turned;
+  }
+  first = pack<T>(x);
+  second = pack<T>(y);
+}
+
 }  // namespace longrope::cuda

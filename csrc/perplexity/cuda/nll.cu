@@ -4,7 +4,7 @@
 // exponentials relative to it, target's logit) passes from chunk to chunk in device memory.
 // Mapping: a warp takes a row; a lane reads 16 bytes at a time, four of them in flight, and keeps
 // its own largest logit and sum, which are joined at the end in one fixed order. Bytes moved: 4
-// rows columns, from the second-level cache when the chunk was made to fit there.
+// rows columns, most of it from the second-level cache if the chunk is small beside that.
 #include "perplexity/cuda/chunk.cuh"
 
 namespace longrope {

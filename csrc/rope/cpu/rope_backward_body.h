@@ -21,16 +21,17 @@ void add_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& grad
   const T* g0 =
       static_cast<const T*>(grad.data) + row * grad.batch_stride + begin * grad.token_stride;
   for_heads_and_tokens(in, count, [&](int64_t head, int64_t token, int64_t) {
+    const int64_t at = table_row(p, in, head, token, count) * p.pairs;
     add_products<kInterleaved>(x0 + head * in.head_stride + token * in.token_stride,
                                g0 + head * grad.head_stride + token * grad.token_stride,
-                               scratch.cross + token * p.pairs, scratch.dot + token * p.pairs,
-                               p.pairs);
+                               scratch.cross + at, scratch.dot + at, p.pairs);
   });
 }
 
-// Of the tokens of one block, whose A and B are complete: sums [2 * pairs + 1].
+// Of the tokens of one block and one group, the share `p`, whose A and B are complete: sums
+// [2 * pairs + 1].
 template <typename T>
-void add_tokens(const RopeParams& p, int64_t row, int64_t first, int64_t count,
+void add_tokens(const RopeParams& p, int64_t row, int64_t group, int64_t first, int64_t count,
                 const RopeScratch<T>& scratch, double* sums) {
   const bool forward = p.turn.inv_freq;
   const RopeFrequencies& used = forward ? p.turn : p.undo;
@@ -39,7 +40,8 @@ void add_tokens(const RopeParams& p, int64_t row, int64_t first, int64_t count,
   const double factor = forward ? factor_of(p, row, tiers) : -factor_of(p, row, tiers);
   double factor_sum = 0;
   for (int64_t token = 0; token < count; ++token) {
-    const int64_t position = position_of(p, row, first + token), at = token * p.pairs;
+    const int64_t position = position_of(p, row, first + token);
+    const int64_t at = (group * count + token) * p.pairs;
     double* to = sums + (is_below(start, position) ? p.pairs : 0);
     const double scale = factor * static_cast<double>(position);
     for (int64_t i = 0; i < p.pairs; ++i) {
@@ -62,13 +64,16 @@ inline void rope_backward(const RopeBackwardParams& params, int64_t begin, int64
     for_items(p, scratch, begin, end, false, table_slot<RealOf<T>, kInterleaved>,
               [&](int64_t row, int64_t block, int64_t first, int64_t count) {
                 for (RealOf<T>* x : {scratch.cross, scratch.dot}) {
-                  std::memset(x, 0, count * p.pairs * sizeof(*x));
+                  std::memset(x, 0, p.groups * count * p.pairs * sizeof(*x));
                 }
                 add_block<kInterleaved>(p, p.q, params.grad_q, row, first, count, scratch);
                 add_block<kInterleaved>(p, p.k, params.grad_k, row, first, count, scratch);
-                double* const sums = params.partial + (row * blocks + block) * width;
-                std::memset(sums, 0, width * sizeof(double));
-                add_tokens(p, row, first, count, scratch, sums);
+                for (int64_t group = 0; group < p.groups; ++group) {
+                  const int64_t place = (group * p.batch + row) * blocks + block;
+                  double* const sums = params.partial + place * width;
+                  std::memset(sums, 0, width * sizeof(double));
+                  add_tokens(group_of(p, group), row, group, first, count, scratch, sums);
+                }
               });
   });
 }

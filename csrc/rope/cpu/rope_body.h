@@ -1,7 +1,8 @@
 // The kernels of rope.h for one instruction set: see common/cpu/foreach_isa.h.
 //
-// One block of tokens of one row at a time: its table of cosines and sines first, then every head
-// of q and k with it, along memory. Each input byte is read once and each output byte written once.
+// One block of tokens of one row at a time: its tables of cosines and sines first, one for each
+// group of heads, then every head of q and k with its group's, along memory. Each input byte is
+// read once and each output byte written once.
 
 // Calls visit(head, token, ahead) for the heads and the tokens [0, count), along memory. `ahead` is
 // the offset of a row to come: far enough to be fetched in time, also where the next head begins,
@@ -30,11 +31,11 @@ template <typename T>
 class RopeScratch {
  public:
   using Real = RealOf<T>;
-  Real *cos, *sin;        // [block tokens, pairs]
+  Real *cos, *sin;        // [groups, block tokens, pairs]
   Real* row;              // [2 * pairs]
   T* turned;              // [head_dim], on a cache line
-  uint64_t* frequencies;  // [4, pairs]
-  Real *cross, *dot;      // gradients: [block tokens, pairs], A and B of rope.h
+  uint64_t* frequencies;  // [groups, 4, pairs]
+  Real *cross, *dot;      // gradients: [groups, block tokens, pairs], A and B of rope.h
 
   RopeScratch(const RopeParams& p, bool gradients) : memory_(carve(nullptr, p, gradients)) {
     carve(memory_, p, gradients);
@@ -42,13 +43,13 @@ class RopeScratch {
 
  private:
   int64_t carve(void* memory, const RopeParams& p, bool gradients) {
-    const int64_t table = rope_block_tokens(p) * p.pairs;
+    const int64_t table = p.groups * rope_block_tokens(p) * p.pairs;
     Carver carver(memory);
     cos = carver.take<Real>(table);
     sin = carver.take<Real>(table);
     row = carver.take<Real>(2 * p.pairs);
     turned = carver.take<T>(p.head_dim);
-    frequencies = carver.take<uint64_t>(4 * p.pairs);
+    frequencies = carver.take<uint64_t>(p.groups * 4 * p.pairs);
     cross = carver.take<Real>(gradients ? table : 0);
     dot = carver.take<Real>(gradients ? table : 0);
     return carver.bytes();
@@ -56,6 +57,14 @@ class RopeScratch {
 
   Buffer<char> memory_;
 };
+
+// Where in the tables of a block of `count` tokens a token of a head of `t` has its values.
+inline int64_t table_row(const RopeParams& p, const RopeTensor& t, int64_t head, int64_t token,
+                         int64_t count) {
+  if (p.groups == 1) return token;
+  const auto of_group = static_cast<uint32_t>(t.heads / p.groups);  // 32 bits divide faster
+  return static_cast<int64_t>(static_cast<uint32_t>(head) / of_group) * count + token;
+}
 
 template <bool kInterleaved, typename T>
 void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& out, int64_t row,
@@ -71,15 +80,15 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
     prefetch_row(x0 + ahead, bytes);
     const T* x = x0 + head * in.head_stride + token * in.token_stride;
     T* const result = y0 + head * out.head_stride + token * out.token_stride;
+    const int64_t at = table_row(p, in, head, token, count) * pairs;
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (streamed && rest == 0 && pairs % 32 == 0) {
-        rotate_row<kInterleaved, true>(x, result, cos + token * pairs, sin + token * pairs, pairs,
-                                       scratch.row);
+        rotate_row<kInterleaved, true>(x, result, cos + at, sin + at, pairs, scratch.row);
         return;
       }
     }
     T* y = streamed ? scratch.turned : result;
-    rotate_row<kInterleaved>(x, y, cos + token * pairs, sin + token * pairs, pairs, scratch.row);
+    rotate_row<kInterleaved>(x, y, cos + at, sin + at, pairs, scratch.row);
     if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
     if (streamed) stream_row(y, result, bytes);
   });
@@ -94,10 +103,10 @@ inline bool rows_share_table(const RopeParams& p) {
   return shared(p.turn) && shared(p.undo) && p.positions_batch_stride == 0;
 }
 
-// Calls visit(row, block's first token, its tokens) for items [begin, end), with the table made. A
-// block's rows follow one another, so that rows which turn alike share its table.
+// Calls visit(row, block's first token, its tokens) for items [begin, end), with the tables made. A
+// block's rows follow one another, so that rows which turn alike share its tables.
 //
-// slot(pairs, i) is where pair i stands in the table.
+// slot(pairs, i) is where pair i stands in a table.
 template <typename T, typename Slot, typename Visit>
 void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin, int64_t end,
                bool with_factor, const Slot& slot, const Visit& visit) {
@@ -111,13 +120,17 @@ void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin
     const int64_t first = block * block_tokens;
     const int64_t count = p.tokens - first < block_tokens ? p.tokens - first : block_tokens;
     if (!(share && block == table_block)) {
-      if (!(rows_share_table(p) ? frequencies_row >= 0 : frequencies_row == row)) {
-        row_frequencies(p, row, slot, scratch.frequencies);
-        frequencies_row = row;
+      const bool known = rows_share_table(p) ? frequencies_row >= 0 : frequencies_row == row;
+      for (int64_t group = 0; group < p.groups; ++group) {
+        const RopeParams& part = p.groups == 1 ? p : group_of(p, group);
+        uint64_t* const frequencies = scratch.frequencies + group * 4 * p.pairs;
+        if (!known) row_frequencies(part, row, slot, frequencies);
+        const RealOf<T> factor = with_factor ? factor_of(part, row, tiers) : 1.0;
+        const int64_t at = group * count * p.pairs;
+        fill_table(part, row, first, first + count, factor, frequencies, scratch.cos + at,
+                   scratch.sin + at);
       }
-      const RealOf<T> factor = with_factor ? factor_of(p, row, tiers) : 1.0;
-      fill_table(p, row, first, first + count, factor, scratch.frequencies, scratch.cos,
-                 scratch.sin);
+      frequencies_row = row;
       table_block = block;
     }
     visit(row, block, first, count);

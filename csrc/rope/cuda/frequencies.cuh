@@ -21,13 +21,16 @@ struct RowFrequencies {
   float* valid;                    // [sets, pairs], see Frequency
   int64_t turn_start, undo_start;  // tokens
 
-  // Takes frequency_bytes() at `memory` and fills them with all threads of the block.
+  // Takes frequency_bytes() at `memory`.
   __device__ __forceinline__ RowFrequencies(const RopeParams& p, int64_t row, RowTiers tiers,
                                             int sets, unsigned char* memory)
       : turns(reinterpret_cast<uint64_t*>(memory)),
         valid(reinterpret_cast<float*>(turns + sets * p.pairs)),
         turn_start(start_tokens_of(p.turn, row, tiers.turn)),
-        undo_start(start_tokens_of(p.undo, row, tiers.undo)) {
+        undo_start(start_tokens_of(p.undo, row, tiers.undo)) {}
+
+  // Fills them with all threads of the block, and waits for all.
+  __device__ __forceinline__ void fill(const RopeParams& p, int64_t row, RowTiers tiers, int sets) {
     const int pairs = static_cast<int>(p.pairs);
     for (int i = threadIdx.x; i < sets * pairs; i += blockDim.x) {
       const int set = i / pairs, pair = i % pairs;
@@ -84,19 +87,6 @@ __device__ __forceinline__ int first_of(const RopeParams& p, int unit) {
 template <int kCount>
 __device__ __forceinline__ int second_of(const RopeParams& p, int unit) {
   return p.interleaved ? 2 * kCount * unit + kCount : static_cast<int>(p.pairs) + kCount * unit;
-}
-
-// The elements of pair j of a unit's two packs.
-template <bool kInterleaved, int kCount>
-__device__ __forceinline__ float& one_of(float (&x)[kCount], float (&y)[kCount], int j) {
-  if constexpr (kInterleaved) return 2 * j < kCount ? x[2 * j] : y[2 * j - kCount];
-  return x[j];
-}
-
-template <bool kInterleaved, int kCount>
-__device__ __forceinline__ float& two_of(float (&x)[kCount], float (&y)[kCount], int j) {
-  if constexpr (kInterleaved) return 2 * j + 1 < kCount ? x[2 * j + 1] : y[2 * j + 1 - kCount];
-  return y[j];
 }
 
 // True where rows of `t` can be read as packs of `count` elements.

@@ -32,24 +32,6 @@ struct Tiling {
   int64_t tiles;      // of tokens, per row of the batch
 };
 
-template <bool kInterleaved, typename T, int kCount>
-__device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& second,
-                                       const float (&cos)[kCount], const float (&sin)[kCount]) {
-  float x[kCount], y[kCount];
-  unpack(first, x);
-  unpack(second, y);
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    float& one = one_of<kInterleaved>(x, y, j);
-    float& two = two_of<kInterleaved>(x, y, j);
-    const float turned = one * cos[j] - two * sin[j];
-    two = two * cos[j] + one * sin[j];
-    one = turned;
-  }
-  first = pack<T>(x);
-  second = pack<T>(y);
-}
-
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling tiling) {
   const int64_t row = blockIdx.x / tiling.tiles, tile = blockIdx.x % tiling.tiles;
@@ -63,7 +45,6 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
     token_end = end < token_end ? end : token_end;
     token_begin = first > token_begin ? first : token_begin;
   }
-  const RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
   // The chunks of q come first, then those of k.
   const bool is_q = static_cast<int>(blockIdx.y) < tiling.q_chunks;
   const int begin =
@@ -77,6 +58,29 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
   T* out_row = static_cast<T*>(is_q ? p.q_out.data : p.k_out.data) + begin * out_stride +
                row * (is_q ? p.q_out.batch_stride : p.k_out.batch_stride);
   const float factor = static_cast<float>(factor_of(p, row, tiers));
+  const auto offsets = [&](int unit, int& first, int& second) {
+    const bool turns = unit < tiling.rotated_units;
+    first = turns ? first_of<kCount>(p, unit)
+                  : 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
+    second = turns ? second_of<kCount>(p, unit) : first + kCount;
+  };
+
+  // What this thread reads first is on its way while the block makes the frequencies: to the
+  // second-level cache, for which no registers are needed.
+  const int64_t first_token = token_begin + threadIdx.x / tiling.units;
+  if (threadIdx.x < tiling.tokens * tiling.units && first_token < token_end) {
+    int first, second;
+    offsets(threadIdx.x % tiling.units, first, second);
+    const T* in = in_row + first_token * (is_q ? p.q.token_stride : p.k.token_stride);
+#pragma unroll
+    for (int j = 0; j < kFlight; ++j, in += in_stride) {
+      if (j >= count) break;
+      prefetch_l2(in + first);
+      if (second < p.head_dim) prefetch_l2(in + second);
+    }
+  }
+  RowFrequencies frequencies(p, row, tiers, tiling.sets, dynamic_shared());
+  frequencies.fill(p, row, tiers, tiling.sets);
 
   for (int item = threadIdx.x; item < tiling.tokens * tiling.units; item += blockDim.x) {
     const int64_t token = token_begin + item / tiling.units;
@@ -84,12 +88,10 @@ __global__ void __launch_bounds__(kThreads, 3) rope_kernel(RopeParams p, Tiling 
     const int unit = item % tiling.units;
     const bool turns = unit < tiling.rotated_units;
     float cos[kCount], sin[kCount];
-    int first = 2 * static_cast<int>(p.pairs) + 2 * kCount * (unit - tiling.rotated_units);
-    int second = first + kCount;
+    int first, second;
+    offsets(unit, first, second);
     if (turns) {
       frequencies.turn(p, position_of(p, row, token), unit * kCount, factor, cos, sin);
-      first = first_of<kCount>(p, unit);
-      second = second_of<kCount>(p, unit);
     }
     const bool has_second = second < p.head_dim;
     const T* in = in_row + token * (is_q ? p.q.token_stride : p.k.token_stride);
@@ -155,7 +157,9 @@ void run(const RopeParams& p, cudaStream_t stream) {
 void rope_cuda(const RopeParams& params, void* stream) {
   if (params.batch == 0 || params.tokens == 0 || params.q.heads + params.k.heads == 0) return;
   cuda::for_dtype(params.dtype, [&](auto zero) {
-    cuda::run<decltype(zero)>(params, static_cast<cudaStream_t>(stream));
+    for (int64_t group = 0; group < params.groups; ++group) {
+      cuda::run<decltype(zero)>(group_of(params, group), static_cast<cudaStream_t>(stream));
+    }
   });
 }
 

@@ -98,8 +98,9 @@ __global__ void __launch_bounds__(kThreads)
   auto* sums = reinterpret_cast<double*>(dynamic_shared());
   double* factors = sums + (tiling.has_base ? 2 : 1) * slots;
   constexpr RowTiers kTiers{0, 0};  // one set for each row
-  const RowFrequencies frequencies(p, row, kTiers, tiling.sets,
-                                   reinterpret_cast<unsigned char*>(factors + kThreads));
+  RowFrequencies frequencies(p, row, kTiers, tiling.sets,
+                             reinterpret_cast<unsigned char*>(factors + kThreads));
+  frequencies.fill(p, row, kTiers, tiling.sets);
   if (works) {
     for (int j = 0; j < kCount; ++j) {
       sums[lane * width + unit * kCount + j] = 0;
@@ -188,6 +189,7 @@ void run(const RopeBackwardParams& params, cudaStream_t stream) {
 
 int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params) {
   return cuda::for_dtype(params.forward.dtype, [&](auto zero) {
+    // The same for every group of heads, since what is packed is for all of them.
     const cuda::Tiling t = cuda::tiling_of(params.forward, cuda::pack_of<decltype(zero)>(params));
     return t.blocks * t.chunks;
   });
@@ -195,8 +197,11 @@ int64_t rope_backward_cuda_blocks(const RopeBackwardParams& params) {
 
 void rope_backward_cuda(const RopeBackwardParams& params, void* stream) {
   if (params.forward.batch == 0 || params.forward.tokens == 0) return;
+  const int64_t blocks = rope_backward_cuda_blocks(params);
   cuda::for_dtype(params.forward.dtype, [&](auto zero) {
-    cuda::run<decltype(zero)>(params, static_cast<cudaStream_t>(stream));
+    for (int64_t group = 0; group < params.forward.groups; ++group) {
+      cuda::run<decltype(zero)>(group_of(params, group, blocks), static_cast<cudaStream_t>(stream));
+    }
   });
 }
 

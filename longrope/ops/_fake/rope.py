@@ -47,7 +47,7 @@ def _check_rope(
     check_dtype(names[0], q)
     check_turn(
         q, positions, inv_freq, base_inv_freq, start_tokens, start_tokens_rows, attention_factor,
-        attention_factor_rows,
+        attention_factor_rows, heads=(q.shape[1], k.shape[1]),
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def _check_tiers(
     """Check what `longrope::rerotate_rows_` takes."""
     _check_rope_heads("k", k, k)
     check_dtype("k", k)
-    check_turn(k, positions, *turned_by[:-1], in_tiers=True)
+    check_turn(k, positions, *turned_by[:-1], in_tiers=True, heads=(k.shape[1],) * 2)
     for name, tier in (("from_tier", from_tier), ("to_tier", to_tier)):
         check_rows(name, tier, k, f"int64 [{k.shape[0]}]")
 
@@ -91,8 +91,9 @@ def check_turn(
     factor_rows: Tensor | None,
     in_tiers: bool = False,
     position_name: str = "positions",
+    heads: tuple[int, ...] | None = None,
 ) -> None:
-    """Check what turns `[B, heads, N, D]`."""
+    """Check what turns `[B, heads, N, D]`; with `heads` by groups of them too."""
     batch, _, tokens, head_dim = q.shape
     check_positions(position_name, positions, batch, tokens)
     tiers = None
@@ -109,7 +110,7 @@ def check_turn(
         )
     check_frequencies(
         inv_freq, start_tokens if start_rows is None else start_rows, base,
-        factor if factor_rows is None else factor_rows, batch, tiers,
+        factor if factor_rows is None else factor_rows, batch, tiers, heads,
     )  # fmt: skip
     if factor_rows is not None:
         expect(factor_rows.dtype == torch.float64, "attention_factor", "float64", factor_rows)
@@ -139,8 +140,10 @@ def _(grad_q, grad_k, q, k, positions, inv_freq, *turned_by):
     for name, grad, x in (("grad_q", grad_q, q), ("grad_k", grad_k, k)):
         _check_rope_heads(name, grad, x)
         expect(grad.shape[1] == x.shape[1], name, f"the shape of {describe(x)}", grad)
-    rows = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
-    return rows, torch.empty_like(rows), inv_freq.new_empty(q.shape[0])
+    groups = inv_freq.shape[1:2] if inv_freq.dim() == 3 else ()
+    rows = inv_freq.new_empty(q.shape[0], *groups, inv_freq.shape[-1])
+    base = inv_freq.new_empty(q.shape[0], inv_freq.shape[-1])
+    return rows, base, inv_freq.new_empty(q.shape[0], *groups)
 
 
 @contextlib.contextmanager
@@ -155,16 +158,25 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 
 def _check_rerotate(k, positions, *sets, out=None):
-    inv_freq, base, start, other, other_base, other_start, factor, _ = sets
+    inv_freq, base, start, other, other_base, other_start, factor, by_group, _ = sets
+    # The factors by group go with the set that comes by group.
+    of_one, of_other = (by_group, None) if inv_freq.dim() == 3 else (None, by_group)
     out, names = (k, ("k", "k")) if out is None else (out, ("k", "out"))
     with _prefixed("from_"):
-        _check_rope(k, out, positions, inv_freq, base, start, None, factor, names=names)
+        _check_rope(k, out, positions, inv_freq, base, start, None, factor, of_one, names=names)
     expect(
         other.dim() > 0 and other.shape[-1] == inv_freq.shape[-1], "to_inv_freq",
         f"float64 [{inv_freq.shape[-1]}]", other,
     )  # fmt: skip
     with _prefixed("to_"):
-        _check_rope(k, out, positions, other, other_base, other_start, names=names)
+        _check_rope(
+            k, out, positions, other, other_base, other_start, None, factor, of_other, names=names
+        )
+    both = inv_freq.dim() == other.dim() == 3
+    expect(
+        not both or other.shape[1] == inv_freq.shape[1], "to_inv_freq",
+        f"{inv_freq.shape[1]} groups" if both else "", other,
+    )  # fmt: skip
     expect(out.shape[1] == k.shape[1], "out", f"the shape of {describe(k)}", out)
 
 

@@ -76,8 +76,7 @@ def attention(
     whole: tuple[Tensor, Tensor] | None = None
     for tier in range(inv_freq.shape[-2]):
         start, factor = (
-            x[..., tier].expand(q.shape[0]) if isinstance(x, Tensor) else x
-            for x in (starts, factors)
+            _of_tier(x, tier, q.shape[0]) if isinstance(x, Tensor) else x for x in (starts, factors)
         )
         turn = (inv_freq[..., tier, :], start, rotation.base_inv_freq, factor, rotation.interleaved)
         q_turned, _ = rope(q, q[:, :0], rotation.query_positions, *turn)
@@ -89,6 +88,12 @@ def attention(
             lse = torch.where(own[:, None], lse, whole[1])
         whole = out, lse
     return whole if return_lse else whole[0]
+
+
+def _of_tier(values: Tensor, tier: int, batch: int) -> Tensor:
+    """Return the values of a tier by row, or `[B or 1, G]` by group of heads."""
+    values = values[..., tier]
+    return values if values.dim() > 1 else values.expand(batch)
 
 
 def query_tiers(
