@@ -1,14 +1,16 @@
 // Forward with d nll / d hidden of every token (no include guard: part of a body), for a head that
-// is frozen: two matrix products instead of the three that a forward and a backward take. With E[v,
-// t] = exp(logit - largest logit so far) and S[t] its sum over the vocabulary,
+// is frozen: two matrix products instead of the three that a forward and a backward take. With
+// E[v, t] = exp(logit - largest logit so far), R[t] its sum over all rows but the target's, and
+// S[t] over all of them,
 //
-//   d nll[t] / d hidden[t, :] = sum_{v != target} E[v, t] weight[v, :] / S[t]
-//                               + (E[target, t] / S[t] - 1) weight[target, :]
+//   d nll[t] / d hidden[t, :] = (sum_{v != target} E[v, t] weight[v, :]) / S[t]
+//                               - R[t] / S[t] weight[target, :]
 //
 // (times softcap's slope). E of a block of the vocabulary is made in two steps, the logits and
 // their maxima first, and multiplies the block while it is in the caches; where a maximum grew,
-// what is summed already is scaled, as in flash attention. The target's term is apart because its
-// two parts cancel: of a token that is all but certain E would keep nothing in 16 bits.
+// what is summed already is scaled, as in flash attention. The target is apart because p - 1
+// cancels: of a token that is all but certain neither E in 16 bits nor a sum that holds its 1 would
+// keep anything.
 
 template <class T, class Operand>
 class ForwardWithGradient {
@@ -27,10 +29,10 @@ class ForwardWithGradient {
         rounded_(kInPlace ? 0 : weight_.most() * panels_.padded),
         tile_max_(ceil_div(weight_.most(), kTileRows) * panels_.padded),
         tile_sum_(tile_max_.size()),
-        max_(panels_.padded, -std::numeric_limits<Real>::infinity()),
+        max_(panels_.padded, kLowest),
         next_max_(panels_.padded),
         scale_(panels_.padded),
-        sum_(panels_.padded),
+        others_(panels_.padded),
         target_logit_(panels_.padded),
         target_(panels_.padded, -1),
         odd_(panels_.padded) {
@@ -60,6 +62,7 @@ class ForwardWithGradient {
 
  private:
   static constexpr bool kInPlace = std::is_same_v<Real, Operand>;
+  static constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
 
   // [m vocabulary rows][n tokens] of the block in hand.
   struct Tile {
@@ -102,7 +105,10 @@ class ForwardWithGradient {
     maxima_of_tile<Real>(logits, tile.m, tile.n, &tile_max_[tile.index * panels_.padded + first]);
     for (int64_t c = 0; c < tile.n; ++c) {
       const int64_t row = target_row(tile, c);
-      if (row >= 0 && row < tile.m) target_logit_[first + c] = logits[row * tile.n + c];
+      if (row < 0 || row >= tile.m) continue;
+      Real& logit = logits[row * tile.n + c];
+      target_logit_[first + c] = logit;
+      logit = kLowest;  // not of the others
     }
   }
 
@@ -133,9 +139,9 @@ class ForwardWithGradient {
   void advance() {
     const int64_t tiles = ceil_div(weight_.count(), kTileRows);
     for (int64_t t = 0; t < panels_.padded; ++t) {
-      Real sum = sum_[t] * scale_[t];
+      Real sum = others_[t] * scale_[t];
       for (int64_t i = 0; i < tiles; ++i) sum += tile_sum_[i * panels_.padded + t];
-      sum_[t] = sum;
+      others_[t] = sum;
       max_[t] = next_max_[t];
     }
   }
@@ -144,16 +150,18 @@ class ForwardWithGradient {
     Real* const nll = static_cast<Real*>(params_.nll);
     const int64_t embed = params_.embed;
     gradient_.store(pick_, [&](Real* row, int64_t t) {
-      const Real loss = (max_[t] - target_logit_[t]) + natural_log(sum_[t]);
-      nll[pick_[t]] = loss;
-      Real of_target = natural_expm1(-loss);  // p - 1
+      const Real top = max_[t], target = target_logit_[t];
+      const Real total = others_[t] + natural_exp(target - top);
+      nll[pick_[t]] = target == top && top > kLowest ? natural_log1p(others_[t])
+                                                     : (top - target) + natural_log(total);
+      Real of_target = -others_[t] / total;  // p - 1
       if (params_.softcap != 0.0) {
-        const Real capped = target_logit_[t] / static_cast<Real>(params_.softcap);
+        const Real capped = target / static_cast<Real>(params_.softcap);
         of_target *= 1 - capped * capped;
       }
       const Buffer<Operand> weight(embed);
       problem_.read_rows(params_.weight, nullptr, target_[t], 1, weight);
-      const Real inverse = 1 / sum_[t];
+      const Real inverse = 1 / total;
       Real not_finite = 0;
       for (int64_t e = 0; e < embed; ++e) {
         const Real w = load(weight[e]);
@@ -161,8 +169,8 @@ class ForwardWithGradient {
         row[e] = row[e] * inverse + of_target * w;
       }
       Real* const stats = static_cast<Real*>(params_.stats);
-      stats[pick_[t]] = max_[t];
-      stats[params_.rows + pick_[t]] = natural_log(sum_[t]);
+      stats[pick_[t]] = top;
+      stats[params_.rows + pick_[t]] = natural_log(total);
       if (not_finite != 0) odd_[t] = true;
     });
   }
@@ -179,7 +187,7 @@ class ForwardWithGradient {
   // By token; those of tiles [tile][token].
   std::vector<Real> tile_max_, tile_sum_;
   std::vector<Real> max_, next_max_, scale_;  // before and after the block, and what that scales by
-  std::vector<Real> sum_, target_logit_;
+  std::vector<Real> others_, target_logit_;
   std::vector<int64_t> target_;
   std::vector<char> odd_;  // what run() returns
 };
