@@ -106,6 +106,8 @@ def spoilt(value):
     if isinstance(value, Tensor):
         yield from (value.int(), value.double(), value.bfloat16())
         for dim, size in enumerate(value.shape):
+            if size == 0:
+                continue
             yield value.narrow(dim, 0, size - 1)
             yield value.narrow(dim, 0, 0)
             yield torch.cat([value, value], dim)
