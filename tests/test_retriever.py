@@ -32,6 +32,22 @@ def test_finds_every_key_in_its_window_and_llama3s_rule_finds_them_beyond(retrie
     assert beyond.nll(1024) > 3 * found.nll(1024)
 
 
+def test_the_packaged_tiers_find_keys_at_eight_windows_where_yarn_loses_most(retriever):
+    """What `benchmarks/retrieval.py` found: 55 of 60 prompts, YaRN 27; here the first of them."""
+    ask = {"lengths": [4096], "trials": 6}
+    rope = longrope.rope_settings(retriever)
+    yarn = BASELINES["yarn"](**rope.lengths(4096)).ladder()
+    tiers = longrope.Tiers.load(RETRIEVER / "tiers.json")
+    assert tiers.limits == (512, 640, 1280, 2560, 5120) and tiers[0] == rope.loaded
+    found = {}
+    for name, sets in (("yarn", yarn), ("searched", tiers)):
+        longrope.apply(retriever, sets)
+        found[name] = longrope.passkey(retriever, None, **ask)
+    assert found["searched"].accuracy(4096).right >= 5
+    assert found["searched"].accuracy(4096).right > found["yarn"].accuracy(4096).right
+    assert found["yarn"].nll(4096) > 3 * found["searched"].nll(4096)
+
+
 def test_finds_needles_of_ruler(retriever):
     found = longrope.ruler(retriever, None, lengths=[640], tasks=["niah_single_1"], samples=6)
     assert found.average(640).mean >= 0.5

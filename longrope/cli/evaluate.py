@@ -98,6 +98,12 @@ def _baselines(network: Any, names: str | None, target: int) -> dict[str, Any]:
     from longrope.patching import rope_settings
 
     made = {}
+    window = rope_settings(network).original_length
+    if names and target < window:
+        raise ValueError(
+            f"--lengths: expected one of at least {window} with --baselines, the window of the "
+            f"model, got at most {target}"
+        )
     for name in (part.strip() for part in (names or "").split(",") if part.strip()):
         if name not in BASELINES:
             known = ", ".join(BASELINES)

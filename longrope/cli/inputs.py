@@ -93,7 +93,11 @@ def load_factors(
     from longrope.patching import rope_settings
 
     given = {"--rope-theta": rope_theta, "--attention-factor": attention_factor}
-    if states_settings(path):
+    try:
+        stated = states_settings(path)
+    except OSError as error:  # in the words of the command: `path` is the library's argument
+        raise type(error)(str(error).removeprefix("path: ")) from None
+    if stated:
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: expected none beside {path}, which states its own")
@@ -145,11 +149,21 @@ def load_weights(name: str) -> Any:
     _quiet()
     name = checked_model("MODEL", name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", trust_remote_code=False
-        ).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
         raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for parameter, value in model.named_parameters():
+            # transformers fills it with random numbers, and says so in a warning.
+            if value is head.weight and parameter in info["missing_keys"]:
+                raise ValueError(
+                    f"MODEL: expected the weights of a causal language model, got {name!r} without "
+                    f"{parameter}"
+                )
+    return model.eval()
 
 
 def load_model(

@@ -11,8 +11,9 @@ import numpy as np
 
 from longrope.demo import corpus, report
 from longrope.factors import RescaleFactors
+from longrope.factors.baselines import BASELINES
 from longrope.report import at_end
-from longrope.runs import times
+from longrope.runs import style, times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +40,10 @@ BY_GRADIENT = "LongRoPE, gradient"
 #: Those factors as tiers by position: none in the original window, then a tier for 2, 4 and 8 times
 #: it, whose lambdas lie on the way (`RescaleFactors.ladder`).
 BY_POSITION = "LongRoPE, by position"
+#: Closed forms that the table has and the plot leaves out, which would not stay legible.
+NOT_PLOTTED = {
+    style.STYLES[name].label for name in ("dynamic-ntk", "mrrope-uni", "mrrope-pro", "cope")
+}
 SEARCH_SAMPLES = 3
 TEST_SAMPLES = 12
 
@@ -81,12 +86,8 @@ def baselines(rotary_dim: int, rope_theta: float) -> dict[str, RescaleFactors]:
         "rope_theta": rope_theta,
         "rotary_dim": rotary_dim,
     }
-    return {
-        "none": RescaleFactors.none(**settings),
-        "PI": RescaleFactors.pi(**settings),
-        "NTK": RescaleFactors.ntk(**settings),
-        "YaRN": RescaleFactors.yarn(**settings),
-    }
+    made = {"none": RescaleFactors.none(**settings)}
+    return made | {style.STYLES[name].label: make(**settings) for name, make in BASELINES.items()}
 
 
 def measure(
@@ -180,7 +181,9 @@ def run(
     best.factors.save(out / "factors.json")
     ladder.save(out / "tiers.json")
     report.save_csv(table, LENGTHS, out / "perplexity.csv")
-    report.save_plot(table, methods, LENGTHS, out / "perplexity.png")
+    plotted = {name: methods[name] for name in methods if name not in NOT_PLOTTED}
+    rows = {name: table[name] for name in plotted}
+    report.save_plot(rows, plotted, LENGTHS, out / "perplexity.png")
     at_end(out)
     console.print(report.as_rich_table(table, LENGTHS))
     console.print(

@@ -139,6 +139,11 @@ def passkey(
     return Passkey(tuple(measured), protocol, seed)
 
 
+def check_passkey(tokens: PromptTokens, length: int) -> None:
+    """Refuse in one sentence a length that a prompt does not fit into."""
+    token_exact(tokens, length, 1, 0, _random(0, length, 0))
+
+
 def token_exact(
     tokens: PromptTokens, length: int, depths: int, trial: int, random: np.random.Generator
 ) -> Prompt:

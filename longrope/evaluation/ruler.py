@@ -84,8 +84,8 @@ def ruler(
     tasks = tuple(dict.fromkeys(choice("tasks", task, RULER_TASKS) for task in tasks))
     samples, seed = count("samples", samples), natural("seed", seed)
     tokens = PromptTokens(tokenizer, model, False if switch("chat", chat) else bos)
-    tokens.decode(tokens(" a"))  # refuse now what could not be read afterwards
     frame = _frame(tokenizer, chat)
+    check_ruler(tokens, wanted[0], tasks, frame)
     scored = []
     with (
         bar(len(tasks) * len(wanted) * samples, "score", shown=progress) as update,
@@ -108,6 +108,22 @@ def ruler(
                     mean = np.mean([each.score for each in scored])
                     update(len(batch), ids.numel(), f"{100 * mean:.1f}")
     return Ruler(tuple(scored), seed)
+
+
+def check_ruler(
+    tokens: PromptTokens,
+    length: int,
+    tasks: Sequence[str] = RULER_TASKS,
+    frame: tuple[str, str] = ("", ""),
+) -> None:
+    """Refuse now, in one sentence, what would end a measurement later.
+
+    A length too short for a task and its answer, and a tokenizer that cannot read what the model
+    writes.
+    """
+    tokens.decode(tokens(" a"))
+    for name in tasks:
+        next(_prompts(tokens, frame, name, length, 1, 0))
 
 
 def contained(prediction: str, references: Sequence[str]) -> float:

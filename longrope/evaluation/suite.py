@@ -20,10 +20,10 @@ from longrope.evaluation.generation import check_generates
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.long_perplexity import long_perplexity
 from longrope.evaluation.modes import vocabulary
-from longrope.evaluation.passkey import passkey
+from longrope.evaluation.passkey import check_passkey, passkey
 from longrope.evaluation.perplexity import perplexity
-from longrope.evaluation.prompts import check_lengths
-from longrope.evaluation.ruler import ruler
+from longrope.evaluation.prompts import PromptTokens, check_lengths
+from longrope.evaluation.ruler import check_ruler, ruler
 from longrope.evaluation.suite_report import AS_LOADED, Evaluation, Figure
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove, rope_settings
@@ -116,6 +116,12 @@ def evaluate(
     sets: dict[str, Any] = {AS_LOADED: None, **(factors or {})}
     if factors and AS_LOADED in factors:
         raise ValueError(f"factors: expected names other than {AS_LOADED!r}")
+    if {"passkey", "ruler"} & set(tasks):
+        tokens = PromptTokens(tokenizer, model, bos)
+        if "passkey" in tasks:
+            check_passkey(tokens, wanted[0])
+        if "ruler" in tasks:
+            check_ruler(tokens, wanted[0])
     reads = {"perplexity", "longppl"} & set(tasks)
     texts = _texts(model, documents, wanted[-1]) if reads else []
     with factors_kept(model):

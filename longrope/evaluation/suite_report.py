@@ -136,13 +136,17 @@ class Evaluation:
 
 
 def other_suites(folder: str, lengths: Sequence[int]) -> str:
-    """Return the commands that run lm-eval's RULER and HELMET on an exported folder."""
+    """Return the commands that run lm-eval's RULER and HELMET on an exported folder.
+
+    lm-eval's twice: as readers know the folder, and with its tiers by position in force.
+    """
     least = [length for length in lengths if length >= _LEAST_LM_EVAL] or [_LEAST_LM_EVAL]
     place, longest = shlex.quote(folder), max(least)
     metadata = shlex.quote(json.dumps({"max_seq_lengths": least}))
+    ask = f"pretrained={place},max_length={longest},dtype=auto --tasks ruler --metadata {metadata}"
     return (
-        f"lm_eval --model hf --model_args pretrained={place},max_length={longest},dtype=auto "
-        f"--tasks ruler --metadata {metadata}\n"
+        f"lm_eval --model hf --model_args {ask}\n"
+        f"python -m longrope.evaluation.lm_eval_model --model longrope --model_args {ask}\n"
         f"python eval.py --config configs/recall.yaml --model_name_or_path {place} "
         f"--input_max_length {longest}"
     )

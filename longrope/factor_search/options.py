@@ -23,7 +23,7 @@ from longrope._validation import (
 )
 from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
-from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS
+from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS, STEPS, TOP
 from longrope.runs.options import Options, about
 
 METHODS = ("evolution", "gradient", "hybrid")
@@ -80,6 +80,10 @@ def _start_tokens(name: str, value: Any) -> str | int:
     if value == "search" or (whole and value >= 0):
         return value if value == "search" else int(value)
     raise ValueError(f"{name}: expected 'search' or an integer of at least 0, got {value!r}")
+
+
+def _max_lambda(name: str, value: Any) -> float:
+    return TOP / STEPS if value == math.inf else positive(name, value, above=1)
 
 
 def _attention_factor(name: str, value: Any) -> str | float:
@@ -139,7 +143,7 @@ class SearchOptions(Options):
         '"yarn", "su", a number, or "search" (default of gradient and hybrid).',
     )  # fmt: skip
     max_lambda: float | None = _option(
-        partial(positive, above=1), PROBLEM, "Upper bound of the factors (paper: 1.25 s)."
+        _max_lambda, PROBLEM, "Upper bound of the factors (paper: 1.25 s); inf: none (gradient)."
     )
     critical_dimension: bool = _option(
         switch, PROBLEM, "Search from a critical pair on (LongRoPE2).", False
@@ -197,6 +201,11 @@ class SearchOptions(Options):
             raise ValueError(
                 f"shard_sequence: expected False with method={self.method!r}, whose steps go "
                 "backwards through the model; method='evolution' can"
+            )
+        if self.method != "gradient" and self.max_lambda == TOP / STEPS:
+            raise ValueError(
+                f"max_lambda: expected a finite bound with method={self.method!r}, whose mutations "
+                "reach up to it, got inf"
             )
         if self.per != "model":
             for name, value in (("method", "evolution"), ("critical_dimension", True)):

@@ -13,15 +13,11 @@ import numpy as np
 from longrope.evaluation import needles
 from longrope.factor_search.critical import CriticalSpace
 from longrope.factor_search.options import PRESETS, SearchOptions
-from longrope.factor_search.space import STEPS, Candidate, SearchSpace
+from longrope.factor_search.space import STEPS, TOP, Candidate, SearchSpace
 from longrope.factors import RescaleFactors, su_attention_factor, yarn_attention_factor
 from longrope.factors.baselines import BASELINES
 from longrope.factors.rules import base_inv_freq, closed_forms
 from longrope.patching import RopeSettings
-
-#: The bound in hundredths of rules that count from the base where candidates multiply a stage: no
-#: pair moves any more, and it is a number that JSON and float64 have.
-TOP = STEPS * 10**12
 
 
 @dataclass(frozen=True)

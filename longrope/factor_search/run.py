@@ -162,8 +162,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         Held-out documents for the final choice.
     max_lambda
         Upper bound of lambda, also of pairs that a closed form stops; None: `1.25 s` with `s` the
-        target over the window that the search starts from. On top of a stage the bound of what
-        multiplies it; in a ladder that of every tier, or with None each its own.
+        target over the window that the search starts from. `inf`, with `method="gradient"`: none
+        (1e12, where no pair turns), so that a pair that CoPE stops can stay so. On top of a stage
+        the bound of what multiplies it; in a ladder that of every tier, or with None each its own.
     seed
         The seed of the windows and of the search. Equal arguments give equal results to the bit on
         one machine, in equal batches: these follow from the free memory, and a resumed search takes

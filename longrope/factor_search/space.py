@@ -24,6 +24,9 @@ START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 REACH = 10
 #: The upper bound of lambda over the extension ratio (Table 4: lambda in [1.0, 1.25 s]).
 BOUND_OVER_RATIO = 1.25
+#: The bound in hundredths where there is none: at it no pair turns any more, and it is a number
+#: that JSON and float64 have.
+TOP = STEPS * 10**12
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from longrope._files import replacing
 from longrope.runs import times
-from longrope.runs.journal import Journal, is_begun
+from longrope.runs.journal import Journal, is_begun, named
 
 CONFIG, JOURNAL = "config.json", "journal.jsonl"
 #: What `longrope.report` writes into the folder of every run.
@@ -67,8 +67,8 @@ def prepare(out: str | Path, kind: str, results: Sequence[str], resume: bool = T
     others = [name for name in names if (out / name).exists()]
     if others and not begun:
         raise ValueError(
-            f"out: expected a new folder or one of a {kind}, got {str(out)!r}, which holds "
-            f"{others[0]} and no journal of a {kind}"
+            f"out: expected a new folder or one of {named(kind)}, got {str(out)!r}, which holds "
+            f"{others[0]} and no journal of {named(kind)}"
         )
     if begun and not resume:
         with Journal.locked(out / JOURNAL, kind):

@@ -240,7 +240,9 @@ def is_begun(path: Path, kind: str) -> bool:
     if not line.endswith(b"\n") and first.startswith(line[: len(first)]):
         return False  # killed while the header was written
     if not line.startswith(first):
-        raise JournalError(f"out: {path} is not the journal of a {kind}; choose another folder")
+        raise JournalError(
+            f"out: {path} is not the journal of {named(kind)}; choose another folder"
+        )
     return True
 
 
@@ -269,6 +271,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except _DamagedLineError as error:
         raise JournalError(f"line {error.number} of {path} is damaged ({error.reason})") from None
     return header, entries
+
+
+def named(kind: str) -> str:
+    """Return a kind of run with its article."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _format(kind: str) -> str:

@@ -3,6 +3,8 @@
 import pytest
 from support import extension_runs
 
+from longrope import report
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -13,8 +15,10 @@ def found(ranks):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """The run of one process."""
-    return extension_runs.run(tmp_path_factory.mktemp("single"))
+    """The run of one process; without reports, as the jobs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "at_end", lambda out: None)
+        return extension_runs.run(tmp_path_factory.mktemp("single"))
 
 
 def numbers(table):

@@ -190,6 +190,24 @@ def test_refusals_are_one_sentence(tmp_path, change, message):
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tasks": ["perplexity", "passkey"], "lengths": [100, 300]}, "lengths: expected at least"),
+        ({"tasks": ["perplexity", "ruler"], "lengths": [300]}, "lengths: expected at least"),
+        (
+            {"tasks": ["perplexity", "ruler"], "tokenizer": lambda text: list(text.encode())},
+            "tokenizer: expected one with decode",
+        ),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_before_anything_is_measured(tmp_path, change, message):
+    with pytest.raises(ValueError) as refused:
+        longrope.evaluate(build(), documents(), out=tmp_path / "run", **ASK | change)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
@@ -246,6 +264,11 @@ def test_the_command_passkey(folder, tmp_path, reports):
         (("evaluate", "--lengths", "300", "--baselines", "magic"), "--baselines: expected some of"),
         (("evaluate", "--lengths", "300", "--tasks", "magic"), "--tasks: expected one of"),
         (
+            ("evaluate", "--lengths", "20", "--tasks", "perplexity", "--baselines", "yarn"),
+            "--lengths: expected one of at least 32 with --baselines",
+        ),
+        (("passkey", "--lengths", "300", "--factors", "no.json"), "cannot read no.json: No such"),
+        (
             ("evaluate", "--lengths", "300", "--factors", "yarn.json", "--baselines", "yarn"),
             "--baselines: expected names that no file of --factors has, got 'yarn' twice",
         ),
@@ -259,3 +282,12 @@ def test_the_commands_refuse_in_one_sentence(folder, tmp_path, monkeypatch, argu
     said = call(command, folder, *data, *options, "--device", "cpu", code=2).stderr.strip()
     said = said.split("\n")[-1]
     assert said.startswith(f"longrope: {message}")
+
+
+def test_a_folder_without_the_weights_of_a_head_is_refused(folder, tmp_path):
+    """transformers fills the head with random numbers, and a run would measure those."""
+    build().model.save_pretrained(tmp_path / "bare")
+    data = (folder / "text", "--lengths", "300", "--out", tmp_path / "run")
+    said = call("evaluate", tmp_path / "bare", *data, "--device", "cpu", code=2).stderr
+    assert "MODEL: expected the weights of a causal language model" in said
+    assert said.strip().endswith("without lm_head.weight")

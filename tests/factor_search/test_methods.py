@@ -106,6 +106,24 @@ def test_the_result_is_on_the_grid_monotone_and_bounded(uninterrupted):
         assert max(e.lambdas) <= 2.5 * (1 + 1e-12)
 
 
+def test_without_a_bound_a_pair_that_cope_stops_stays_so(shared_model, documents):
+    """CoPE's taper ends in a pair whose lambda is infinite: 1e12 in the search."""
+    held_out = [d[:32] for d in documents[5:]]
+    result = search(
+        shared_model, documents[:5], "gradient", max_lambda=math.inf, validation=held_out
+    )
+    (cope, *_) = [e for e in of_role(result, "screen") if e.origin == "cope"]
+    exact = longrope.RescaleFactors.none(original_length=16, target_length=32, rotary_dim=16).cope()
+    stopped = np.isinf(exact.lambdas)
+    assert stopped.sum() == 1 and (np.array(cope.lambdas)[stopped] == 1e12).all()
+    np.testing.assert_allclose(np.array(cope.lambdas)[~stopped], exact.lambdas[~stopped], atol=0.01)
+    assert np.isfinite([e.nll for e in result.history]).all()
+    longrope.apply(shared_model, result.factors)
+    measured = longrope.perplexity(shared_model, held_out, length=32, stride=32)
+    longrope.remove(shared_model)
+    assert result.validation_perplexity == pytest.approx(measured, rel=1e-4)
+
+
 def test_the_descent_improves_on_its_start(shared_model, documents):
     """On the windows that it sees: tokens are random here, and nothing carries over."""
     documents = [d[:32] for d in documents[:1]]

@@ -371,6 +371,7 @@ def test_another_model_is_refused_and_starting_again_is_possible(
         ({"attention_factor": 0.0}, "attention_factor: expected 'yarn', 'su', 'search' or a"),
         ({"max_lambda": 1.0}, "max_lambda: expected a finite number above 1, got 1.0"),
         ({"max_lambda": math.nan}, "max_lambda: expected a finite number above 1, got nan"),
+        ({"max_lambda": math.inf}, "max_lambda: expected a finite bound with method='evolution'"),
         ({"samples": 0}, "samples: expected an integer of at least 1, got 0"),
         ({"seed": -1}, "seed: expected an integer of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),

@@ -134,7 +134,7 @@ def test_opcheck():
     q, k = torch.randn(2, 2, 9, 16, device="cuda"), torch.randn(2, 1, 9, 16, device="cuda")
     at, inv_freq = torch.arange(9, device="cuda"), frequencies(8)
     torch.library.opcheck(
-        torch.ops.longrope.rope, (q, k, at, inv_freq, None, 0, None, 1.0, None, False)
+        torch.ops.longrope.rope, (q, k, at, inv_freq, None, 0, None, 1.0, None, False, False)
     )
     bounds = (0, None, 0, None, 9, None, 0, None, 9, None)
     torch.library.opcheck(torch.ops.longrope.attention, (q, k, k, True, *bounds, 0, 0.25, 0.0))

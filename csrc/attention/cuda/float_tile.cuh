@@ -8,7 +8,7 @@
 namespace longrope::cuda {
 
 constexpr int kFloatThreads = 128;
-constexpr int kRowsOfWarp = 4;
+constexpr int kRowsOfWarp = 4;  // what is read of the other operand serves four
 constexpr int kFloatRows = kFloatThreads / 32 * kRowsOfWarp;  // of a block
 constexpr int kFloatKeys = 32;                                // of a tile, one for every lane
 constexpr int kFloatColumns = kMaxHeadDim / 32;               // of a lane

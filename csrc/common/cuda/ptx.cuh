@@ -139,8 +139,8 @@ __device__ __forceinline__ bool all(uint32_t mask, bool predicate, Site site = S
 // ---- asynchronous copies to shared memory -------------------------------------------------------
 
 // 16 bytes; both addresses are aligned to 16. Unless the source `exists` it is not touched, may be
-// any address, and zeros are written: by a predicate of the instruction itself, where a number of
-// bytes in a register would take six more instructions.
+// any address, and zeros are written: by a predicate of the machine's instruction, where a number
+// of bytes that may also lie between 0 and 16 takes six more instructions.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool exists = true,
                                             Site site = Site::here()) {
 #ifdef __CUDACC__
