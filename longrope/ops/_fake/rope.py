@@ -159,24 +159,19 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 def _check_rerotate(k, positions, *sets, out=None):
     inv_freq, base, start, other, other_base, other_start, factor, by_group, _ = sets
-    # The factors by group go with the set that comes by group.
-    of_one, of_other = (by_group, None) if inv_freq.dim() == 3 else (None, by_group)
     out, names = (k, ("k", "k")) if out is None else (out, ("k", "out"))
     with _prefixed("from_"):
-        _check_rope(k, out, positions, inv_freq, base, start, None, factor, of_one, names=names)
-    expect(
-        other.dim() > 0 and other.shape[-1] == inv_freq.shape[-1], "to_inv_freq",
-        f"float64 [{inv_freq.shape[-1]}]", other,
-    )  # fmt: skip
+        _check_rope(k, out, positions, inv_freq, base, start, None, factor, names=names)
+    pairs = inv_freq.shape[-1]
+    expect(other.dim() > 0 and other.shape[-1] == pairs, "to_inv_freq", f"float64 [{pairs}]", other)
     with _prefixed("to_"):
-        _check_rope(
-            k, out, positions, other, other_base, other_start, None, factor, of_other, names=names
-        )
-    both = inv_freq.dim() == other.dim() == 3
-    expect(
-        not both or other.shape[1] == inv_freq.shape[1], "to_inv_freq",
-        f"{inv_freq.shape[1]} groups" if both else "", other,
-    )  # fmt: skip
+        _check_rope(k, out, positions, other, other_base, other_start, names=names)
+    grouped = [t for t in (inv_freq, other) if t.dim() == 3]
+    if len(grouped) == 2 and other.shape[1] != inv_freq.shape[1]:
+        expect(False, "to_inv_freq", f"{inv_freq.shape[1]} groups of heads", other)
+    if by_group is not None:
+        some = grouped[0] if grouped else inv_freq
+        _check_rope(k, out, positions, some, None, 0, None, factor, by_group, names=names)
     expect(out.shape[1] == k.shape[1], "out", f"the shape of {describe(k)}", out)
 
 
