@@ -71,14 +71,22 @@ def training(hidden, weight, targets, frozen):
     }
 
 
-def peak_memory(function, backward, shape, dtype):
+#: What memory is measured of, and whether hidden and weight ask for gradients then.
+PASSES = {
+    "forward": (False, False),
+    "forward and backward, frozen head": (True, False),
+    "forward and backward": (True, True),
+}
+
+
+def peak_memory(function, passes, shape, dtype):
     """Return MiB above the inputs, from a fresh process (called below as a script)."""
-    command = [sys.executable, __file__, "--peak", function, str(int(backward)), dtype]
+    command = [sys.executable, __file__, "--peak", function, passes, dtype]
     command += [str(n) for n in shape]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(function, backward, dtype, *shape):
+def print_peak(function, passes, dtype, *shape):
     """Run one call and print by how much it raised the process's peak, in MiB."""
     import resource
 
@@ -86,13 +94,15 @@ def print_peak(function, backward, dtype, *shape):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     function = {"naive": naive, "linear_nll": ops.linear_nll}[function]
-    dtype, backward = getattr(torch, dtype), bool(int(backward))
+    dtype, asked = getattr(torch, dtype), PASSES[passes]
 
     def step(rows, embed, vocab):
         inputs = setup(rows, embed, vocab, dtype, "cpu")
         before = peak()
-        nll = function(*(t.requires_grad_(backward and t.is_floating_point()) for t in inputs))
-        if backward:
+        for tensor, asks in zip(inputs, asked, strict=False):
+            tensor.requires_grad_(asks)
+        nll = function(*inputs)
+        if any(asked):
             nll.sum().backward()
         return peak() - before
 
@@ -102,9 +112,8 @@ def print_peak(function, backward, dtype, *shape):
 
 def memory(case, shape, dtype, args):
     """Print and, if asked, save the peaks."""
-    for backward in (False, True):
-        peaks = {f: peak_memory(f, backward, shape, dtype) for f in ("naive", "linear_nll")}
-        kind = "forward and backward" if backward else "forward"
+    for kind in PASSES:
+        peaks = {f: peak_memory(f, kind, shape, dtype) for f in ("naive", "linear_nll")}
         ratio = peaks["naive"] / peaks["linear_nll"]
         print(f"\npeak memory, {kind}, {case} {dtype}: {peaks} MiB, {ratio:.1f} times less")
         row = {

@@ -6,6 +6,10 @@ a population of 64, a few of them in a call, on the same windows in the same dty
 the model's own attention, and the factors in the model's own rotary module. Rates are tokens of
 windows.
 
+A step of the descent is timed with the gradient of the loss computed with it, and apart; and the
+evaluator and a step in bfloat16 and float32 beside each other, which says what a processor is to
+compute a 16-bit model in.
+
 The peak memory is that of one candidate on one window, and of one step of the descent, whole and in
 chunks, above the model; each is measured in a process of its own.
 """
@@ -21,6 +25,7 @@ from harness import compare, parser, save, where
 from populations import losses_of_hugging_face, population
 from transformers import AutoModelForCausalLM
 
+from longrope import ops
 from longrope._native import _C
 from longrope.demo import run as demo
 from longrope.evaluation.memory import BackwardPlan, cache_bytes, plan_backward, plan_batches
@@ -68,6 +73,41 @@ def setup(model, length, candidates):
     )
     assert (theirs - ours).abs().max() < 0.02  # what bfloat16 cosines and float32 angles lose
     return named, len(some) * windows.numel()
+
+
+def one_step(model, length):
+    """Return a step of the descent on one window, all of it."""
+    problem, (candidate,) = population(model, length, 1)
+    window = torch.randint(0, model.config.vocab_size, (1, length))
+    point = Point(np.log(candidate.lambdas), problem.attention_factor)
+    base = problem.factors(candidate).base_inv_freq()
+    evaluator = GradientEvaluator(model, base, BackwardPlan(False, None))
+    return lambda: evaluator(point, candidate.start_tokens, window)
+
+
+def two_ways_to_the_gradient(model, length):
+    """Return a step whose head has a backward pass, and one whose gradient comes with the loss."""
+    step, with_loss = one_step(model, length), ops.linear_nll
+
+    def in_two_passes():
+        ops.linear_nll = lambda *a: torch.ops.longrope.linear_nll(*a)[0]
+        try:
+            return step()
+        finally:
+            ops.linear_nll = with_loss
+
+    return {"step, logits computed twice": in_two_passes, "step, gradient with the loss": step}
+
+
+def by_dtype(vocabulary, length, candidates):
+    """Return the evaluator, and a step of the descent, in either dtype on the same model."""
+    work = {"evaluation": {}, "step": {}}
+    for dtype in (torch.bfloat16, torch.float32):
+        model, name = load(vocabulary, dtype, "cpu"), str(dtype).removeprefix("torch.")
+        named, _ = setup(model, length, candidates)
+        work["evaluation"][name] = named["PopulationEvaluator"]
+        work["step"][name] = one_step(model, length)
+    return work
 
 
 def peak_memory(work, length, chunk):
@@ -135,7 +175,7 @@ def main():
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
     p.add_argument("--length", type=int, default=2048)
     p.add_argument("--candidates", type=int, default=4, help="of the 64, in one call")
-    p.add_argument("--only", choices=["speed", "memory"])
+    p.add_argument("--only", choices=["speed", "step", "dtype", "memory"])
     args = p.parse_args()
     length = 512 if args.quick else args.length
     for name, vocabulary in VOCABULARIES.items():
@@ -145,6 +185,13 @@ def main():
                 named, tokens = setup(model, length, args.candidates)
                 case = f"{name}, {WINDOWS} windows of {length}"
                 compare("population", case, dtype, named, args, tokens, "tokens/s")
+            if args.only in (None, "step"):
+                model = load(vocabulary, getattr(torch, dtype), args.device)
+                ways = two_ways_to_the_gradient(model, length)
+                compare("step of the descent", f"{name}, {length}", dtype, ways, args)
+        if args.only in (None, "dtype") and args.device == "cpu":
+            for work, named in by_dtype(vocabulary, length, args.candidates).items():
+                compare(f"dtypes, {work}", f"{name}, windows of {length}", "both", named, args)
     # Short windows stay below what a process's peak shows.
     if args.only in (None, "memory") and args.device == "cpu" and not args.quick:
         memory((4096, 8192, 16384, 32768), args)

@@ -8,6 +8,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -81,6 +82,39 @@ std::tuple<Tensor, Tensor> linear_nll_backward(const Tensor& grad_nll, const Ten
   return {grad_hidden, grad_weight};
 }
 
+std::tuple<Tensor, Tensor> linear_nll_with_gradient(const Tensor& hidden, const Tensor& weight,
+                                                    const Tensor& targets, const Tensor& /*edge*/,
+                                                    int64_t ignore_index,
+                                                    std::optional<double> softcap) {
+  const Tensor held = targets.contiguous();
+  LinearNllParams params = params_for(hidden, weight, held, ignore_index, softcap);
+  Tensor nll = at::empty({params.rows}, hidden.options().dtype(real_type(hidden)));
+  Tensor gradient = at::empty(hidden.sizes(), hidden.options());
+  params.nll = nll.mutable_data_ptr();
+  params.grad_hidden = gradient.mutable_data_ptr();
+  linear_nll_with_gradient_cpu(params, runtime_for(params.dtype));
+  return {nll, gradient};
+}
+
+Tensor linear_nll_scale(const Tensor& grad_nll, const Tensor& gradient, const Tensor& targets,
+                        const Tensor& /*edge*/, int64_t ignore_index) {
+  LONGROPE_EXPECT(gradient.dim() == 2 && gradient.layout() == at::kStrided, "gradient",
+                  "[T, E] on " + gradient.device().str(), on_device(gradient));
+  const DType dtype = dtype_of("gradient", gradient);
+  const int64_t rows = gradient.size(0), embed = gradient.size(1);
+  check("grad_nll", grad_nll, real_type(gradient), {rows}, gradient);
+  check("targets", targets, at::kLong, {rows}, gradient);
+  const Tensor by = grad_nll.contiguous(), from = gradient.contiguous(),
+               held = targets.contiguous();
+  Tensor out = at::empty(from.sizes(), from.options());
+  const LinearNllScaleParams params{
+      dtype, from.const_data_ptr(), by.const_data_ptr(),   held.const_data_ptr<int64_t>(), rows,
+      embed, ignore_index,          out.mutable_data_ptr()};
+  at::parallel_for(0, rows, 1 + 32768 / std::max<int64_t>(embed, 1),
+                   [&](int64_t begin, int64_t end) { linear_nll_scale_cpu(params, begin, end); });
+  return out;
+}
+
 std::tuple<Tensor, Tensor> candidate_sums(const Tensor& nll, const Tensor& targets,
                                           const Tensor& candidate, int64_t candidates,
                                           int64_t ignore_index) {
@@ -143,6 +177,8 @@ std::tuple<Tensor, Tensor> linear_nll_backward_cuda(const Tensor& grad_nll, cons
 TORCH_LIBRARY_IMPL(longrope, CPU, m) {
   m.impl("linear_nll", &linear_nll);
   m.impl("linear_nll_backward", &linear_nll_backward);
+  m.impl("linear_nll_with_gradient", &linear_nll_with_gradient);
+  m.impl("linear_nll_scale", &linear_nll_scale);
   m.impl("candidate_sums", &candidate_sums);
 }
 #ifdef LONGROPE_CUDA

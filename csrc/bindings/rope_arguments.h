@@ -140,7 +140,7 @@ struct Arguments : HeldTensors {
     check_heads(q_name, q, q);
     check_heads(k_name, k, q);
     device_ = q.device();
-    params.dtype = dtype_of("q", q);
+    params.dtype = dtype_of(q_name, q);
     params.batch = q.size(0);
     params.tokens = q.size(2);
     params.head_dim = q.size(3);

@@ -1,5 +1,6 @@
 // The schema of every op, in one place. Implementations register by dispatch key in the op's own
-// file beside this one; fake (meta) kernels and autograd formulas are in longrope/ops/<op>.py.
+// file beside this one; autograd formulas are in longrope/ops/<op>.py, fake (meta) kernels in
+// longrope/ops/_fake.
 #include <torch/library.h>
 
 TORCH_LIBRARY(longrope, m) {
@@ -79,6 +80,14 @@ TORCH_LIBRARY(longrope, m) {
       "linear_nll_backward(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor stats, int ignore_index, float? softcap, bool need_hidden, bool need_weight) -> "
       "(Tensor grad_hidden, Tensor grad_weight)");
+  // CPU, for a frozen head: nll, and its gradient for each row's hidden state, which the backward
+  // scales. `edge` is a piece of hidden without elements: it ties the result to hidden's graph.
+  m.def(
+      "linear_nll_with_gradient(Tensor hidden, Tensor weight, Tensor targets, Tensor edge, "
+      "int ignore_index=-100, float? softcap=None) -> (Tensor nll, Tensor gradient)");
+  m.def(
+      "linear_nll_scale(Tensor grad_nll, Tensor gradient, Tensor targets, Tensor edge, "
+      "int ignore_index) -> Tensor");
   m.def(
       "candidate_sums(Tensor nll, Tensor targets, Tensor candidate, SymInt candidates, "
       "int ignore_index=-100) -> (Tensor sums, Tensor counts)");

@@ -58,6 +58,23 @@ struct Runtime {
 void linear_nll_cpu(const LinearNllParams& params, const Runtime& runtime);
 void linear_nll_backward_cpu(const LinearNllParams& params, const Runtime& runtime);
 
+// Writes nll and, as grad_hidden, the gradient for a grad_nll of 1: for a head that is frozen,
+// where linear_nll_scale_cpu is then the whole backward. stats, grad_nll and grad_weight are not
+// used.
+void linear_nll_with_gradient_cpu(const LinearNllParams& params, const Runtime& runtime);
+
+// grad_hidden[t, :] = grad_nll[t] * gradient[t, :], 0 for rows that are ignored.
+struct LinearNllScaleParams {
+  DType dtype;
+  const void* gradient;    // [rows, embed], contiguous
+  const void* grad_nll;    // [rows], contiguous, float64 where dtype is, else float32
+  const int64_t* targets;  // [rows]
+  int64_t rows, embed, ignore_index;
+  void* grad_hidden;  // [rows, embed], contiguous
+};
+
+void linear_nll_scale_cpu(const LinearNllScaleParams& params, int64_t begin, int64_t end);
+
 // The sum of nll (float32, or float64 where `wide`) and the number of rows that are not ignored,
 // by candidate: sums [candidates] and counts [candidates] are overwritten. Rows are added in order,
 // in float64, so the result does not depend on the number of threads.

@@ -1,6 +1,6 @@
 // Rotary position embedding with rescaled frequencies: LongRoPE (arXiv 2402.13753), equation 1.
 //
-//   phase(b, n, i) = position(b, n) * frequency(b, i)                    exact, see common/phase.h
+//   phase(b, n, i) = position(b, n) * frequency(b, i)                    see common/phase.h
 //   (y1, y2) = factor(b) * (x1 cos - x2 sin, x2 cos + x1 sin)            of the phase
 //
 // of pair i = (x[i], x[i + pairs]), or (x[2i], x[2i + 1]) interleaved. Elements from 2 pairs on are

@@ -44,6 +44,13 @@ TokenCache = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 DEVICE = "cpu or cuda; default: cuda where there is a GPU."
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What MODEL is computed in: auto (its own, or float32 on a CPU that is faster in it), "
+        "float32, bfloat16 or float16."
+    ),
+]
 
 #: The arguments of commands by their names in the library; all others are options.
 _ARGUMENTS = {

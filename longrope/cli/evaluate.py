@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     Model,
     Seed,
     TextField,
@@ -55,13 +56,14 @@ def evaluate(
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure a model as loaded and under each set of factors: one table, plots, resumable."""
     from longrope.evaluation.suite import evaluate as measure
     from longrope.evaluation.suite_report import other_suites
 
     wanted = whole_numbers("--lengths", lengths)
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype, out if resume else None)
     sets: dict[str, Any] = {}
     for path in factors or ():
         name = path.stem if path.stem not in sets else str(path)

@@ -12,6 +12,7 @@ from longrope.cli.common import (
     DEVICE,
     READING,
     Data,
+    Dtype,
     Model,
     TextField,
     TokenCache,
@@ -56,6 +57,7 @@ def extend(
     token_cache: TokenCache = None,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=READING)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Extend a window: search, fine-tuning, second search, recovery, export, in one run.
 
@@ -67,7 +69,7 @@ def extend(
 
     if not (finetune or stages):
         _refuse_training_options(options)
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype, out if resume else None)
     if has_tiers(model):
         say(
             "MODEL: extended from the one set of its config.json, as a model with a scaling; the "

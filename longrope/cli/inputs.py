@@ -11,6 +11,9 @@ from typing import Any
 
 from longrope.cli.folders import checked_model
 
+#: What a model is computed in.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def rank() -> int:
     """Return the number of this process in its job, 0 where there is none."""
@@ -163,17 +166,19 @@ def load_weights(name: str) -> Any:
     return model.eval()
 
 
-def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str, device: str | None = None, dtype: str = "auto", out: Path | None = None
+) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`; the tokenizer is None for a byte-level model (vocabulary 256).
 
-    16-bit models become float32 on a CPU that has no fast arithmetic for them.
+    `dtype` and `out` are those of `on_device`.
     """
     from transformers import AutoTokenizer
 
     from longrope.checkpoints.source import TOKENIZER_FILES
 
     device = choose_device(device)
-    model = on_device(load_weights(name), device)
+    model = on_device(load_weights(name), device, dtype, out)
     tokenizer = None
     if model.config.vocab_size != 256:
         folder = Path(os.path.expanduser(name))
@@ -197,7 +202,9 @@ def has_tiers(name: str) -> bool:
     return (Path(os.path.expanduser(name)) / ABOUT).is_file()
 
 
-def load_extended(name: str, device: str | None = None) -> tuple[Any, Any]:
+def load_extended(
+    name: str, device: str | None = None, dtype: str = "auto", out: Path | None = None
+) -> tuple[Any, Any]:
     """Load `(model, tokenizer)` of such a folder as `load_model` does, with its tiers applied."""
     import longrope
 
@@ -212,18 +219,45 @@ def load_extended(name: str, device: str | None = None) -> tuple[Any, Any]:
         tokenizer = None
     elif tokenizer is None:
         raise ValueError(f"MODEL: expected a folder with a tokenizer, got {name!r} without one")
-    return on_device(model, device), tokenizer
+    return on_device(model, device, dtype, out), tokenizer
 
 
-def on_device(model: Any, device: str) -> Any:
-    """Move a model; in 16 bits to a CPU that is slower in them, it becomes float32."""
+def on_device(model: Any, device: str, dtype: str = "auto", out: Path | None = None) -> Any:
+    """Move a model to a device, in a dtype: `"auto"`, or the name of one.
+
+    `"auto"` is the model's own, but on a CPU the faster of that and float32, which a line on
+    standard error says; and what the run in the folder `out` began in, wherever that was.
+    """
     import torch
 
-    from longrope.evaluation.memory import native_dtype
+    from longrope.evaluation.memory import compute_dtype
+    from longrope.patching.wrappers import dtype_of
+    from longrope.runs.folder import noted
 
-    if device == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
-        model = model.to(native_dtype())
-    return model.to(device)
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}"
+        )
+    begun = None if out is None else noted(out, "dtype")
+    if begun in DTYPES and dtype not in ("auto", begun):
+        raise ValueError(f"--dtype: expected {begun}, as the run in {out} began, got {dtype!r}")
+    chosen = own = dtype_of(model)
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+    elif begun in DTYPES:
+        chosen = getattr(torch, begun)
+    elif device == "cpu":
+        chosen = compute_dtype(model)
+        if chosen != own:
+            say(
+                f"MODEL: its {_named(own)} weights are widened to {_named(chosen)}, which this "
+                f"processor computes in faster (--dtype {_named(own)} keeps them)"
+            )
+    return (model if chosen == own else model.to(chosen)).to(device)
+
+
+def _named(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from longrope.cli.common import DEVICE, Model, Seed, one_sentence_errors
+from longrope.cli.common import DEVICE, Dtype, Model, Seed, one_sentence_errors
 from longrope.cli.inputs import load_factors, load_model, whole_numbers
 
 
@@ -36,6 +36,7 @@ def passkey(
     ] = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure how often a model finds a key of five digits in filler, by length and depth."""
     import longrope
@@ -50,7 +51,7 @@ def passkey(
         except OSError as error:
             raise OSError(f"--out: cannot write to {out} ({error.strerror})") from None
         times.began(out)
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype)
     if factors is not None:
         sets = load_factors(factors, network, max(wanted), rope_theta=None, attention_factor=None)
         longrope.apply(network, sets, tiers)

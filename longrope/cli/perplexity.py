@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     Model,
     Seed,
     TextField,
@@ -64,12 +65,13 @@ def perplexity(
     token_cache: TokenCache = None,
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure sliding-window perplexity, each token scored once with the most context."""
     import longrope
 
     pairs = _pairs(ranges)
-    network, tokenizer = load_model(model, device)
+    network, tokenizer = load_model(model, device, dtype)
     if factors is not None:
         beside = {"rope_theta": rope_theta, "attention_factor": attention_factor}
         longrope.apply(network, load_factors(factors, network, length, **beside), tiers)

@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     TextField,
     TokenCache,
     TokenDtype,
@@ -49,6 +50,7 @@ def recover(
     token_cache: TokenCache = None,
     resume: Annotated[bool, typer.Option(help="Continue the run found in --out.")] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Search tiers for short texts on an extended model, by search alone."""
     import longrope
@@ -58,7 +60,7 @@ def recover(
         raise ValueError(
             f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
         )
-    network, tokenizer = load_extended(model, device)
+    network, tokenizer = load_extended(model, device, dtype, out if resume else None)
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
     }  # fmt: skip
@@ -69,7 +71,9 @@ def recover(
         network,
         load_documents("DATA", data, tokenizer, lengths[-1], **reading),
         lengths=lengths,
-        original=None if original is None else load_model(original, device)[0],
+        original=None
+        if original is None
+        else load_model(original, device, dtype, out if resume else None)[0],
         test=judged,
         out=out,
         resume=resume,

@@ -10,6 +10,7 @@ import typer
 from longrope.cli.common import (
     DEVICE,
     Data,
+    Dtype,
     Model,
     TextField,
     TokenCache,
@@ -50,15 +51,16 @@ def search(
         bool, typer.Option(help="Continue the run found in --out.", rich_help_panel=MACHINE)
     ] = True,
     device: Annotated[str | None, typer.Option(help=DEVICE, rich_help_panel=MACHINE)] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Search rescale factors for a longer window; under torchrun on all of its ranks together."""
     import longrope
 
     if has_tiers(model):
-        network, tokenizer = load_extended(model, device)
+        network, tokenizer = load_extended(model, device, dtype, out if resume else None)
         say("MODEL: the tiers of its longrope.json are stage one (--scaling ignore: from the base)")
     else:
-        network, tokenizer = load_model(model, device)
+        network, tokenizer = load_model(model, device, dtype, out if resume else None)
     length = options.target_length
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,

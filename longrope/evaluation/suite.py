@@ -28,6 +28,7 @@ from longrope.evaluation.suite_report import AS_LOADED, Evaluation, Figure
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.apply import factors_kept
+from longrope.patching.wrappers import dtype_note
 from longrope.runs.folder import JOURNAL, prepare, write_config
 from longrope.runs.journal import Journal
 from longrope.runs.progress import bar
@@ -131,7 +132,7 @@ def evaluate(
             "model": fingerprint(model), "documents": [digest(text) for text in texts],
         }  # fmt: skip
         folder = prepare(out, KIND, suite_report.FILES, resume)
-        with Journal(folder / JOURNAL, header, kind=KIND) as journal:
+        with Journal(folder / JOURNAL, header, dtype_note(model), kind=KIND) as journal:
             write_config(folder, header)
             figures = _figures(journal, model, texts, tokenizer, sets, header, progress)
     result = Evaluation(tuple(figures))

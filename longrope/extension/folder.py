@@ -83,7 +83,9 @@ def clear(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(out: Path, head: Mapping[str, Any], resume: bool, job: Ranks) -> Iterator[Replay]:
+def opened(
+    out: Path, head: Mapping[str, Any], resume: bool, job: Ranks, notes: Mapping[str, Any]
+) -> Iterator[Replay]:
     """Hold the folder and its journal, which the first rank writes; others have what it held.
 
     What a killed run was writing is removed. `JournalError` where the journal is that of another
@@ -94,7 +96,7 @@ def opened(out: Path, head: Mapping[str, Any], resume: bool, job: Ranks) -> Iter
         if job.first:
             prepare(out, resume)
             journal = stack.enter_context(
-                Journal(out / folder.JOURNAL, dict(head), kind=KIND, explain=explain)
+                Journal(out / folder.JOURNAL, dict(head), dict(notes), kind=KIND, explain=explain)
             )
             clear(out)
             folder.write_config(out, {"options": head["plan"], **head})

@@ -25,6 +25,7 @@ from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
 from longrope.patching.apply import factors_kept, rotary_of
+from longrope.patching.wrappers import dtype_note
 from longrope.runs.folder import write_text
 from longrope.runs.options import about, from_keywords
 
@@ -157,7 +158,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
             path = Path(options.out)
             results = (TIERS, TABLE)
             journal = stack.enter_context(
-                open_journal(path, header, texts, results, options.resume)
+                open_journal(path, header, dtype_note(model), texts, results, options.resume)
             )
         search = ShortSearch(model, texts, had, bos, journal=journal, **how)
         by_length, tiers = [], []

@@ -35,6 +35,7 @@ from longrope.patching import apply, rope_settings
 from longrope.patching.embedding import RescaledRotaryEmbedding
 from longrope.patching.families import decoder
 from longrope.patching.tiered import TieredRotaryEmbedding
+from longrope.patching.wrappers import dtype_note
 from longrope.runs.folder import write_text
 from longrope.runs.options import Options, about, from_keywords
 
@@ -162,7 +163,10 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
     job.check_same(head)
     work = Work(plan, model, kept, held_out, Path(options.out), options.progress, job)
     state = State(model)
-    with folder.no_bars(), folder.opened(work.out, head, options.resume, job) as journal:
+    with (
+        folder.no_bars(),
+        folder.opened(work.out, head, options.resume, job, dtype_note(model)) as journal,
+    ):
         rows = []
         if journal.pending:
             rows.append(row_from_json(journal.pending[0]["row"]))

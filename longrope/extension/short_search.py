@@ -38,13 +38,13 @@ _SLOWER = 0.3
 
 @contextlib.contextmanager
 def open_journal(
-    out: Path, header: dict[str, Any], documents: Sequence[torch.Tensor], results: Sequence[str],
-    resume: bool,
+    out: Path, header: dict[str, Any], notes: dict[str, Any], documents: Sequence[torch.Tensor],
+    results: Sequence[str], resume: bool,
 ) -> Iterator[Journal]:  # fmt: skip
     """Hold the journal of a recovery in `out`."""
     folder.prepare(out, KIND, results, resume)
     header = {**header, "documents": digests(documents)}
-    with Journal(out / folder.JOURNAL, header, kind=KIND) as journal:
+    with Journal(out / folder.JOURNAL, header, notes, kind=KIND) as journal:
         folder.write_config(out, {"options": header})
         yield journal
 

@@ -43,6 +43,7 @@ from longrope.patching import rope_settings
 from longrope.patching.notices import warn_of_untested, warn_of_window
 from longrope.patching.wrappers import (
     device_of,
+    dtype_note,
     is_quantized,
     is_sharded,
     language_model,
@@ -375,6 +376,7 @@ def _notes(model: nn.Module, options: SearchOptions, job: ranks.Ranks) -> dict[s
         "chunk": chunk,
         "torch": torch.__version__,
         "device": str(device_of(model)),
+        **dtype_note(model),
     }
     return notes | ({"gradient": backward} if options.has_steps else {})
 

@@ -26,7 +26,7 @@ class LongRoPEModel(nn.Module):
 
     The architecture and the weights are a Llama's of transformers (`model.llama`), so that all that
     takes a Hugging Face model takes these; the forward pass is `ops.attention`, which turns queries
-    and un-rotated keys by the tiers of their positions at exact angles, and `ops.linear_nll` for
+    and un-rotated keys by the tiers of their positions, in fixed point, and `ops.linear_nll` for
     losses. A new model has random weights and the window `base_length`: `fit` trains it,
     `extend_context` gives it its tiers.
 

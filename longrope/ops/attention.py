@@ -21,10 +21,11 @@ from longrope.ops._arguments import (
     is_int64,
 )
 from longrope.ops._autograd import keep_arguments, kept_arguments, stride_1
+from longrope.ops._fake import attention as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import push_forward, refuse_tangents
 from longrope.ops._groups import attend_groups
 from longrope.ops._rotation import Rotation
-from longrope.ops.rope import _fresh, _start_and_factor
+from longrope.ops.rope import _start_and_factor
 
 __all__ = ["attention", "merge_attention"]
 
@@ -194,27 +195,6 @@ def _bound(name: str, value: int | Tensor | None, default: int) -> tuple[int, Te
         return 0, value
     expect(is_int64(value), name, "an int or int64 [B]", value)
     return value, None
-
-
-@torch.library.register_fake("longrope::attention")
-@torch.library.register_fake("longrope::attention_rotated")
-def _(q, *_arguments):
-    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
-    return _fresh(q), lse
-
-
-@torch.library.register_fake("longrope::attention_backward")
-def _(grad_out, grad_lse, q, k, v, *_arguments):
-    return _fresh(q), _fresh(k), _fresh(v)
-
-
-@torch.library.register_fake("longrope::merge_attention")
-def _(out_a, lse_a, out_b, lse_b):
-    return _fresh(out_a), lse_a.new_empty(lse_a.shape)
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 _ARGUMENTS = argument_names("attention")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops._arguments import expect
+from longrope.ops._fake import perplexity as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import push_forward, refuse_tangents
 
 __all__ = ["candidate_sums", "linear_nll"]
@@ -32,6 +33,11 @@ def linear_nll(
     memory is `O(T E)` and no `[T, V]` tensor exists, neither here nor in the backward, which
     computes the logits again. Rows that are ignored cost nothing. Under `torch.autocast` hidden and
     weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
+
+    On a CPU, where hidden asks for a gradient and weight does not, the forward computes that
+    gradient with the loss, for an upstream gradient of 1, and keeps it in place of hidden (`[T, E]`
+    of its dtype): two matrix products, since the backward only scales. Where no backward will come,
+    `torch.no_grad()` saves the second.
 
     Parameters
     ----------
@@ -65,6 +71,15 @@ def linear_nll(
         expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor))
     refuse_tangents("linear_nll", hidden=hidden, weight=weight)
     hidden, weight = _as_autocast(hidden), _as_autocast(weight)
+    frozen_head = (
+        torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
+        and hidden.device.type == "cpu" and hidden.dim() == 2
+    )  # fmt: skip
+    if frozen_head:
+        edge = hidden[:0].clone()
+        return torch.ops.longrope.linear_nll_with_gradient(
+            hidden, weight, targets, edge, ignore_index, softcap
+        )[0]
     return torch.ops.longrope.linear_nll(hidden, weight, targets, ignore_index, softcap)[0]
 
 
@@ -122,49 +137,6 @@ def _as_autocast(t: Tensor) -> Tensor:
     return t if wide else t.to(torch.get_autocast_dtype(device))
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Refuse in a fake kernel what the real ones refuse and what would mix devices."""
-    expect(hidden.dim() == 2, "hidden", "[T, E]", hidden)
-    expect(
-        weight.dim() == 2 and weight.dtype == hidden.dtype and weight.device == hidden.device,
-        "weight", f"[V, E] of hidden's dtype on {hidden.device}", weight,
-    )  # fmt: skip
-    expect(
-        targets.dim() == 1 and targets.dtype == torch.int64 and targets.device == hidden.device,
-        "targets", f"int64 [T] on {hidden.device}", targets,
-    )  # fmt: skip
-
-
-def _result(hidden: Tensor, *shape: int) -> Tensor:
-    wide = hidden.dtype == torch.float64
-    return hidden.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-
-
-@torch.library.register_fake("longrope::linear_nll")
-def _(hidden, weight, targets, ignore_index=-100, softcap=None):
-    _check(hidden, weight, targets)
-    return _result(hidden, hidden.shape[0]), _result(hidden, 2, hidden.shape[0])
-
-
-@torch.library.register_fake("longrope::linear_nll_backward")
-def _(
-    grad_nll, hidden, weight, targets, stats, ignore_index, softcap, need_hidden, need_weight
-):  # fmt: skip
-    _check(hidden, weight, targets)
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-    return grad_hidden, weight.new_empty(weight.shape if need_weight else (0,))
-
-
-@torch.library.register_fake("longrope::candidate_sums")
-def _(nll, targets, candidate, candidates, ignore_index=-100):
-    for name, index in (("targets", targets), ("candidate", candidate)):
-        expect(
-            index.dtype == torch.int64 and index.device == nll.device,
-            name, f"int64 [T] on {nll.device}", index,
-        )  # fmt: skip
-    return nll.new_empty(candidates, dtype=torch.float64), targets.new_empty(candidates)
-
-
 def _nll_setup(ctx, inputs, output):
     hidden, weight, targets, ctx.ignore_index, ctx.softcap = inputs
     ctx.save_for_backward(hidden, weight, targets, output[1])
@@ -184,11 +156,29 @@ def _nll_backward(ctx, grad_nll, _grad_stats):
 torch.library.register_autograd("longrope::linear_nll", _nll_backward, setup_context=_nll_setup)
 
 
+def _frozen_setup(ctx, inputs, output):
+    _, _, targets, edge, ctx.ignore_index, _ = inputs
+    # Neither hidden nor weight: the gradient takes the place of hidden in memory.
+    ctx.save_for_backward(output[1], targets, edge)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _frozen_backward(ctx, grad_nll, _grad_gradient):
+    grad = torch.ops.longrope.linear_nll_scale(grad_nll, *ctx.saved_tensors, ctx.ignore_index)
+    return grad, *[None] * 5
+
+
+torch.library.register_autograd(
+    "longrope::linear_nll_with_gradient", _frozen_backward, setup_context=_frozen_setup
+)
+
+
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("linear_nll: no second derivative")
 
 
-torch.library.register_autograd("longrope::linear_nll_backward", _no_second_derivative)
+for _backward in ("linear_nll_backward", "linear_nll_scale"):
+    torch.library.register_autograd(f"longrope::{_backward}", _no_second_derivative)
 
 
 def _sums_setup(ctx, inputs, output):

@@ -148,6 +148,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
+def dtype_note(model: nn.Module) -> dict[str, str]:
+    """Return what the journal of a run notes, so that it goes on in the dtype that it began in."""
+    return {"dtype": str(dtype_of(model)).removeprefix("torch.")}
+
+
 def is_plain(weight: Any) -> bool:
     """Say whether a weight is an ordinary tensor of floats that is here, as the kernels take it."""
     return (

@@ -20,6 +20,15 @@ CONFIG, JOURNAL = "config.json", "journal.jsonl"
 REPORT, ROWS, PLOTS = "report.html", "results.csv", "plots"
 
 
+def noted(out: Path, name: str) -> Any:
+    """Return what a run noted under a name when it began; None where there is none, or no run."""
+    try:
+        with open(out / JOURNAL, "rb") as file:
+            return json.loads(file.readline())["notes"][name]
+    except (OSError, ValueError, KeyError, TypeError):  # what is damaged, the run itself tells
+        return None
+
+
 def prepare(out: str | Path, kind: str, results: Sequence[str], resume: bool = True) -> Path:
     """Create the folder of a run and try to write in it.
 

@@ -174,6 +174,21 @@ void check_case(const Case& c) {
   const double tolerance = arithmetic + 2 * epsilon(c.dtype);
   check_close(elements::decode(c.dtype, grad_hidden), expected.grad_hidden, tolerance);
   check_close(elements::decode(c.dtype, grad_weight), expected.grad_weight, tolerance);
+
+  // The same for a head that is frozen: the gradient with the loss, then scaled.
+  std::fill(nll.begin(), nll.end(), 0xff);
+  std::vector<unsigned char> gradient(grad_hidden.size(), 0xff);
+  std::fill(grad_hidden.begin(), grad_hidden.end(), 0xff);
+  p.stats = p.grad_weight = nullptr;
+  p.grad_hidden = gradient.data();
+  longrope::linear_nll_with_gradient_cpu(p, runtime);
+  const longrope::LinearNllScaleParams scale = {
+      c.dtype, gradient.data(),   grad_bytes.data(), targets.data(), c.rows, c.embed,
+      -100,    grad_hidden.data()};
+  longrope::linear_nll_scale_cpu(scale, 0, c.rows / 2);
+  longrope::linear_nll_scale_cpu(scale, c.rows / 2, c.rows);
+  check_close(elements::decode(wide, nll), expected.nll, arithmetic);
+  check_close(elements::decode(c.dtype, grad_hidden), expected.grad_hidden, tolerance);
 }
 
 void check_candidate_sums() {

@@ -166,8 +166,21 @@ def test_infinite_scores(backend, dtype):
     assert (out[0, 0, 0] == 0).all() and lse[0, 0, 0] == -math.inf
     assert torch.equal(out[0, 0, 1].cpu(), v[0, 0, 4]) and lse[0, 0, 1].isfinite()
     assert out[0, 0, 2].isnan().all()
-    if backend.is_cuda:  # the CPU kernels give NaN
-        assert lse[0, 0, 2] == math.inf
+    assert lse[0, 0, 2] == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 70, 599])
+def test_a_score_of_plus_infinity_among_many_keys(backend, dtype, place):
+    """Wherever it stands, for one query (whose keys are split over threads) and for many."""
+    for queries in (1, 40):
+        q, k, v = inputs(2, 1, queries, 600, 16, dtype)
+        q[...] = 1
+        k[0, 0, place, 0] = math.inf
+        there = [t.to(backend.device) for t in (q, k, v)]
+        out, lse = ops.attention(*there, causal=False, return_lse=True)
+        assert (lse == math.inf).all() and out.isnan().all()
+        assert ops.reference.attention(q, k, v, causal=False, return_lse=True)[1].eq(math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,8 +48,14 @@ def value_and_gradients(function, hidden, weight, targets, grad, device="cpu", *
     return nll.detach().cpu(), *(g.cpu() for g in grads)
 
 
+def with_frozen_head(hidden, weight, targets, grad, **keywords):
+    """The value, and the gradient of the hidden states alone."""
+    nll = ops.linear_nll(hidden, weight.detach(), targets, **keywords)
+    return nll.detach(), *torch.autograd.grad(nll, hidden, grad.to(nll))
+
+
 def assert_accurate(hidden, weight, targets, softcap=None, device="cpu"):
-    """Compare value and gradients by the criterion of the test suite."""
+    """Compare value and gradients, of a trained and of a frozen head, by the suite's criterion."""
     grad = torch.randn(len(targets))
     exact = value_and_gradients(
         naive, *(t.detach().double().requires_grad_() for t in (hidden, weight)), targets, grad,
@@ -65,10 +71,14 @@ def assert_accurate(hidden, weight, targets, softcap=None, device="cpu"):
     logits = hidden.detach().double() @ weight.detach().double().T
     rounding = 4 * torch.finfo(torch.float32).eps * logits.abs().max().clamp(min=1)
     assert_as_accurate(got[0], low[0], exact[0], floor=rounding, name="nll")
-    for i, name in ((1, "grad_hidden"), (2, "grad_weight")):
+    frozen = got[:2]
+    if device == "cpu":  # where a frozen head has a way of its own
+        frozen = with_frozen_head(hidden, weight, targets, grad, softcap=softcap)
+        assert_as_accurate(frozen[0], low[0], exact[0], floor=rounding, name="nll, frozen head")
+    for i, one, name in ((1, got, "grad_hidden"), (2, got, "grad_weight"), (1, frozen, "frozen")):
         result = 2 * torch.finfo(hidden.dtype).eps * exact[i].flatten().abs()
         floor = result + rounding * exact[i].abs().max()
-        assert_as_accurate(got[i], low[i], exact[i], floor=floor, name=name)
+        assert_as_accurate(one[i], low[i], exact[i], floor=floor, name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,6 +118,10 @@ def test_threads(threads):
     for rows, vocab in ((5, 1), (5, 3000), (700, 40)):
         assert_accurate(*problem(rows, 32, vocab))
         assert_accurate(*problem(rows, 32, vocab, torch.bfloat16))
+    made = *problem(300, 32, 1500, torch.bfloat16), torch.randn(300)
+    many = with_frozen_head(*made)
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, many, with_frozen_head(*made)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +187,8 @@ def test_infinities_and_nan(backend, vocab):
         targets = torch.tensor([2, 0, 1, 1])
         expected = value_and_gradients(naive, h, w, targets, torch.ones(4))
         got = value_and_gradients(ops.linear_nll, h, w, targets, torch.ones(4), backend.device)
-        for a, b in zip(got, expected, strict=True):
+        got += with_frozen_head(h, w, targets, torch.ones(4))[1:]
+        for a, b in zip(got, (*expected, expected[1]), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
     there = (t.to(backend.device) for t in (hidden, weight, torch.tensor([2, 0, 1, 1])))
     nll = ops.linear_nll(*there)
@@ -224,9 +239,67 @@ def test_only_the_wanted_gradient():
     """A frozen head costs no gradient of its own, and the other's does not change."""
     hidden, weight, targets = problem(70, 32, 40)
     both = value_and_gradients(ops.linear_nll, hidden, weight, targets, torch.ones(70))
-    (h,) = torch.autograd.grad(ops.linear_nll(hidden, weight.detach(), targets).sum(), hidden)
+    _, h = with_frozen_head(hidden, weight, targets, torch.ones(70))
     (w,) = torch.autograd.grad(ops.linear_nll(hidden.detach(), weight, targets).sum(), weight)
-    assert torch.equal(h, both[1]) and torch.equal(w, both[2])
+    assert torch.equal(w, both[2])
+    torch.testing.assert_close(h, both[1])  # another order of the sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_head_and_tokens_that_are_all_but_certain(isa, dtype):
+    """p - 1 keeps its digits, where p alone would have none left in 16 bits."""
+    weight = torch.eye(64).to(dtype)
+    targets = torch.arange(64) % 50
+    for logit in (2, 8, 12):
+        hidden = (logit * weight[targets]).requires_grad_()
+        _, got = with_frozen_head(hidden, weight, targets, torch.ones(64))
+        p = math.exp(logit) / (math.exp(logit) + 63)
+        rest = (1 - p) / 63
+        expected = torch.full((64, 64), rest).index_put(
+            (torch.arange(64), targets), torch.tensor(p - 1)
+        )
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.float(), expected, rtol=2 * eps + 1e-5, atol=2**-24)
+
+
+def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(isa):
+    """What is summed already is scaled: by 0, by little, and not where the largest stays."""
+    vocab = 3300  # four blocks
+    hidden = torch.ones(3, 1, requires_grad=True)
+    for first, growth in ((-200.0, 60.0), (-float("inf"), -90.0), (50.0, -1.0)):
+        weight = (
+            torch.linspace(0, 1, vocab)[:, None] + growth * (torch.arange(vocab) // 1024)[:, None]
+        )
+        weight[:1024] += first
+        for target in (1030, vocab - 1):
+            targets = torch.full((3,), target)
+            exact = hidden.detach().double().requires_grad_()
+            nll = naive(exact, weight.double(), targets)
+            expected = nll.detach(), *torch.autograd.grad(nll.sum(), exact)
+            got = with_frozen_head(hidden, weight, targets, torch.ones(3))
+            torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-5, atol=1e-5)
+            if math.isfinite(first):
+                torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-4, atol=1e-4)
+            else:
+                assert got[1].isnan().all()  # 0 * inf, as in a plain product
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_frozen_head_under_any_upstream_gradient(isa, dtype):
+    """Each row is scaled by its own; ignored rows give 0 whatever comes."""
+    hidden, weight, targets = problem(300, 37, 50, dtype)
+    kept = targets != IGNORED
+    _, ones = with_frozen_head(hidden, weight, targets, torch.ones(300))
+    grad = torch.randn(300, dtype=torch.float64)
+    grad[~kept] = float("nan")
+    _, got = with_frozen_head(hidden, weight, targets, grad)
+    assert (got[~kept] == 0).all()
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (ones.to(wide) * grad.to(wide)[:, None]).to(dtype)
+    assert torch.equal(got[kept], expected[kept])
+    columns = torch.randn(300, 2)[:, 0].expand_as(grad)  # no stride of 1
+    _, got = with_frozen_head(hidden, weight, targets, columns)
+    assert torch.equal(got, (ones.to(wide) * columns.to(wide)[:, None]).to(dtype))
 
 
 def test_population(backend):
@@ -287,7 +360,7 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def step(rows, vocab):
     hidden, weight = torch.randn(rows, 32, requires_grad=True), torch.randn(vocab, 32)
     targets = torch.randint(0, vocab, (rows,))
-    ops.linear_nll(hidden, weight.requires_grad_(), targets).sum().backward()
+    ops.linear_nll(hidden, weight.requires_grad_(TRAINED), targets).sum().backward()
 step(64, 64)
 before = peak()
 step(4096, 32768)
@@ -295,8 +368,10 @@ print(peak() - before)
 """
 
 
-def test_memory():
+@pytest.mark.parametrize("trained", [True, False])
+def test_memory(trained):
     """Forward and backward stay far below the 512 MiB that float32 logits would take alone."""
-    answer = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    script = PEAK.replace("TRAINED", str(trained))
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     assert float(answer.stdout) < 64  # MiB: naive keeps the logits and their softmax, 1024

@@ -37,9 +37,20 @@ def test_gradcheck(softcap):
     )
 
 
-def test_no_second_derivative():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_with_a_frozen_head(isa, softcap):
+    hidden, weight, targets = problem()
+    weight.requires_grad_(False)
+    assert torch.autograd.gradcheck(
+        lambda h: ops.linear_nll(h, weight, targets, softcap=softcap), (hidden,)
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_second_derivative(frozen):
     """Asked for, it is refused instead of wrong."""
     hidden, weight, targets = problem()
+    weight.requires_grad_(not frozen)
     (grad,) = torch.autograd.grad(
         ops.linear_nll(hidden, weight, targets).sum(), hidden, create_graph=True
     )
@@ -53,6 +64,12 @@ def test_opcheck(dtype):
     hidden, weight, targets = problem(dtype)
     nll = torch.ops.longrope.linear_nll
     torch.library.opcheck(nll, (hidden, weight, targets, IGNORED, 3.0))
+    frozen = (hidden, weight.detach(), targets, hidden.detach()[:0], IGNORED, 3.0)
+    torch.library.opcheck(torch.ops.longrope.linear_nll_with_gradient, frozen)
+    torch.library.opcheck(
+        torch.ops.longrope.linear_nll_scale,
+        (torch.ones(7), hidden.detach(), targets, hidden.detach()[:0], IGNORED),
+    )
     values, stats = (t.detach() for t in nll(hidden, weight, targets))
     plain = (hidden.detach(), weight.detach(), targets, stats, IGNORED, None)
     for wanted in ((True, True), (True, False)):
@@ -65,7 +82,8 @@ def test_opcheck(dtype):
     )
 
 
-def test_compile():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compile(frozen):
     """One graph without breaks, forward and backward, also where the number of rows changes."""
 
     def loss(hidden, weight, targets, candidate):
@@ -76,9 +94,11 @@ def test_compile():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for rows in (7, 9, 12):
         hidden, weight, targets = problem(torch.float32, rows)
+        leaves = (hidden,) if frozen else (hidden, weight)
+        weight.requires_grad_(not frozen)
         candidate = torch.arange(rows) % 2
-        got = torch.autograd.grad(compiled(hidden, weight, targets, candidate), (hidden, weight))
-        expected = torch.autograd.grad(loss(hidden, weight, targets, candidate), (hidden, weight))
+        got = torch.autograd.grad(compiled(hidden, weight, targets, candidate), leaves)
+        expected = torch.autograd.grad(loss(hidden, weight, targets, candidate), leaves)
         torch.testing.assert_close(got, expected)
 
 
@@ -169,8 +189,10 @@ def test_fuzz():
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
     dtypes += [torch.complex64, torch.uint8]
 
-    def tensor(dtypes=dtypes):
-        shape = [choose([0, 1, 2, 3, 64]) for _ in range(choose([0, 1, 2, 2, 2, 2, 3]))]
+    def tensor(dtypes=dtypes, shape=None):
+        """Of any shape, or mostly of one."""
+        if shape is None or choose([False] * 9 + [True]):
+            shape = [choose([0, 1, 2, 3, 64]) for _ in range(choose([0, 1, 2, 2, 2, 2, 3]))]
         t = torch.randint(0, 3, shape).to(choose(dtypes))
         if choose([False, False, True]) and t.dim():
             t = t.transpose(0, -1)
@@ -183,17 +205,27 @@ def test_fuzz():
     refused = 0
     for _ in range(400):
         same = choose(dtypes)
-        h, w, t = tensor([same]), tensor([same]), tensor([torch.int64])
-        some = (h, w, tensor() if choose([False, True]) else t)
+        rows, embed = choose([1, 2, 64]), choose([1, 3])
+        h, w = tensor([same], (rows, embed)), tensor([same], (3, embed))
+        t = tensor([torch.int64], (rows,))
+        some = (h, w, tensor() if choose([False] * 3 + [True]) else t)
         scalars = choose([-100, 0, 2]), choose([None, 1.0, -1.0])
         for call, arguments in (
             (op.linear_nll, (*some, *scalars)),
             (
                 op.linear_nll_backward,
-                (tensor(), *some, tensor(), *scalars, choose([True, False]), choose([True, False])),
+                (
+                    tensor(shape=(rows,)), *some, tensor(shape=(2, rows)), *scalars,
+                    choose([True, False]), choose([True, False]),
+                ),
             ),
-            (op.candidate_sums, (tensor(), t, tensor([torch.int64]), choose([-1, 0, 3]), 0)),
-        ):
+            (
+                op.candidate_sums,
+                (
+                    tensor(shape=(rows,)), t, tensor([torch.int64], (rows,)), choose([-1, 0, 3]), 0,
+                ),
+            ),
+        ):  # fmt: skip
             try:
                 call(*arguments)
             except (ValueError, RuntimeError, NotImplementedError, IndexError):

@@ -15,6 +15,11 @@ from longrope import RescaleFactors, ops
 from longrope.ops.reference.rope import phase_turns
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: 2 pi in integers of 300 fractional bits.
+TWO_PI = (
+    62831853071795864769252867665590057683943387987502116419498891846156328125724179972560696506842341
+    * 2**300 // 10**97
+)  # fmt: skip
 POISON = {torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 6e4}
 
 
@@ -76,17 +81,36 @@ def test_angle_error_far_out(backend):
     ones[..., :64] = 1  # (1, 0) turns into (cos, sin)
     there = [t.to(backend.device) for t in (ones, ones, positions, inv_freq)]
     turned = ops.rope(*there)[0][0, 0].cpu().double()
-    # Exact: integers of 200 fractional bits, reduced by 2 pi in the same.
-    digits = "6.283185307179586476925286766559005768394338798750211641949889184615632812572417997"
-    two_pi = int(digits.replace(".", "")) * 2**200 // 10 ** (len(digits) - 2)
+    # Exact: integers of 300 fractional bits, reduced by 2 pi in the same.
     for row, position in enumerate(positions.tolist()):
         for i, f in enumerate(inv_freq.tolist()):
             top, bottom = f.as_integer_ratio()
-            angle = (position * top * 2**200 // bottom) % two_pi / 2**200
+            angle = (position * top * 2**300 // bottom) % TWO_PI / 2**300
             got = math.atan2(turned[row, 64 + i], turned[row, i])
             assert abs(math.remainder(got - angle, 2 * math.pi)) <= 1e-6, (position, i)
     float32_angle = (positions[1].float() * inv_freq.float()).double()
     assert (float32_angle - positions[1] * inv_freq).abs().max() > 0.1
+
+
+def test_the_bound_on_angles_holds_at_every_position(isa):
+    """Of pi 2^-64 |position|: 1e-6 rad up to 2^42, beside float64's own rounding."""
+    powers = torch.tensor([2**k for k in (0, 21, 42, 45, 52, 60, 62)] + [2**63 - 1])
+    positions = torch.cat([powers, -powers, powers - 1])
+    inv_freq = torch.tensor([1.0, 0.7, 10000.0 ** (-1 / 3), 1e-4, 3e-9, 2.5e4], dtype=torch.float64)
+    one = torch.zeros(1, 1, len(positions), 12, dtype=torch.float64)
+    one[..., :6] = 1
+    turned = ops.rope(one, one, positions, inv_freq)[0][0, 0]
+    worst = 0.0
+    for row, position in enumerate(positions.tolist()):
+        bound = math.pi * 2**-64 * abs(position)
+        for i, f in enumerate(inv_freq.tolist()):
+            top, bottom = f.as_integer_ratio()
+            angle = (position * top * 2**300 // bottom) % TWO_PI / 2**300
+            error = math.remainder(math.atan2(turned[row, 6 + i], turned[row, i]) - angle, math.tau)
+            assert abs(error) <= bound + 1e-15, (position, f)
+            worst = max(worst, abs(error) / (bound + 1e-15))
+    assert worst > 0.5  # so the bound is what there is
+    assert math.pi * 2**-64 * 2**42 < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

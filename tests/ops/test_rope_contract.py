@@ -195,14 +195,14 @@ def test_fuzz_of_the_bindings():
 
     def tensor(*shape, dtypes=dtypes):
         """Mostly as asked."""
-        size = [choose([n] * 30 + [0, 1, 5]) for n in shape]
-        size = size[choose([0] * 30 + [1]) :]
+        size = [choose([n] * 90 + [0, 1, 5]) for n in shape]
+        size = size[choose([0] * 90 + [1]) :]
         t = torch.randint(-3, 4, size).to(choose(dtypes))
-        if choose([False] * 9 + [True]) and t.dim() > 1:
+        if choose([False] * 30 + [True]) and t.dim() > 1:
             t = t.transpose(0, -1)
-        if choose([False] * 9 + [True]) and t.dim():
+        if choose([False] * 30 + [True]) and t.dim():
             t = t[:1].expand(t.shape)
-        kind = choose(["dense"] * 40 + ["meta", "sparse", "csr"])
+        kind = choose(["dense"] * 90 + ["meta", "sparse", "csr"])
         if kind == "meta":
             return t.to("meta")
         if kind == "csr" and t.dim() == 2:
@@ -210,7 +210,7 @@ def test_fuzz_of_the_bindings():
         return t.to_sparse() if kind == "sparse" else t
 
     op = torch.ops.longrope
-    double, integer = [torch.float64] * 12 + dtypes, [torch.int64] * 12 + dtypes
+    double, integer = [torch.float64] * 40 + dtypes, [torch.int64] * 40 + dtypes
     refused = computed = 0
     for _ in range(500):
         batch, tokens, head_dim = choose([1, 2]), choose([1, 3]), choose([2, 6, 8])

@@ -130,8 +130,10 @@ inline void forward_task(const AttentionParams& p, const AttentionPlan& plan, in
     Real* const o = x.output(i);
     const Real l = x.state.l[i], inverse = l == 0 ? 0 : 1 / l;
     for (int64_t d = 0; d < p.head_dim; ++d) o[d] *= inverse;
-    const Real lse =
-        l == 0 ? -__builtin_inf() : x.state.m[i] * static_cast<Real>(kLn2) + natural_log(l);
+    // Of a score of +inf the sum is NaN, and so is the output; lse is +inf.
+    const Real m = x.state.m[i];
+    const Real rest = m == __builtin_inf() ? Real{0} : natural_log(l);
+    const Real lse = l == 0 ? -__builtin_inf() : m * static_cast<Real>(kLn2) + rest;
     const RowIndex row(p, t, i);
     if (plan.splits > 1) {
       const int64_t index = t.split * p.batch * p.heads * p.queries + row.flat;

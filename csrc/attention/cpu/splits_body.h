@@ -27,7 +27,8 @@ inline void merge_rows(const AttentionParams& p, const AttentionPlan& plan, cons
     }
     const Real inverse = sum == 0 ? 0 : 1 / sum;
     for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= inverse;
-    static_cast<Real*>(p.lse)[r] = sum == 0 ? most : shift + natural_log(sum);
+    static_cast<Real*>(p.lse)[r] =
+        sum == 0 || most == __builtin_inf() ? most : shift + natural_log(sum);
     const int64_t query = r % p.queries, head = r / p.queries % p.heads;
     T* const y = static_cast<T*>(p.out.data) + r / p.queries / p.heads * p.out.batch_stride +
                  head * p.out.head_stride + query * p.out.token_stride;

@@ -74,3 +74,5 @@ inline float natural_log(float x) { return __builtin_logf(x); }
 inline double natural_log(double x) { return __builtin_log(x); }
 inline float natural_exp(float x) { return __builtin_expf(x); }
 inline double natural_exp(double x) { return __builtin_exp(x); }
+inline float natural_log1p(float x) { return __builtin_log1pf(x); }
+inline double natural_log1p(double x) { return __builtin_log1p(x); }

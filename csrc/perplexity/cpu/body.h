@@ -8,7 +8,9 @@ namespace perplexity {
 #include "perplexity/cpu/tile_body.h"
 #include "perplexity/cpu/problem_body.h"
 #include "perplexity/cpu/forward_body.h"
+#include "perplexity/cpu/blocks_body.h"
 #include "perplexity/cpu/backward_body.h"
+#include "perplexity/cpu/forward_gradient_body.h"
 // clang-format on
 
 // Calls visit with the Problem of the element type and of what its products take.
@@ -31,6 +33,14 @@ inline void forward(const LinearNllParams& params, const Runtime& runtime) {
 
 inline void backward(const LinearNllParams& params, const Runtime& runtime) {
   for_problem(params, runtime, [](const auto& problem) { backward_all(problem); });
+}
+
+inline void forward_with_gradient(const LinearNllParams& params, const Runtime& runtime) {
+  for_problem(params, runtime, [](const auto& problem) { forward_with_gradient_all(problem); });
+}
+
+inline void scale(const LinearNllScaleParams& params, int64_t begin, int64_t end) {
+  for_dtype(params.dtype, [&](auto zero) { scale_gradient<decltype(zero)>(params, begin, end); });
 }
 
 }  // namespace perplexity

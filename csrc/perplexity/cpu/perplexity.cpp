@@ -19,6 +19,14 @@ void linear_nll_backward_cpu(const LinearNllParams& params, const Runtime& runti
   LONGROPE_DISPATCH(perplexity::backward)(params, runtime);
 }
 
+void linear_nll_with_gradient_cpu(const LinearNllParams& params, const Runtime& runtime) {
+  LONGROPE_DISPATCH(perplexity::forward_with_gradient)(params, runtime);
+}
+
+void linear_nll_scale_cpu(const LinearNllScaleParams& params, int64_t begin, int64_t end) {
+  LONGROPE_DISPATCH(perplexity::scale)(params, begin, end);
+}
+
 void candidate_sums_cpu(const void* nll, bool wide, const int64_t* targets,
                         const int64_t* candidate, int64_t rows, int64_t candidates,
                         int64_t ignore_index, double* sums, int64_t* counts) {

@@ -1,4 +1,4 @@
-// Cosines and sines of exact phases, for one instruction set (no include guard: part of a body).
+// Cosines and sines of phases, for one instruction set (no include guard: part of a body).
 
 // cos and sin of a phase in fixed point turns, to float32 rounding: within 1.2 ulp at every phase.
 inline void cos_sin(uint64_t phase, float& cos, float& sin) {

@@ -1,6 +1,6 @@
 // Forward rotation of q and k (also their gradient, turning back, and rerotate).
 //
-// Formula: csrc/rope/rope.h. Arithmetic in float32 on exact 64-bit fixed point phases; one rounding
+// Formula: csrc/rope/rope.h. Arithmetic in float32 on 64-bit fixed point phases; one rounding
 // to the element type at the store.
 // Mapping: a block takes one row of the batch, a tile of tokens and up to kHeadsPerBlock heads of q
 // or of k (one launch serves both). A thread keeps the cosines and sines of one unit (8 pairs of
