@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import longrope
 from longrope.cli.main import app
-from longrope.extension import folder, run
+from longrope.extension import beside, folder, run
 from longrope.extension.folder import weights_hash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +94,17 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     assert weights_hash(again.model) == weights_hash(result.model)
     assert again.tiers == result.tiers
     assert again.measured.table() == result.measured.table()
+
+
+def test_the_rules_without_a_search_are_measured_beside_it_once(finished, monkeypatch):
+    result, _ = finished
+    known = json.loads((result.folder / "baselines.json").read_text())
+    assert [row["name"] for row in known.values()] == ["PI", "NTK", "YaRN"]
+    assert all(len(row["by_range"]) == len(result.measured.ranges) for row in known.values())
+    assert f"{known['yarn']['overall']:.3f}" in (result.folder / "report.html").read_text()
+    monkeypatch.setattr(beside, "measure", None)
+    extension_runs.run(result.folder)
+    assert json.loads((result.folder / "baselines.json").read_text()) == known
 
 
 def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path, monkeypatch):
