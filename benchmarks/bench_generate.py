@@ -4,8 +4,10 @@ Greedy, one sequence, the default caches of both. The prompt is random tokens, s
 alone counts; the first token's time (the prefill) is a row of its own, and the rate counts those
 after it. In turns, so that the machine's load meets both.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py
-    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --model SMOLLM2  # smollm2.py makes it
+    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --processor-time
+    OMP_NUM_THREADS=1 python benchmarks/bench_generate.py --processor-time --model SMOLLM2
+
+smollm2.py makes the folder of the second.
 """
 
 from __future__ import annotations
@@ -27,20 +29,22 @@ from longrope.demo.run import load_packaged_model
 class Clock(StoppingCriteria):
     """Notes when each token is there, and stops nothing."""
 
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
+    def __init__(self, now) -> None:
+        self.now = now
+        self.times = [now()]
 
     def __call__(self, input_ids, scores, **_):
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def measure(model, prompt, tokens):
+def measure(model, prompt, tokens, now=time.perf_counter):
     """Return the seconds of the prefill and the tokens per second after it."""
-    clock = Clock()
+    clock = Clock(now)
     model.generate(
-        prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
-        attention_mask=torch.ones_like(prompt), stopping_criteria=StoppingCriteriaList([clock]),
+        prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True,
+        pad_token_id=0, attention_mask=torch.ones_like(prompt),
+        stopping_criteria=StoppingCriteriaList([clock]),
     )  # fmt: skip
     start, first, *_, last = clock.times
     return first - start, (tokens - 1) / (last - first)
@@ -52,12 +56,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", type=Path, help="folder of a model; default: the packaged one")
+    p.add_argument("--name", help="what to call the model in rows; default: its folder")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--context", type=int, nargs="+", default=[1024, 8192, 16384])
     p.add_argument("--tokens", type=int, default=48, help="to generate")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument(
+        "--processor-time", action="store_true",
+        help="count the processor's time: for one thread on a machine that others use too",
+    )  # fmt: skip
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     args = p.parse_args()
+    now = time.process_time if args.processor_time else time.perf_counter
 
     def load():
         dtype = getattr(torch, args.dtype)
@@ -66,7 +76,7 @@ def main() -> None:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
 
     models = {"transformers, SDPA": load(), "longrope, position tiers": load()}
-    name = args.model.name if args.model else "packaged model"
+    name = args.name or (args.model.name if args.model else "packaged model")
     settings = longrope.rope_settings(models["transformers, SDPA"])
     reach = max(args.context) + args.tokens
     for context in args.context:
@@ -78,7 +88,7 @@ def main() -> None:
         seen = {n: [] for n in models}
         for _ in range(args.rounds):
             for n, model in models.items():
-                seen[n].append(measure(model, prompt, args.tokens))
+                seen[n].append(measure(model, prompt, args.tokens, now))
         longrope.remove(models["longrope, position tiers"])
         rows = []
         print(f"\n{name}, {context} tokens of context, {args.dtype}")

@@ -1,6 +1,6 @@
 """A run of `longrope.extend` over all kinds of stages, killed again and again: the same bits?
 
-The packaged model, 256 -> 512 -> 1,024 bytes: search, fine-tuning, second search, recovery, export.
+The packaged model, 256 -> 384 -> 512 bytes: search, fine-tuning, second search, recovery, export.
 First without interruption, then in processes of which each gets SIGKILL at a random moment, spread
 evenly over what the run writes, until one comes through. In the end every file of the results is
 compared, and the list of all files.
@@ -25,15 +25,15 @@ import longrope.extension.trainer  # once, for all processes
 from longrope.demo import corpus
 from longrope.demo.run import load_packaged_model
 
-TARGET = 1024
+MIDDLE, TARGET = 384, 512
 #: Steps of fine-tuning, each of which counts as much as so many lines of a journal.
 STEPS, WEIGHT = 6, 6
-SEARCH = {"kind": "search", "steps": 4, "samples": 1, "start_tokens": 0}
+SEARCH = {"kind": "search", "steps": 3, "samples": 1, "start_tokens": 0}
 STAGES = [
-    SEARCH | {"length": 512},
-    {"kind": "finetune", "length": 512, "steps": STEPS, "batch_size": 2, "save_steps": 1},
+    SEARCH | {"length": MIDDLE},
+    {"kind": "finetune", "length": MIDDLE, "steps": STEPS, "batch_size": 2, "save_steps": 1},
     SEARCH | {"length": TARGET},
-    {"kind": "recover", "lengths": [256, 512], "steps": 3, "samples": 1},
+    {"kind": "recover", "lengths": [256], "steps": 3, "samples": 1},
 ]
 #: What must be the same, to the bit.
 RESULTS = ("model/model.safetensors", "model/longrope.json", "tiers.json", "table.md")

@@ -73,8 +73,6 @@ def measure(model: torch.nn.Module, args: argparse.Namespace) -> Evaluation:
     rules = {name: BASELINES[name](**rope.lengths(target)) for name in RULES}
     sets = {"yarn, every position": rules["yarn"]}
     sets |= {name: factors.ladder(loaded=rope.loaded) for name, factors in rules.items()}
-    ends = [rope.lengths(int(ratio * window)) for ratio in RUNGS]
-    sets["yarn, longer"] = longrope.Tiers([rope.loaded, *(BASELINES["yarn"](**e) for e in ends)])
     if args.steps:
         sets["searched"] = searched(model, args.steps, args.out)
     return longrope.evaluate(
