@@ -252,7 +252,7 @@ def test_times_are_those_of_every_process(tmp_path, monkeypatch):
     assert writing._duration(3723) == "1 h 2 min"
 
 
-def test_a_run_moved_aside_takes_its_report_along(folders, tmp_path, reports, undrawn):
+def test_a_run_moved_aside_takes_its_report_along(folders, tmp_path, reports):
     shutil.copytree(folders["search"], tmp_path / "run")
     before = text_of(tmp_path / "run")
     run_folders.search(tmp_path / "run", seed=1, resume=False)
