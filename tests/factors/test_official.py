@@ -117,7 +117,7 @@ def replaced(name, value):
         (replaced("lambdas", "[1.0, NaN]"), "a number that is not finite, NaN"),
         (replaced("lambdas", "[1.0, null]"), "lambdas: expected a list of numbers"),
         (replaced("lambdas", "[1.0, true]"), "lambdas: expected a list of numbers"),
-        (replaced("lambdas", "[[1.0], [2.0]]"), "lambdas: expected a list of numbers"),
+        (replaced("lambdas", "[[1.0], [2.0]]"), "lambdas: expected 2 positive values"),
         (replaced("lambdas", '{"0": 1.0}'), "lambdas: expected a list of numbers"),
         (replaced("target_length", DIGITS), "a number of 400 digits"),
         (replaced("attention_factor", "1e999"), "a number that is not finite"),
