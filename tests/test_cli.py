@@ -187,7 +187,7 @@ def test_an_interrupted_command_says_whether_it_resumes(
 def test_search_has_the_options_of_the_library():
     there = set(inspect.signature(longrope.search).parameters) - {"documents", "progress"}
     here = set(inspect.signature(search_command.search).parameters)
-    reading = {"text_field", "token_cache", "token_dtype"}  # of longrope.load_data
+    reading = {"text_field", "token_cache", "token_dtype", "dtype"}  # the documents and the model
     assert here - {"data", "device", "options", "context"} - reading == there
 
 

@@ -96,7 +96,8 @@ def load_factors(
     try:
         stated = states_settings(path)
     except OSError as error:  # in the words of the command: `path` is the library's argument
-        raise type(error)(str(error).removeprefix("path: ")) from None
+        said = (error.strerror or str(error)).removeprefix("path: ")
+        raise type(error)(error.errno or 0, said) from None
     if stated:
         for name, value in given.items():
             if value is not None:

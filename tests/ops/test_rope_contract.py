@@ -57,7 +57,7 @@ def test_opcheck(dtype):
     turned_by = (positions, inv_freq, base, 0, start, 1.0, factor, False)
     torch.library.opcheck(torch.ops.longrope.rope_, (q, k, *turned_by))
     torch.library.opcheck(torch.ops.longrope.rope_backward, (q, k, q, k, *turned_by, False))
-    sets = (inv_freq[0], None, 0, inv_freq[1], base, 2, 1.1, False)
+    sets = (inv_freq[0], None, 0, inv_freq[1], base, 2, 1.1, None, False)
     torch.library.opcheck(torch.ops.longrope.rerotate, (k.requires_grad_(), positions, *sets))
     k = k.detach()
     torch.library.opcheck(torch.ops.longrope.rerotate_, (k, positions, *sets))
@@ -225,7 +225,8 @@ def test_fuzz_of_the_bindings():
         rows = choose([None, None, tensor(batch, dtypes=integer)])
         factor_rows = choose([None, None, tensor(batch, dtypes=double)])
         turned_by = (positions, frequencies, base, choose([0, 0, 2, -1]), rows, 1.0, factor_rows)
-        sets = (positions, frequencies, base, 0, tensor(pairs, dtypes=double), None, 0, 1.0, True)
+        sets = (positions, frequencies, base, 0, tensor(pairs, dtypes=double), None, 0, 1.0)
+        sets += (choose([None, None, tensor(1, dtypes=double)]), True)
         for call, arguments in (
             (op.rope, (q, k, *turned_by, True, False)),
             (op.rope_, (q, k, *turned_by, False)),

@@ -186,9 +186,9 @@ def _angle(
     """Return the angles, float64 radians `[B or 1, G or 1, N, pairs]`: exact, differentiable."""
 
     def by_group(t: Tensor) -> Tensor:
-        return t.reshape(-1, t.shape[1] if t.dim() > 2 else 1, t.shape[-1])
+        return t if t.dim() > 2 else torch.atleast_2d(t).unsqueeze(1)
 
-    positions = positions.reshape(-1, 1, positions.shape[-1])
+    positions = by_group(positions)
     inv_freq = by_group(inv_freq)
     base = inv_freq if base_inv_freq is None else by_group(base_inv_freq)
     turns = _choose(
