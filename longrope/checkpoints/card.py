@@ -11,6 +11,7 @@ from longrope.checkpoints import source
 from longrope.checkpoints.measured import Measured
 from longrope.checkpoints.plan import Plan
 from longrope.factors import RescaleFactors
+from longrope.factors.heads import span
 
 _RULES = {
     "long": "They are the same for every length, so nothing changes when a sequence grows.",
@@ -56,8 +57,8 @@ def on_top_of(stage: RescaleFactors, target_length: int) -> str:
     """Say what factors are the product of: `stage`, and another one that reaches the target."""
     ratio = target_length / stage.target_length
     return (
-        f"factors for {stage.target_length} tokens (lambdas {stage.lambdas.min():.4g} to "
-        f"{stage.lambdas.max():.4g}, attention factor {stage.attention_factor:.6g}), and a stage "
+        f"factors for {stage.target_length} tokens (lambdas {span(stage.lambdas)}, attention "
+        f"factor {span(stage.attention_factor, 6)}), and a stage "
         f"of {ratio:.4g}x on top"
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from longrope.cli.folders import check_config
 from longrope.factors import RescaleFactors, Tiers
+from longrope.factors.heads import span
 from longrope.factors.rules import base_inv_freq
 from longrope.patching import FAMILIES, RopeSettings, rope_settings
 from longrope.patching.settings import LENGTH_DEPENDENT, ORIGINAL, rope_parameters, text_config
@@ -154,10 +155,7 @@ def _as_loaded(settings: RopeSettings) -> str:
 
 
 def _in_short(factors: RescaleFactors) -> str:
-    return (
-        f"lambda {factors.lambdas.min():.4g} to {factors.lambdas.max():.4g}, attention factor "
-        f"{factors.attention_factor:.4g}"
-    )
+    return f"lambda {span(factors.lambdas)}, attention factor {span(factors.attention_factor)}"
 
 
 def _tiers(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Windows and prompts in tokens, as in 4096,8192.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run resumes there.")],
     tasks: Annotated[
-        str, typer.Option(help="Some of perplexity,passkey,ruler,longppl.")
+        str, typer.Option(help="Some of perplexity, passkey, ruler, longppl, with commas between.")
     ] = "perplexity,passkey",
     factors: Annotated[
         list[Path] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,11 +49,11 @@ def export(
     from longrope.checkpoints import plan_export
     from longrope.checkpoints.export import free_folder
 
-    tiers = longrope.Tiers.load(factors)
+    tiers = _read("--factors", longrope.Tiers.load, factors)
     given: Any = tiers if len(tiers) > 1 else tiers[0]
     chosen: Any = short
     if short not in ("long", "none"):
-        chosen = longrope.RescaleFactors.load(short)
+        chosen = _read("--short", longrope.RescaleFactors.load, short)
     with _names_out():
         free_folder(out)  # before anything is loaded and measured
     measured = None
@@ -84,6 +84,15 @@ def export(
     if measured is not None:
         print(measured.table())
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+def _read(flag: str, load: Callable[[str | Path], Any], path: str | Path) -> Any:
+    """Load a file that a flag names, and say which flag where it cannot be read."""
+    try:
+        return load(path)
+    except OSError as error:
+        said = (error.strerror or str(error)).removeprefix("path: ")
+        raise type(error)(f"{flag}: {said}") from None
 
 
 @contextlib.contextmanager

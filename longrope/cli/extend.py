@@ -40,8 +40,8 @@ def extend(
     stages: Annotated[
         str | None,
         typer.Option(
-            help="longrope-llama2, longrope-mistral, longrope2 or a TOML file of [[stages]]; "
-            "default: by the ratio of the lengths."
+            help="longrope-llama2, longrope-mistral, longrope2, or a TOML file with a table for "
+            "each stage; default: by the ratio of the lengths."
         ),
     ] = None,
     dry_run: Annotated[

@@ -97,7 +97,7 @@ def load_factors(
         stated = states_settings(path)
     except OSError as error:  # in the words of the command: `path` is the library's argument
         said = (error.strerror or str(error)).removeprefix("path: ")
-        raise type(error)(error.errno or 0, said) from None
+        raise type(error)(f"--factors: {said}") from None
     if stated:
         for name, value in given.items():
             if value is not None:

@@ -143,7 +143,8 @@ def stage_of(table: Mapping[str, Any], number: int, defaults: FinetuneConfig, se
         if kind == "search":
             tiers = choice("tiers", given.pop("tiers", "position"), ("position", "one"))
             options = {"seed": seed, **given}
-            SearchOptions(target_length=length, ladder=tiers == "position", **options)
+            checked = SearchOptions(target_length=length, ladder=tiers == "position", **options)
+            options = {key: getattr(checked, key) for key in options}  # no infinity, for JSON
             return SearchStage(name, length, tiers, options)
         factors = given.pop("factors", None)
         config = dataclasses.replace(defaults, **given).resolved(seed)
@@ -196,6 +197,13 @@ class Plan:
                         f"model's window of {self.window} tokens, got {lengths}"
                     )
         self._check_names()
+        for stage, after in itertools.combinations(self.stages, 2):
+            per = stage.options.get("per", "model") if isinstance(stage, SearchStage) else "model"
+            if per != "model" and not isinstance(after, FinetuneStage):
+                raise ValueError(
+                    f"stages: expected per='model' in {stage.name}, from whose factors "
+                    f"{after.name} goes on, got {per!r}"
+                )
         for number, stage in enumerate(self.stages):
             if not isinstance(stage, RecoverStage):
                 continue

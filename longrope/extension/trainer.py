@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from longrope.distributed import ranks
 from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
 from longrope.extension import checkpoint
@@ -120,23 +121,31 @@ class RowTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         path = folder / f"checkpoint-{self.state.global_step}"
-        try:
-            with exporting():  # the run has the factors
-                super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+        job = ranks.current()
+        with self._writing(path), exporting():  # the run has the factors
+            super()._save_checkpoint(model, trial)
+        job.gather(None)  # an error of one rank ends all of them, here and behind the marker
+        if self.args.should_save:
+            with self._writing(path):
                 checkpoint.mark(path)
+        job.gather(None)
+        if self.args.should_save:
+            checkpoint.forget(folder, self.keep)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Remove a checkpoint that cannot be written, and say what that means."""
+        try:
+            yield
         except (OSError, SafetensorError, RuntimeError) as error:  # of torch.save, a RuntimeError
             if self.args.should_save:
                 shutil.rmtree(path, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            last = checkpoint.last_complete(folder, self.args.should_save)
+            last = checkpoint.last_complete(path.parent, self.args.should_save)
             goes_on = f"from {last.name}" if last else "from the start of the stage"
             raise OSError(
                 f"out: cannot write {path} ({reason}); the same call goes on {goes_on}"
             ) from None
-        if self.args.should_save:
-            checkpoint.forget(folder, self.keep)
 
 
 class GradientGuard(TrainerCallback):

@@ -43,7 +43,7 @@ def beside(
     """
     applied, loaded = getattr(decoder(model).rotary_emb, "tiers", None), rope_settings(model).loaded
     # Of several tiers the last: at the target they reach farthest.
-    last = loaded if applied is None else applied[-1]
+    last = loaded if applied is None else applied[-1].mean()
     dims = len(result.factors.lambdas)
     said = ((1.0,) * dims, 0, 1.0) if last is None else (
         tuple(last.lambdas.tolist()), last.start_tokens, last.attention_factor

@@ -116,7 +116,12 @@ class _Rung:
         """Return the best of the shared factors, of points on the way down and of mixtures."""
         problem, settings = self.problem, self.task.options.descent
         layers, heads = self.heads
-        log_lambdas = np.log(problem.unit_inv_freq() / self.start.inv_freq())
+        unit, own = problem.unit_inv_freq(), self.start.inv_freq()
+        turning = unit > 0
+        if (turning != (own > 0)).any():
+            return self.start  # no multiple of the stage below, whose stopped pairs turn in it
+        log_lambdas = np.log(np.divide(unit, own, where=turning, out=np.ones(len(unit))))
+        log_lambdas[~turning] = log_lambdas[turning].max(initial=0)  # which changes nothing
         origin = Point(
             np.broadcast_to(log_lambdas, (layers, heads, len(log_lambdas))),
             np.full((layers, heads), self.start.attention_factor),

@@ -78,13 +78,16 @@ def check_frequencies(
         rows_fit = batch is None or t.shape[0] in (1, batch)
         return rows_fit and t.shape[1] == groups and tuple(t.shape)[2:] == shape
 
+    def listed(*shape: int | str) -> str:
+        return ", ".join([f"{size}" for size in shape])  # str(size) breaks torch.compile's graph
+
     def text(*shape: int | str) -> str:
-        return f"[{', '.join(map(str, shape))}] or [{', '.join(map(str, (rows, *shape)))}]"
+        return f"[{listed(*shape)}] or [{listed(rows, *shape)}]"
 
     def by_group(*shape: int | str) -> str:
         if not grouped:
             return ""
-        return f" or [{', '.join(map(str, (f'{rows} or 1', groups, *shape)))}]"
+        return f" or [{listed(f'{rows} or 1', groups, *shape)}]"
 
     starts = "an int or int64 " + (text(*sizes) if sizes else f"[{rows}]")
 

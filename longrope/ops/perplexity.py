@@ -74,6 +74,7 @@ def linear_nll(
     frozen_head = (
         torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
         and hidden.device.type == "cpu" and hidden.dim() == 2
+        and hidden.dtype != torch.float16  # whose small gradients need the scale of the loss first
     )  # fmt: skip
     if frozen_head:
         edge = hidden[:0].clone()

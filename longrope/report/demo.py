@@ -79,7 +79,7 @@ def read(path: Path) -> tuple[list[int], dict[str, list[float]]]:
     """Return the lengths and each method's perplexities; `ValueError` where it is damaged."""
     rows = read_csv(path, ("method",))
     names = [name for name in rows[0] if name != "method"] if rows else []
-    if not names or not all(re.fullmatch(r"\d{1,9}", name) for name in names):
+    if not names or not all(re.fullmatch(r"[1-9]\d{0,8}", name) for name in names):
         raise ValueError(f"{path}: expected a column for each length, got {names}")
     table = {r["method"]: [number(path, name, r[name]) for name in names] for r in rows}
     return [int(name) for name in names], table

@@ -52,19 +52,23 @@ def page(out: Path, shown: str) -> Page:
     return found
 
 
+_COLUMNS = ("length", "depth", "right")
+
+
 def read(path: Path) -> list[tuple[int, float, bool]]:
     """Return `(length, depth, right)` of every trial; `ValueError` where the file is damaged."""
-    rows = read_csv(path, ("length", "depth", "right"))
+    rows = read_csv(path, _COLUMNS)
     if not rows:
         raise ValueError(f"{path}: expected at least one trial, got none")
-    return [
-        (
-            int(number(path, "length", row["length"])),
-            number(path, "depth", row["depth"]),
-            number(path, "right", row["right"]) > 0.5,
-        )
-        for row in rows
-    ]
+    trials = []
+    for row in rows:
+        length, depth, right = (number(path, name, row[name]) for name in _COLUMNS)
+        if not (1 <= length < 2**53 and length == int(length)):
+            raise ValueError(f"{path}: length: expected a whole number above 0, got {length:g}")
+        if not 0 <= depth <= 1:
+            raise ValueError(f"{path}: depth: expected a number from 0 to 1, got {depth:g}")
+        trials.append((int(length), depth, right > 0.5))
+    return trials
 
 
 def bands(trials: Sequence[tuple[int, float, bool]]) -> tuple[np.ndarray, list[int]]:

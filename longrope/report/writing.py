@@ -110,7 +110,7 @@ def page_of(out: Path) -> Page:
         raise ValueError(
             f"{error.filename or out}: cannot be read ({error.strerror or error})"
         ) from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"{out}: expected a run of this version of longrope, got one whose files do not hold "
             f"what its report shows ({type(error).__name__}: {error})"

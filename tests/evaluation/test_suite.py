@@ -267,7 +267,10 @@ def test_the_command_passkey(folder, tmp_path, reports):
             ("evaluate", "--lengths", "20", "--tasks", "perplexity", "--baselines", "yarn"),
             "--lengths: expected one of at least 32 with --baselines",
         ),
-        (("passkey", "--lengths", "300", "--factors", "no.json"), "cannot read no.json: No such"),
+        (
+            ("passkey", "--lengths", "300", "--factors", "no.json"),
+            "--factors: cannot read no.json: No such",
+        ),
         (
             ("evaluate", "--lengths", "300", "--factors", "yarn.json", "--baselines", "yarn"),
             "--baselines: expected names that no file of --factors has, got 'yarn' twice",

@@ -152,8 +152,9 @@ class ForwardWithGradient {
     gradient_.store(pick_, [&](Real* row, int64_t t) {
       const Real top = max_[t], target = target_logit_[t];
       const Real total = others_[t] + natural_exp(target - top);
-      nll[pick_[t]] = target == top && top > kLowest ? natural_log1p(others_[t])
-                                                     : (top - target) + natural_log(total);
+      const bool likeliest =
+          target == top && top > kLowest && top < std::numeric_limits<Real>::infinity();
+      nll[pick_[t]] = likeliest ? natural_log1p(others_[t]) : (top - target) + natural_log(total);
       Real of_target = -others_[t] / total;  // p - 1
       if (params_.softcap != 0.0) {
         const Real capped = target / static_cast<Real>(params_.softcap);
