@@ -157,9 +157,10 @@ class Descent:
     ) -> list[Point]:
         """Take steps, and return the mean of the later half of each segment's iterates.
 
-        After each step the lambdas are projected onto
-        the non-decreasing ones within the bounds: the isotonic regression, clipped, is the nearest
-        point of that kind in units of the scales.
+        After each step the lambdas are projected onto the non-decreasing ones within the bounds: the
+        isotonic regression, clipped, is the nearest point of that kind. Nearest in the metric of
+        Adam's step: only there pairs that are held together settle where their gradients cancel
+        (in units of the scales alone, where as many pull up as down, however hard they pull).
         """
         x = self._numbers(start)
         first, second = np.zeros(x.shape), np.zeros(x.shape)
@@ -171,9 +172,9 @@ class Descent:
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
             second = BETAS[1] * second + (1 - BETAS[1]) * gradient**2
             mean = first / (1 - BETAS[0] ** taken)
-            spread = np.sqrt(second / (1 - BETAS[1] ** taken))
+            spread = np.sqrt(second / (1 - BETAS[1] ** taken)) + EPSILON
             rate = slow * self.settings.rate(step)
-            x = self._projected(x - rate * self._scales * mean / (spread + EPSILON))
+            x = self._projected(x - rate * self._scales * mean / spread, spread)
             iterates.append(x)
         later = [iterates[s.start : s.stop][len(s) // 2 :] for s in segments]
         return [self._point(np.mean(each, axis=0)) for each in later]
@@ -190,8 +191,8 @@ class Descent:
     def _norm(self, x: np.ndarray) -> float:
         return 1.0
 
-    def _projected(self, x: np.ndarray) -> np.ndarray:
-        log_lambdas = isotonic(x[:-1], self._scales[:-1] ** -2)
+    def _projected(self, x: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        log_lambdas = isotonic(x[:-1], spread[:-1] * self._scales[:-1] ** -2)
         reach = math.log(ATTENTION_REACH)
         factor = np.clip(x[-1], self._origin - reach, self._origin + reach)
         return np.append(np.clip(log_lambdas, self._lower, self._upper), factor)
@@ -205,7 +206,8 @@ class HeadDescent(Descent):
 
     def _numbers(self, point: Point) -> np.ndarray:
         factors = np.log(point.attention_factor)[..., None]
-        return self._projected(np.concatenate([point.log_lambdas, factors], -1))
+        x = np.concatenate([point.log_lambdas, factors], -1)
+        return self._projected(x, np.ones(x.shape))
 
     def _point(self, x: np.ndarray) -> Point:
         return Point(x[..., :-1], np.exp(x[..., -1]))
@@ -219,6 +221,7 @@ class HeadDescent(Descent):
     def _norm(self, x: np.ndarray) -> float:
         return math.sqrt(x.size / x.shape[-1])
 
-    def _projected(self, x: np.ndarray) -> np.ndarray:
-        rows = [super(HeadDescent, self)._projected(row) for row in x.reshape(-1, x.shape[-1])]
+    def _projected(self, x: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        flat = (each.reshape(-1, x.shape[-1]) for each in (x, spread))
+        rows = [super(HeadDescent, self)._projected(*row) for row in zip(*flat, strict=True)]
         return np.stack(rows).reshape(x.shape)
