@@ -157,9 +157,9 @@ class Descent:
     ) -> list[Point]:
         """Take steps, and return the mean of the later half of each segment's iterates.
 
-        After each step the lambdas are projected onto the non-decreasing ones within the bounds: the
-        isotonic regression, clipped, is the nearest point of that kind. Nearest in the metric of
-        Adam's step: only there pairs that are held together settle where their gradients cancel
+        After each step the lambdas are projected onto the non-decreasing ones within the bounds:
+        the isotonic regression, clipped, is the nearest point of that kind. Nearest in the metric
+        of Adam's step: only there pairs that are held together settle where their gradients cancel
         (in units of the scales alone, where as many pull up as down, however hard they pull).
         """
         x = self._numbers(start)

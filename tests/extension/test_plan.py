@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -214,6 +215,21 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
 def test_plans_that_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         plan(stages)
+
+
+def test_factors_by_head_are_for_the_last_search():
+    last = SEARCH | {"length": 2048, "per": "head"}
+    assert plan([last, TRAIN | {"length": 2048}]).stages[0].options["per"] == "head"
+    for after in ({"kind": "recover", "lengths": [256]}, SEARCH | {"length": 2048}):
+        first = last if after["kind"] == "recover" else last | {"length": 1024}
+        with pytest.raises(ValueError, match="expected per='model' in search-1, from whose"):
+            plan([first, after])
+
+
+def test_an_infinite_bound_of_lambda_in_a_stage_is_a_number():
+    """JSON has no infinity, and the journal keeps the plan."""
+    stage = plan([SEARCH | {"length": 2048, "max_lambda": math.inf}]).stages[0]
+    assert math.isfinite(stage.options["max_lambda"])
 
 
 def test_a_target_within_the_window_is_refused():

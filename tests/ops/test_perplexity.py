@@ -262,6 +262,15 @@ def test_a_frozen_head_and_tokens_that_are_all_but_certain(isa, dtype):
         torch.testing.assert_close(got.float(), expected, rtol=2 * eps + 1e-5, atol=2**-24)
 
 
+def test_a_frozen_head_with_an_infinite_score_of_the_target(isa):
+    """NaN, as without a gradient and in torch: a loss of 0 would pass for a perfect one."""
+    hidden = torch.tensor([[1e30, 0.0]], requires_grad=True)
+    weight = torch.tensor([[1e30, 0.0], [0.0, 1.0], [0.0, 2.0]])
+    targets = torch.tensor([0])
+    nll, _ = with_frozen_head(hidden, weight, targets, torch.ones(1))
+    assert nll.isnan().all() and ops.linear_nll(hidden.detach(), weight, targets).isnan()
+
+
 def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(isa):
     """What is summed already is scaled: by 0, by little, and not where the largest stays."""
     vocab = 3300  # four blocks

@@ -140,6 +140,8 @@ def test_a_run_that_has_hardly_begun_has_a_report(folders, tmp_path):
         ("passkey", "passkey.csv", "length,depth\n", "expected a column 'right'"),
         ("passkey", "passkey.csv", "length,depth,right\n", "at least one trial"),
         ("passkey", "passkey.csv", "length,depth,right\n1024\n", "line 2 is damaged"),
+        ("passkey", "passkey.csv", "length,depth,right\ninf,0.5,1\n", "length: expected a whole"),
+        ("passkey", "passkey.csv", "length,depth,right\n512,-3,1\n", "depth: expected a number"),
         ("demo", "perplexity.csv", "method,one\nPI,1\n", "expected a column for each length"),
         ("demo", "search-evolution/factors.json", "", "factors.json"),
     ],
