@@ -46,7 +46,7 @@ def test_a_plain_model_is_one_screen_and_names_the_next_step(tmp_path):
 def test_scalings_say_what_they_do_and_from_which_window(tmp_path):
     facts = said(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
     assert facts["window"] == "64 tokens before scaling, 256 as loaded"
-    assert facts["as loaded"] == "lambda 4 to 4, attention factor 1"
+    assert facts["as loaded"] == "lambda 4, attention factor 1"
     (caution,) = cautions(facts)
     assert "the window before the scaling is taken to be 64" in caution
     facts = said(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0})
