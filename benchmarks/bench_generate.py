@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import commit, device_name, save
+from harness import save, where
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import longrope
@@ -110,9 +110,7 @@ def main() -> None:
                         "op": op, "case": f"{name}, {context} tokens", "dtype": args.dtype,
                         "implementation": n, "milliseconds": f"{seconds * 1e3:.4f}",
                         "ratio_to_baseline": f"{ratios[op]:.3f}", "rate": f"{speed:.2f}",
-                        "rate_unit": "tokens/s", "device": device_name("cpu"), "isa": _C.isa(),
-                        "threads": torch.get_num_threads(), "torch": torch.__version__,
-                        "commit": commit(),
+                        "rate_unit": "tokens/s", "isa": _C.isa(), **where(),
                     }
                 )  # fmt: skip
         if args.save:

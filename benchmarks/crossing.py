@@ -31,6 +31,7 @@ from transformers import DynamicCache
 
 import longrope
 from longrope.demo import run as demo
+from longrope.factors.tiers import ladder_targets
 
 FIELDS = ["table", "model", "factors", "rule", "case", "measure", "value", *harness.WHERE]
 SEED = 0
@@ -71,10 +72,7 @@ def rules(model, factors) -> dict[str, Callable[[], object]]:
 def perplexities(rows: Rows, model, sets: dict, documents, target: int) -> None:
     """Measure every rule by range of positions."""
     window = longrope.rope_settings(model).loaded_length
-    edges = [1, window]
-    while edges[-1] < target:
-        edges.append(min(2 * edges[-1], target))
-    ranges = list(itertools.pairwise(edges))
+    ranges = list(itertools.pairwise([1, window, *ladder_targets(window, target)]))
     for name, factors in sets.items():
         for rule, use in rules(model, factors).items():
             if rule == "as loaded" and name != "YaRN":

@@ -167,6 +167,14 @@ def save(rows: list[dict], device: str) -> Path:
     return append(rows, RESULTS / f"{name}.csv")
 
 
+def saved(path: Path) -> list[dict]:
+    """Return the rows of earlier calls; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def append(rows: list[dict], path: Path, fields: Sequence[str] = FIELDS) -> Path:
     """Append rows to a CSV, which gets a header of its fields where it is new."""
     path.parent.mkdir(exist_ok=True)

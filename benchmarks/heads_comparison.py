@@ -14,14 +14,13 @@ With `--runs FOLDER` the searches keep their journals there, and an interrupted 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, commit, device_name
-from search_comparison import load
+from harness import RESULTS, append, saved, where
+from search_comparison import load, measured, parser
 
 import longrope
 from longrope.patching import rope_settings
@@ -34,22 +33,10 @@ FILE = RESULTS / "heads_comparison.csv"
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--model", help="folder of a model (default: the packaged one)")
-    p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
-    p.add_argument("--ratio", type=int, default=8, help="target over original length")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    p = parser(__doc__.splitlines()[0], samples=3)
     p.add_argument("--per", nargs="+", default=["head"], choices=["layer", "head"])
     p.add_argument("--one-set", action="store_true", help="one set instead of a ladder")
-    p.add_argument("--excerpts", type=int, default=24, help="excerpts to search on")
-    p.add_argument("--validation-excerpts", type=int, default=8, help="held out in the search")
-    p.add_argument("--samples", type=int, default=3, help="search windows")
-    p.add_argument("--test-samples", type=int, default=16, help="test documents")
-    p.add_argument("--steps", type=int, default=80, help="steps of each descent")
     p.add_argument("--runs", type=Path, help="folder of run directories, to resume from")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
-    p.add_argument("--table", action="store_true", help="only print the table of what was saved")
     p.add_argument("--plot", type=Path, help="only draw the heat maps of the runs in --runs")
     return p.parse_args()
 
@@ -64,8 +51,6 @@ def one_search(model: torch.nn.Module, documents, per: str, seed: int, args) -> 
     """Return a row for the shared factors, and one for those of layers or heads."""
     searched, validation, test = documents(seed)
     length = args.ratio * rope_settings(model).original_length
-    ends = [rope_settings(model).original_length * 2**k for k in range(16)]
-    ranges = list(itertools.pairwise([1, *(end for end in ends if end < length), length]))
     result = longrope.search(
         model, searched, validation=validation, target_length=length, seed=seed,
         samples=args.samples, steps=args.steps, ladder=not args.one_set, per=per, progress=False,
@@ -73,28 +58,19 @@ def one_search(model: torch.nn.Module, documents, per: str, seed: int, args) -> 
     )  # fmt: skip
     rows = []
     for name, found in ((SHARED, result.shared), (per, result)):
-        longrope.apply(model, found.factors if found.tiers is None else found.tiers)
-        try:
-            measured = longrope.perplexity(model, test, length=length, stride=length, ranges=ranges)
-        finally:
-            longrope.remove(model)
-        by_range = zip(ranges, measured.by_range, strict=True)
+        factors = found.factors if found.tiers is None else found.tiers
         rows.append({
             "factors": name,
             "seed": seed,
             "excerpts": args.excerpts,
             "passes": f"{sum(e.forward_equivalents for e in found.history):.0f}",
-            "perplexity": f"{measured:.4f}",
             "validation": f"{found.validation_perplexity:.4f}",
-            "by_range": " ".join(f"{a}-{b - 1}:{value:.4f}" for (a, b), value in by_range),
+            **measured(model, factors, test, length),
             "of": per,
             "model": Path(args.model).name if args.model else "packaged",
             "budget": f"{args.steps} steps; {args.samples} windows; {args.ratio}x; "
             + ("one set" if args.one_set else "ladder"),
-            "device": device_name(args.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "commit": commit(),
+            **where(args.device),
         })  # fmt: skip
     return rows
 
@@ -142,8 +118,7 @@ def main() -> None:
     """Run every seed and report."""
     args = arguments()
     if args.table:
-        with FILE.open(newline="") as file:
-            return print_tables(list(csv.DictReader(file)))
+        return print_tables(saved(FILE))
     if args.plot:
         return draw(args)
     model, documents = load(args)

@@ -16,17 +16,16 @@ of the processor.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, where
-from search_comparison import clock, load
+from harness import RESULTS, append, saved, where
+from search_comparison import clock, load, measured, parser
 
 import longrope
+from longrope.factors.tiers import ladder_targets
 from longrope.patching import rope_settings
 
 ONE_SET, POWERS, YARN, LADDER = (
@@ -37,21 +36,9 @@ FILE = RESULTS / "ladder_comparison.csv"
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--model", help="folder of a model (default: the packaged one)")
-    p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
-    p.add_argument("--ratio", type=int, default=8, help="target over original length")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--excerpts", type=int, default=24, help="excerpts to search on")
-    p.add_argument("--validation-excerpts", type=int, default=8, help="held out in the search")
-    p.add_argument("--samples", type=int, default=3, help="search windows")
-    p.add_argument("--test-samples", type=int, default=16, help="test documents")
-    p.add_argument("--steps", type=int, default=80, help="steps of each descent")
+    p = parser(__doc__.splitlines()[0], samples=3)
     p.add_argument("--start-tokens", default="search", help='a number, or "search"')
     p.add_argument("--runs", type=Path, help="keep the searches here; the same command resumes")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
-    p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     return p.parse_args()
 
 
@@ -68,51 +55,40 @@ def budget(args: argparse.Namespace) -> str:
     )
 
 
-def saved(args: argparse.Namespace) -> set[tuple[str, str]]:
+def known_rows(args: argparse.Namespace) -> set[tuple[str, str]]:
     """Return the kind of factors and the seed of the rows that there are of this comparison."""
-    if not (args.save and FILE.exists()):
+    if not args.save:
         return set()
     return {
         (row["factors"], row["seed"])
-        for row in read()
+        for row in saved(FILE)
         if (row["model"], row["budget"]) == (model_name(args), budget(args))
     }
 
 
 def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dict]:
     """Yield a row for each kind of factors; not again where the file has the rows of a search."""
-    known = saved(args)
+    known = known_rows(args)
     searched, validation, test = documents(seed)
     settings = rope_settings(model)
     length = args.ratio * settings.original_length
-    ends = [settings.original_length * 2**k for k in range(16)]
-    edges = [1, *(end for end in ends if end < length), length]
-    ranges = list(itertools.pairwise(edges))
     start_tokens = args.start_tokens if args.start_tokens == "search" else int(args.start_tokens)
 
     def row(name: str, factors, passes: float, seconds: str) -> dict:
-        longrope.apply(model, factors)
-        try:
-            found = longrope.perplexity(model, test, length=length, stride=length, ranges=ranges)
-        finally:
-            longrope.remove(model)
-        by_range = zip(ranges, found.by_range, strict=True)
         return {
             "factors": name,
             "seed": str(seed),
             "passes": f"{passes:.0f}",
             "seconds": seconds,
-            "perplexity": f"{found:.4f}",
-            "by_range": " ".join(
-                f"{begin}-{end - 1}:{value:.4f}" for (begin, end), value in by_range
-            ),
+            **measured(model, factors, test, length),
             "model": model_name(args),
             "budget": budget(args),
             **where(args.device),
         }
 
+    ends = ladder_targets(settings.original_length, length)
     yarn = longrope.RescaleFactors.yarn(**settings.lengths(length))
-    tiers = [longrope.RescaleFactors.yarn(**settings.lengths(end)) for end in edges[2:]]
+    tiers = [longrope.RescaleFactors.yarn(**settings.lengths(end)) for end in ends]
     loaded = settings.loaded
     for ladder in (False, True):
         if (LADDER if ladder else POWERS, str(seed)) in known:
@@ -175,17 +151,11 @@ def tables(rows: list[dict]) -> list[str]:
     return lines
 
 
-def read() -> list[dict]:
-    """Return the rows that were saved."""
-    with FILE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Run every seed and report."""
     args = arguments()
     if args.table:
-        print("\n".join(tables(read())))
+        print("\n".join(tables(saved(FILE))))
         return
     if (args.model is None) != (args.books is None):
         raise SystemExit("--model and --books go together")
@@ -197,7 +167,7 @@ def main() -> None:
             if args.save:
                 append([row], FILE, list(row))
             rows.append(row)
-    print("\n".join(tables(read() if args.save else rows)))
+    print("\n".join(tables(saved(FILE) if args.save else rows)))
 
 
 if __name__ == "__main__":

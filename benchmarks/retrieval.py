@@ -14,12 +14,11 @@ has the tables.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import RESULTS, WHERE, append, where
+from harness import RESULTS, WHERE, append, saved, where
 from transformers import AutoModelForCausalLM
 
 import longrope
@@ -129,8 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     args = p.parse_args(argv)
     if args.table:
-        with FILE.open(newline="") as file:
-            return print_tables(list(csv.DictReader(file)))
+        return print_tables(saved(FILE))
     if args.out is None:
         p.error("--out: expected a folder")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()

@@ -20,7 +20,7 @@ its end: its time is the measured time of a few of these candidates, scaled to a
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import math
 import statistics
 import time
@@ -30,13 +30,15 @@ from pathlib import Path
 import book_model
 import numpy as np
 import torch
-from harness import RESULTS, append, where
+from harness import RESULTS, append, saved, where
 from populations import losses_of_hugging_face
 
 import longrope
 from longrope.cli.inputs import load_model
 from longrope.demo import run as demo
 from longrope.factor_search.windows import draw_windows
+from longrope.factors import RescaleFactors, Tiers
+from longrope.factors.tiers import ladder_targets
 from longrope.patching import rope_settings
 
 ALGORITHM_1 = "Algorithm 1"
@@ -66,26 +68,50 @@ HEAD = """\
 FILE = RESULTS / "search_comparison.csv"
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(description: str, samples: int) -> argparse.ArgumentParser:
+    """Return the flags of every comparison of searches; `samples` is a default."""
+    p = argparse.ArgumentParser(description=description)
     p.add_argument("--model", help="folder of a model (default: the packaged one)")
     p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
     p.add_argument("--ratio", type=int, default=8, help="target over original length, up to 8")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
-                   choices=EVERY, help=", ".join(EVERY))  # fmt: skip
     p.add_argument("--excerpts", type=int, default=24, help="excerpts to search on")
     p.add_argument("--validation-excerpts", type=int, default=8, help="held out in the search")
-    p.add_argument("--samples", type=int, default=5, help="search windows")
+    p.add_argument("--samples", type=int, default=samples, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
-    p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
-    p.add_argument("--steps", type=int, default=80, help="steps of the descent")
-    p.add_argument("--published", type=int, default=6, help="candidates timed as published")
+    p.add_argument("--steps", type=int, default=80, help="steps of each descent")
     p.add_argument("--device", default="cpu")
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
+    return p
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    p = parser(__doc__.splitlines()[0], samples=5)
+    p.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD",
+                   choices=EVERY, help=", ".join(EVERY))  # fmt: skip
+    p.add_argument("--iterations", type=int, default=40, help="generations of Algorithm 1")
+    p.add_argument("--published", type=int, default=6, help="candidates timed as published")
     return p.parse_args()
+
+
+def measured(
+    model: torch.nn.Module, factors: RescaleFactors | Tiers, test: Sequence, length: int
+) -> dict[str, str]:
+    """Return the perplexity of test documents under factors, whole and by range of positions."""
+    window = rope_settings(model).original_length
+    ranges = list(itertools.pairwise([1, window, *ladder_targets(window, length)]))
+    longrope.apply(model, factors)
+    try:
+        found = longrope.perplexity(model, test, length=length, stride=length, ranges=ranges)
+    finally:
+        longrope.remove(model)
+    by_range = zip(ranges, found.by_range, strict=True)
+    return {
+        "perplexity": f"{found:.4f}",
+        "by_range": " ".join(f"{a}-{b - 1}:{value:.4f}" for (a, b), value in by_range),
+    }
 
 
 def clock() -> float:
@@ -300,8 +326,7 @@ def main() -> None:
     """Run every seed and report."""
     args = arguments()
     if args.table:
-        with FILE.open(newline="") as file:
-            return print_tables(list(csv.DictReader(file)))
+        return print_tables(saved(FILE))
     if (args.model is None) != (args.books is None):
         raise SystemExit("--model and --books go together")
     model, documents = load(args)

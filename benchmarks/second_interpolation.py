@@ -14,13 +14,12 @@ that no stage saw.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, append, saved, where
 from training_comparison import LENGTH, SEARCH, factors, trained
 
 import longrope
@@ -98,16 +97,14 @@ def rows(args: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[
                 "way": way, "second": name, "target": args.target, **how,
                 "perplexity": f"{row.overall:.4f}",
                 "by_range": " ".join(f"{a}-{b - 1}:{v:.4f}" for (a, b), v in by_range),
-                "test_windows": args.test_windows, "device": device_name("cpu"),
-                "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "commit": commit(),
+                "test_windows": args.test_windows, **where(),
             }  # fmt: skip
 
 
-def print_table(saved: list[dict]) -> None:
+def print_table(rows: list[dict]) -> None:
     """Print the rows of each way of training and target."""
     head: list[str] = []
-    for row in saved:
+    for row in rows:
         parts = [part.split(":") for part in row["by_range"].split()]
         names = [name for name, _ in parts]
         if names != head:
@@ -121,23 +118,15 @@ def print_table(saved: list[dict]) -> None:
         )
 
 
-def saved() -> list[dict]:
-    """Return the rows of earlier calls."""
-    if not FILE.exists():
-        return []
-    with FILE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Measure what is missing and report."""
     args = arguments()
     if args.table:
-        return print_table(saved())
+        return print_table(saved(FILE))
     if args.out is None:
         raise SystemExit("--out: expected a folder")
     made = []
-    for row in rows(args, {(row["way"], row["second"], row["target"]) for row in saved()}):
+    for row in rows(args, {(row["way"], row["second"], row["target"]) for row in saved(FILE)}):
         print("  ".join(str(value) for value in list(row.values())[:8]), flush=True)
         if args.save:
             append([row], FILE, list(row))

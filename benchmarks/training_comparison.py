@@ -16,7 +16,6 @@ gets the same rows of text, steps and learning rate, and is measured on files th
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, append, commit, device_name
+from harness import RESULTS, append, saved, where
 
 import longrope
 from longrope.demo import corpus
@@ -133,8 +132,7 @@ def rows(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[list[
     def row(way: str, run: str, how: dict, values: dict[str, str]) -> dict:
         return {
             "way": way, "run": run, **how, **values, "batch_size": args.batch_size,
-            "test_windows": args.test_windows, "device": device_name("cpu"),
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+            "test_windows": args.test_windows, **where(),
         }  # fmt: skip
 
     how: dict[str, Any] = {"steps": 0, "learning_rate": 0, "seed": 0}
@@ -154,11 +152,11 @@ def key(way: str, how: dict) -> tuple[str, ...]:
     return (way, *(f"{float(how[name]):g}" for name in ("steps", "learning_rate", "seed")))
 
 
-def print_table(saved: list[dict]) -> None:
+def print_table(rows: list[dict]) -> None:
     """Print medians over seeds, a row for each training and way to run it."""
     columns = [*(f"{a}-{b - 1}" for a, b in RANGES), "all", "windows of 256"]
     groups: dict[tuple[str, ...], list[dict]] = {}
-    for row in saved:
+    for row in rows:
         label = (str(row["steps"]), f"{float(row['learning_rate']):g}", row["way"], row["run"])
         groups.setdefault(label, []).append(row)
     print(f"| steps | rate | trained by | run | seeds | {' | '.join(columns)} |")
@@ -171,23 +169,15 @@ def print_table(saved: list[dict]) -> None:
         print(f"| {' | '.join(label)} | {len(groups[label])} | {' | '.join(cells)} |")
 
 
-def saved() -> list[dict]:
-    """Return the rows of earlier calls."""
-    if not FILE.exists():
-        return []
-    with FILE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Train what is missing and report."""
     args = arguments()
     if args.table:
-        return print_table(saved())
+        return print_table(saved(FILE))
     if args.out is None:
         raise SystemExit("--out: expected a folder")
     made: list[dict] = []
-    for found in rows(args, {key(row["way"], row) for row in saved()}):
+    for found in rows(args, {key(row["way"], row) for row in saved(FILE)}):
         for row in found:
             print("  ".join(str(v) for v in list(row.values())[:10]), flush=True)
         if args.save:
