@@ -8,9 +8,9 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 from support import tiny_models
+from support.commands import call, write_letters
 from typer.testing import CliRunner
 
 import longrope
@@ -31,15 +31,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_bytes(np.random.default_rng(0).integers(97, 123, 600, dtype=np.uint8).tobytes())
-    return path
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
+    return write_letters(tmp_path_factory.mktemp("text") / "book.txt")
 
 
 def sentence(*arguments):

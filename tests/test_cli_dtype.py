@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from support import tiny_models
-from typer.testing import CliRunner
+from support.commands import call, write_letters
 
 from longrope.cli import inputs
-from longrope.cli.main import app
 from longrope.evaluation import memory
 
 WIDENED = "MODEL: its bfloat16 weights are widened to float32, which this processor computes in"
@@ -26,15 +24,7 @@ def narrow_folder(tmp_path):
 
 @pytest.fixture
 def text(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_bytes(np.random.default_rng(0).integers(97, 123, 600, dtype=np.uint8).tobytes())
-    return path
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
+    return write_letters(tmp_path / "book.txt")
 
 
 def capabilities(monkeypatch, **units):

@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pytest
 from support import tiny_models
-from typer.testing import CliRunner
+from support.commands import call
 
 import longrope
-from longrope.cli.main import app
 from longrope.runs.journal import Journal
 
 
@@ -26,12 +25,6 @@ def model_folder(tmp_path_factory):
 def texts():
     random = np.random.default_rng(0)
     return [bytes(random.integers(97, 123, 300, dtype=np.uint8)).decode() for _ in range(3)]
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def perplexity(model_folder, *arguments, code=0):

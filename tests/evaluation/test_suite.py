@@ -9,11 +9,10 @@ import re
 import numpy as np
 import pytest
 from support import tiny_models
-from typer.testing import CliRunner
+from support.commands import call
 
 import longrope
 from longrope import RescaleFactors
-from longrope.cli.main import app
 from longrope.evaluation import suite
 from longrope.evaluation.long_perplexity import long_perplexity
 from longrope.evaluation.suite_report import Evaluation, Figure, looks, other_suites
@@ -217,12 +216,6 @@ def folder(tmp_path_factory):
         (place / "text" / f"{number}.txt").write_bytes(document.tobytes())
     tiny_models.factors("yarn", target=512).save(place / "mine.json")
     return place
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def test_the_command_evaluate(folder, tmp_path):

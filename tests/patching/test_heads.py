@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
 from support import families
+from support.tier_rule import reference
 from support.tiny_models import ORIGINAL, build, factors, tokens
 from torch import nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 import longrope
 from longrope.patching import FAMILIES, embedding, rows, tier_attention
@@ -53,52 +52,6 @@ def path(request, monkeypatch):
         monkeypatch.setattr(embedding, "DEVICES_WITH_KERNELS", ())
 
 
-def by_the_rule(model, ids, tiers):
-    """Return a Llama's logits in float64: layer by layer, head by head, tier by tier."""
-    model = copy.deepcopy(model).double()
-    base, config = model.model, model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    position = torch.arange(ids.shape[1])
-    tier = torch.searchsorted(torch.tensor(tiers.limits), position, right=True)
-    tier = tier.clamp(max=len(tiers) - 1)
-
-    def turned(x, set_, layer):  # [B, heads, N, D]
-        set_ = set_.spread(2, groups)
-        out = []
-        for head in range(x.shape[1]):
-            group = head // (x.shape[1] // groups)
-            inv_freq = torch.from_numpy(set_.inv_freq()[layer, group])
-            early = position[:, None] < set_.start_tokens
-            angle = position[:, None] * torch.where(
-                early, torch.from_numpy(set_.base_inv_freq()), inv_freq
-            )
-            cos, sin = (f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
-            one = x[:, head] * cos + rotate_half(x[:, head]) * sin
-            out.append(one * set_.attention_factor[layer, group])
-        return torch.stack(out, 1)
-
-    hidden = base.embed_tokens(ids)
-    seen = position[None] <= position[:, None]
-    for number, layer in enumerate(base.layers):
-        x, block = layer.input_layernorm(hidden), layer.self_attn
-        q, k, v = (
-            proj(x).unflatten(-1, (count, -1)).transpose(1, 2)
-            for proj, count in (
-                (block.q_proj, heads), (block.k_proj, groups), (block.v_proj, groups),
-            )
-        )  # fmt: skip
-        out = torch.zeros_like(q)
-        each = heads // groups
-        for t, set_ in enumerate(tiers):
-            keys = turned(k, set_, number).repeat_interleave(each, 1)
-            scores = turned(q, set_, number) @ keys.mT / math.sqrt(q.shape[-1])
-            weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out = torch.where((tier == t)[:, None], weights @ v.repeat_interleave(each, 1), out)
-        hidden = hidden + block.o_proj(out.transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(base.norm(hidden)).detach()
-
-
 @pytest.mark.parametrize("own", EVERY, ids=["heads", "layers"])
 @pytest.mark.parametrize("several", ["one set", "tiers"])
 def test_every_head_turns_by_its_own(own, several, path):
@@ -107,9 +60,9 @@ def test_every_head_turns_by_its_own(own, several, path):
     noise = apart(plain, logits(copy.deepcopy(model).double(), ids))
     tiers = own.ladder() if several == "tiers" else longrope.Tiers([own])
     actual = logits(longrope.apply(model, tiers), ids)
-    assert apart(actual, by_the_rule(model, ids, tiers)) < 4 * noise
+    assert apart(actual, reference(model, ids, tiers)) < 4 * noise
     shared = longrope.Tiers([tier.mean() for tier in tiers])
-    assert apart(actual, by_the_rule(model, ids, shared)) > 0.05
+    assert apart(actual, reference(model, ids, shared)) > 0.05
     assert torch.equal(logits(longrope.remove(model), ids), plain)
 
 

@@ -7,14 +7,13 @@ or padding changes in its logits by arithmetic alone, times 4.
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 import transformers
+from support.tier_rule import logits_by_the_rule, reference
 from support.tiny_models import ORIGINAL, TARGET, build, factors, tokens
 from transformers import DynamicCache, StaticCache
-from transformers.models.llama.modeling_llama import rotate_half
 
 import longrope
 from longrope.patching import rotary_of, tier_attention
@@ -67,47 +66,6 @@ def rounding(model, ids):
 
 
 # --- the rule -------------------------------------------------------------------------------------
-
-
-def reference(model, ids, tiers):
-    """Compute logits by the rule, in float64: each query under its tier, with all keys under it."""
-    return logits_by_the_rule(copy.deepcopy(model).double(), ids, tiers).detach()
-
-
-def logits_by_the_rule(model, ids, tiers):
-    base, config = model.model, model.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    position = torch.arange(ids.shape[1])
-    limits = torch.tensor(tiers.limits)
-    tier = torch.searchsorted(limits, position, right=True).clamp(max=len(tiers) - 1)
-
-    def turned(x, factors):
-        base_inv_freq = torch.from_numpy(factors.base_inv_freq())
-        inv_freq = torch.from_numpy(factors.inv_freq())
-        early = position[:, None] < factors.start_tokens
-        angle = position[:, None] * torch.where(early, base_inv_freq, inv_freq)
-        cos, sin = (f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
-        return (x * cos + rotate_half(x) * sin) * factors.attention_factor
-
-    hidden = base.embed_tokens(ids)
-    seen = position[None] <= position[:, None]
-    for layer in base.layers:
-        x, block = layer.input_layernorm(hidden), layer.self_attn
-        q, k, v = (
-            proj(x).unflatten(-1, (count, -1)).transpose(1, 2)
-            for proj, count in (
-                (block.q_proj, heads), (block.k_proj, groups), (block.v_proj, groups),
-            )
-        )  # fmt: skip
-        k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
-        out = torch.zeros_like(q)
-        for number, set_ in enumerate(tiers):
-            scores = turned(q, set_) @ turned(k, set_).mT / math.sqrt(q.shape[-1])
-            weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-            out = torch.where((tier == number)[:, None], weights @ v, out)
-        hidden = hidden + block.o_proj(out.transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(base.norm(hidden))
 
 
 @pytest.mark.parametrize("start_tokens", [0, 3])
