@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from longrope.errors import JournalError
 from longrope.factor_search.descent import HeadDescent, Point
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.methods import ATTENTION_DIGITS, SLOWER, Task
@@ -232,20 +231,14 @@ class _Rung:
 
         And whether the journal had it.
         """
-        journal, tier = self.measurer.journal, self.measurer.tier
-        if tier is not None:
-            asked = [{**a, "tier": tier.number} for a in asked]
+        journal = self.measurer.journal
+        asked = [a | self.measurer.tier_of_entries for a in asked]
         entries = journal.peek(len(asked))
         if len(entries) < len(asked):
             entries = [{**a, **m} for a, m in zip(asked, compute(), strict=True)]
             journal.append(entries)
             return entries, False
-        for entry, expected in zip(entries, asked, strict=True):
-            if {k: v for k, v in entry.items() if k not in ("nll", "gradient")} != expected:
-                raise JournalError(
-                    f"out: {journal.path} does not follow from its settings with this version of "
-                    "longrope; choose another folder, or resume=False to start again"
-                )
+        self.measurer.check_follows(entries, asked)
         journal.skip(len(asked))
         return entries, True
 
@@ -255,13 +248,10 @@ class _Rung:
     ) -> None:  # fmt: skip
         """Add an evaluation to the history, with the mean of the factors."""
         mean = factors.mean()
-        done = Evaluation(
+        done = self.measurer.evaluation(
             role, iteration, origin, tuple(mean.lambdas.tolist()), mean.start_tokens, nll,
-            mean.attention_factor, len(windows),
+            mean.attention_factor, windows,
         )  # fmt: skip
-        if (tier := self.measurer.tier) is not None:
-            passes = tier.of(windows, step=role == Role.GRADIENT)
-            done = dataclasses.replace(done, tier=tier.number, passes=passes)
         self.history.append(done)
         self.measurer.on_batch([done], 0 if replayed else windows.numel())
 

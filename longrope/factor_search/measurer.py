@@ -191,7 +191,7 @@ class Measurer:
             "lambdas": point.lambdas.tolist(),
             "start_tokens": start_tokens,
             "attention_factor": point.attention_factor,
-            **self._tier_of_entries,
+            **self.tier_of_entries,
         }
         replayed = self._replay([asked])
         entry = replayed[0] if replayed else None
@@ -205,13 +205,10 @@ class Measurer:
             entry = {**asked, "nll": nll, "gradient": gradient.tolist()}
             self.journal.append([entry])
         lambdas, nll = tuple(self.absolute(np.array(entry["lambdas"])).tolist()), entry["nll"]
-        done = Evaluation(
+        done = self.evaluation(
             Role.GRADIENT, iteration, "gradient", lambdas, start_tokens, nll,
-            point.attention_factor, len(windows),
+            point.attention_factor, windows,
         )  # fmt: skip
-        if self.tier is not None:
-            passes = self.tier.of(windows, step=True)
-            done = dataclasses.replace(done, tier=self.tier.number, passes=passes)
         self.history.append(done)
         self.on_batch([done], 0 if replayed else windows.numel())
         return nll, np.array(entry["gradient"])
@@ -219,7 +216,7 @@ class Measurer:
     def _measure_batch(self, batches: Sequence[Sequence[Proposal]], on: _On) -> list[float]:
         """Return the losses of the first of `batches`; the others make up the round."""
         batch = batches[0]
-        asked = [_asked(proposal, on) | self._tier_of_entries for proposal in batch]
+        asked = [_asked(proposal, on) | self.tier_of_entries for proposal in batch]
         replayed = self._replay(asked)
         entries = replayed
         if entries is None:
@@ -242,13 +239,10 @@ class Measurer:
         done = []
         for (candidate, origin, iteration), loss, entry in zip(batch, losses, entries, strict=True):
             factors = self.evaluator.to_factors(candidate)
-            evaluation = Evaluation(
+            evaluation = self.evaluation(
                 on.role, iteration, origin, tuple(factors.lambdas.tolist()),
-                candidate.start_tokens, loss, factors.attention_factor, len(on.windows),
+                candidate.start_tokens, loss, factors.attention_factor, on.windows,
             )  # fmt: skip
-            if self.tier is not None:
-                passes = self.tier.of(on.windows)
-                evaluation = dataclasses.replace(evaluation, tier=self.tier.number, passes=passes)
             done.append(evaluation)
             self._losses[on.role][candidate] = loss
             if entry.get("block_sums"):
@@ -279,8 +273,30 @@ class Measurer:
         """Return a candidate's block sums up to the end of a stage, which added these."""
         return np.concatenate([self.block_sums[candidate], added]) if stage.start else added
 
+    def evaluation(
+        self, role: Role, iteration: int, origin: str, lambdas: tuple[float, ...],
+        start_tokens: int, nll: float, attention_factor: float, windows: torch.Tensor,
+    ) -> Evaluation:  # fmt: skip
+        """Return an entry of the history; in a ladder with its tier and what its range cost."""
+        done = Evaluation(
+            role, iteration, origin, lambdas, start_tokens, nll, attention_factor, len(windows)
+        )
+        if self.tier is None:
+            return done
+        passes = self.tier.of(windows, step=role == Role.GRADIENT)
+        return dataclasses.replace(done, tier=self.tier.number, passes=passes)
+
+    def check_follows(self, entries: Sequence[dict], asked: Sequence[dict]) -> None:
+        """Raise `JournalError` where entries of the journal are not what this search asks for."""
+        for entry, expected in zip(entries, asked, strict=True):
+            if {k: v for k, v in entry.items() if k not in _MEASURED} != expected:
+                raise JournalError(
+                    f"out: {self.journal.path} does not follow from its settings with this "
+                    "version of longrope; choose another folder, or resume=False to start again"
+                )
+
     @property
-    def _tier_of_entries(self) -> dict[str, int]:
+    def tier_of_entries(self) -> dict[str, int]:
         return {} if self.tier is None else {"tier": self.tier.number}
 
     def finish(self) -> None:
@@ -305,12 +321,7 @@ class Measurer:
             entries = [entry for entry in entries if _phase(entry) == _phase(asked[0])]
         if len(entries) < len(asked):
             return None
-        for entry, expected in zip(entries, asked, strict=True):
-            if {k: v for k, v in entry.items() if k not in _MEASURED} != expected:
-                raise JournalError(
-                    f"out: {self.journal.path} does not follow from its settings with this "
-                    "version of longrope; choose another folder, or resume=False to start again"
-                )
+        self.check_follows(entries, asked)
         self.journal.skip(len(asked))
         return entries
 
