@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 from longrope._files import strict_json
 from longrope.cli.common import DEVICE, Model, one_sentence_errors
-from longrope.cli.inputs import load_documents, load_model, load_weights
+from longrope.cli.inputs import load_documents, load_model, load_weights, naming
 
 
 @one_sentence_errors
@@ -49,11 +49,13 @@ def export(
     from longrope.checkpoints import plan_export
     from longrope.checkpoints.export import free_folder
 
-    tiers = _read("--factors", longrope.Tiers.load, factors)
+    with naming("--factors"):
+        tiers = longrope.Tiers.load(factors)
     given: Any = tiers if len(tiers) > 1 else tiers[0]
     chosen: Any = short
     if short not in ("long", "none"):
-        chosen = _read("--short", longrope.RescaleFactors.load, short)
+        with naming("--short"):
+            chosen = longrope.RescaleFactors.load(short)
     with _names_out():
         free_folder(out)  # before anything is loaded and measured
     measured = None
@@ -84,15 +86,6 @@ def export(
     if measured is not None:
         print(measured.table())
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-
-
-def _read(flag: str, load: Callable[[str | Path], Any], path: str | Path) -> Any:
-    """Load a file that a flag names, and say which flag where it cannot be read."""
-    try:
-        return load(path)
-    except OSError as error:
-        said = (error.strerror or str(error)).removeprefix("path: ")
-        raise type(error)(f"{flag}: {said}") from None
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def load_documents(
     return kept
 
 
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Say which flag names a file that cannot be read: `path` is the library's argument."""
+    try:
+        yield
+    except OSError as error:
+        said = (error.strerror or str(error)).removeprefix("path: ")
+        raise type(error)(f"{flag}: {said}") from None
+
+
 def load_factors(
     path: Path, model: Any, length: int, *, rope_theta: float | None, attention_factor: str | None
 ) -> Any:
@@ -93,11 +104,8 @@ def load_factors(
     from longrope.patching import rope_settings
 
     given = {"--rope-theta": rope_theta, "--attention-factor": attention_factor}
-    try:
+    with naming("--factors"):
         stated = states_settings(path)
-    except OSError as error:  # in the words of the command: `path` is the library's argument
-        said = (error.strerror or str(error)).removeprefix("path: ")
-        raise type(error)(f"--factors: {said}") from None
     if stated:
         for name, value in given.items():
             if value is not None:

@@ -67,6 +67,10 @@ class Ranks:
         """Return the first rank's value."""
         return value
 
+    def by_first(self, function: Callable[[], T]) -> T:
+        """Return what the first rank's call of a function returns, on all ranks."""
+        return self.broadcast(function() if self.first else None)
+
     def share(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Return the result of every task; task `t` is done by rank `t % size`."""
         results = self.gather([task() for task in tasks[self.rank :: self.size]])

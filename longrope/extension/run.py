@@ -187,8 +187,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
             rows.append(work.measured(f"{stage.name}: {_words(stage)}", state))
             journal.append([entry | {"row": row_as_json(rows[-1])}])
         measured = table_of(rows, work.ranges, held_out)
-        work.by_first(lambda: _publish(work, state, measured, options.tokenizer, journal))
-        work.by_first(lambda: finish(work))
+        work.job.by_first(lambda: _publish(work, state, measured, options.tokenizer, journal))
+        work.job.by_first(lambda: finish(work))
     return ExtendResult(apply(state.model, state.tiers), state.tiers, measured, work.out, plan)
 
 

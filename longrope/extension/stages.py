@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from longrope.extension.table import measure, ranges_of
 from longrope.factor_search.run import search
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove, rope_settings
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -96,13 +94,9 @@ class Work:
         """Return the documents of at least `length` tokens."""
         return like(self.documents, [d for d in self.documents if len(d) >= length])
 
-    def by_first(self, function: Callable[[], T]) -> T:
-        """Return what the first rank's call of a function returns, on all ranks."""
-        return self.job.broadcast(function() if self.job.first else None)
-
     def measured(self, name: str, state: State) -> Row:
         """Measure the model and the tiers so far on what was held out."""
-        return self.by_first(lambda: self._measured(name, state))
+        return self.job.by_first(lambda: self._measured(name, state))
 
     def _measured(self, name: str, state: State) -> Row:
         if state.tiers is None:
@@ -124,7 +118,7 @@ def run_stage(work: Work, stage: Stage, state: State) -> dict[str, Any]:
         entry |= _finetune(work, stage, state, place)
     else:
         entry |= _recover(work, stage, state, place)
-    work.by_first(lambda: state.tiers.save(place / folder.TIERS))
+    work.job.by_first(lambda: state.tiers.save(place / folder.TIERS))
     return entry
 
 
@@ -173,15 +167,16 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
     tiers = state.found[stage.factors or last]
     _own_copy(work, state)
     weights = place / folder.WEIGHTS
-    if work.by_first(weights.is_dir):  # trained, but killed before the journal said so
+    if work.job.by_first(weights.is_dir):  # trained, but killed before the journal said so
         folder.load_weights(state.model, weights)
     else:
         first = work.rows_before(stage)
         state.model = finetune(
             state.model, work.documents, tiers, stage, place, work.progress, first
         )
-        work.by_first(lambda: folder.save_weights(state.model, weights))
-    work.by_first(lambda: checkpoint.remove_all(place))  # weights are safe: room for what follows
+        work.job.by_first(lambda: folder.save_weights(state.model, weights))
+    # The weights are safe: room for what follows.
+    work.job.by_first(lambda: checkpoint.remove_all(place))
     state.tiers = state.trained = _trained_under(state.model, tiers, stage.config.tiers)
     return {"weights": folder.weights_hash(state.model), "steps": stage.config.steps}
 
@@ -219,7 +214,7 @@ def _recover(work: Work, stage: RecoverStage, state: State, place: Path) -> dict
             remove(state.model)
         return result.tiers, result.weights
 
-    state.tiers, weights = work.by_first(found)
+    state.tiers, weights = work.job.by_first(found)
     return {"weights": weights}
 
 
