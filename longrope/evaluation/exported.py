@@ -15,6 +15,7 @@ from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import Perplexity, perplexity
 from longrope.factors import RescaleFactors, Tiers
+from longrope.factors.tiers import ladder_targets
 from longrope.patching import apply, remove
 from longrope.patching.apply import factors_kept
 from longrope.patching.families import family_of
@@ -90,8 +91,5 @@ def measure_export(
 
 
 def _ranges(plan: Plan) -> tuple[tuple[int, int], ...]:
-    edges = [0, plan.window]
-    while 2 * edges[-1] < plan.long.target_length:
-        edges.append(2 * edges[-1])
-    edges.append(plan.long.target_length)
-    return tuple(itertools.pairwise(edges))
+    targets = ladder_targets(plan.window, plan.long.target_length)
+    return tuple(itertools.pairwise([0, plan.window, *targets]))

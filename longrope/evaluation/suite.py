@@ -26,15 +26,16 @@ from longrope.evaluation.prompts import PromptTokens, check_lengths
 from longrope.evaluation.ruler import check_ruler, ruler
 from longrope.evaluation.suite_report import AS_LOADED, Evaluation, Figure
 from longrope.factors import RescaleFactors, Tiers
+from longrope.factors.tiers import ladder_targets
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.apply import factors_kept
 from longrope.patching.wrappers import dtype_note
+from longrope.report.evaluation import KIND
 from longrope.runs.folder import JOURNAL, prepare, write_config
 from longrope.runs.journal import Journal
 from longrope.runs.progress import bar
 
 TASKS = ("perplexity", "passkey", "ruler", "longppl")
-KIND = "evaluation"
 
 
 def evaluate(
@@ -229,10 +230,8 @@ def _applied(model: nn.Module, factors: Any, tiers: str) -> Iterator[None]:
 
 def _doublings(window: int, length: int) -> list[tuple[int, int]]:
     """Return ranges of positions: the original window, up to twice that, and so on to `length`."""
-    edges = [0, min(window, length)]
-    while edges[-1] < length:
-        edges.append(min(2 * edges[-1], length))
-    return list(itertools.pairwise(edges))
+    ends = [window, *ladder_targets(window, length)] if window < length else [length]
+    return list(itertools.pairwise([0, *ends]))
 
 
 def _measure(

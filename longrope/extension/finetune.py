@@ -25,11 +25,10 @@ from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
+from longrope.report.extension import LOSSES
 from longrope.runs.folder import write_table, write_text
 from longrope.runs.progress import bar
 
-#: What a stage leaves beside its weights: the loss of every step.
-LOSSES = "losses.csv"
 #: How it goes through the model, which a resumed stage has to adopt.
 NOTES = "notes.json"
 #: How accelerate is told to cut weights into shards.
@@ -239,9 +238,9 @@ def _train(
     config = stage.config
     job = ranks.current()
     out.mkdir(parents=True, exist_ok=True)
-    last = job.broadcast(checkpoint.last_complete(out) if job.first else None)
+    last = job.by_first(lambda: checkpoint.last_complete(out))
     cpu = device_of(model).type == "cpu"
-    recomputed = job.broadcast(_recomputes(model, stage, out) if job.first else None)
+    recomputed = job.by_first(lambda: _recomputes(model, stage, out))
     _checkpoint_activations(model, recomputed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and not cpu)
     arguments = TrainingArguments(

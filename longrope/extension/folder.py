@@ -23,14 +23,11 @@ from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
 from longrope.patching.saving import exporting
-from longrope.report.extension import BASELINES
+from longrope.report.extension import BASELINES, EXPORT, KIND, STAGES, TIERS
 from longrope.runs import folder
 from longrope.runs.journal import Journal, Replay, is_begun, read
 
-KIND = "context extension"
-STAGES, MODEL, TIERS, TABLE = "stages", "model", "tiers.json", "table.md"
-#: The name of the last entry of a journal.
-EXPORT = "export"
+MODEL, TABLE = "model", "table.md"
 #: The weights that a stage of fine-tuning leaves in its own folder.
 WEIGHTS = "weights"
 

@@ -26,10 +26,9 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
 from longrope.patching.apply import factors_kept, rotary_of
 from longrope.patching.wrappers import dtype_note
+from longrope.report.recovery import TABLE, TIERS
 from longrope.runs.folder import write_text
 from longrope.runs.options import about, from_keywords
-
-TIERS, TABLE = "tiers.json", "recovery.md"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from longrope.factor_search.windows import WindowsByRole
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, rope_settings
 from longrope.patching.attention import has_kernel_attention
+from longrope.report.recovery import KIND
 from longrope.runs import folder
 from longrope.runs.journal import Journal
 
-KIND = "recovery"
 #: Powers of the long set that a search begins with.
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Digits of lambdas and attention factors: the grid of the search.

@@ -13,15 +13,12 @@ from torch import nn
 from longrope.checkpoints import Measured
 from longrope.checkpoints.measured import Row
 from longrope.evaluation.perplexity import perplexity
+from longrope.factors.tiers import ladder_targets
 
 
 def ranges_of(window: int, target: int) -> tuple[tuple[int, int], ...]:
     """Return the model's window, then up to twice that, and so on to the target."""
-    edges = [0, window]
-    while 2 * edges[-1] < target:
-        edges.append(2 * edges[-1])
-    edges.append(target)
-    return tuple(itertools.pairwise(edges))
+    return tuple(itertools.pairwise([0, window, *ladder_targets(window, target)]))
 
 
 def measure(

@@ -14,12 +14,11 @@ from longrope import report
 from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors
+from longrope.report.search_data import FACTORS, KIND, SUMMARY, TIERS
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_table, write_text
 
-KIND = "search"
-FACTORS, HISTORY, PLOT = "factors.json", "history.csv", "search.png"
-TIERS, SUMMARY = "tiers.json", "summary.json"
+HISTORY, PLOT = "history.csv", "search.png"
 
 
 def prepare(out: str | Path, resume: bool = True) -> Path:

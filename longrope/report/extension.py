@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from longrope.factors import Tiers
+from longrope.factors.heads import span
+from longrope.factors.tiers import ladder_targets
 from longrope.report import figures, plots, search
 from longrope.report.page import Command, Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import (
@@ -15,7 +17,6 @@ from longrope.report.parts import (
     flat,
     json_object,
     refer,
-    span,
     tier_figure,
     tier_rows,
 )
@@ -26,9 +27,10 @@ from longrope.runs.folder import JOURNAL
 from longrope.runs.style import line
 
 KIND = "context extension"
+#: What a run leaves; of a stage of fine-tuning the loss of every step.
 STAGES, TIERS, LOSSES, BASELINES = "stages", "tiers.json", "losses.csv", "baselines.json"
 #: The name of the last entry of a journal.
-_EXPORT = "export"
+EXPORT = "export"
 #: How the rows of the table are drawn, in order; the model as it was comes first.
 _LOOKS = ("none", "gradient", "evolution", "hybrid", "position", "cope", "mrrope-pro", "llama3")
 
@@ -44,7 +46,7 @@ def page(out: Path, shown: str) -> Page:
     found = Page(
         title=f"From {window} to {target} tokens",
         lead=f"An extension in {len(stages)} stages, measured after each on text that none sees.",
-        finished=_EXPORT in done,
+        finished=EXPORT in done,
         settings=_settings(plan),
     )
     ends = _ends(window, target)
@@ -80,10 +82,7 @@ def _settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ends(window: int, target: int) -> list[int]:
-    ends = [window]
-    while 2 * ends[-1] < target:
-        ends.append(2 * ends[-1])
-    return [*ends, target]
+    return [window, *ladder_targets(window, target)]
 
 
 def _perplexity(
@@ -217,7 +216,7 @@ def _stages(
             inner = (place / "search").relative_to(out).as_posix()
             refer(section, out, inner, shown, f"{name} in detail")
     target = max(max(_lengths(stage)) for stage in stages.values()) if stages else 0
-    if _EXPORT in done:
+    if EXPORT in done:
         section.commands.append(
             Command(
                 f"longrope evaluate {shown}/model UNSEEN --lengths {target} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,14 +138,6 @@ class Page:
     def figures(self) -> list[Figure]:
         """Return the figures of all sections."""
         return [figure for section in self.sections for figure in section.figures]
-
-    def csv(self) -> str:
-        """Return `results.csv`."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(self.rows)
-        return text.getvalue()
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -82,14 +82,6 @@ def flat(found: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def span(values: float | np.ndarray) -> str:
-    """Return a number as text, or the least and the most of those of several heads."""
-    least, most = float(np.min(values)), float(np.max(values))
-    return f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
-
-
 def label(name: str) -> str:
     """Return the label of a method of `longrope.runs.style`; other names are their own."""
-    if name == "none":
-        return "as loaded"
-    return style.STYLES[name].label if name in style.STYLES else name
+    return plots.look_of(name).label if name in style.STYLES else name

@@ -80,14 +80,15 @@ def draw_convergence(
     axes.set(xlabel="evaluation of the search", ylabel="perplexity, search windows")
     _label_levels(axes, near)
     missing = {name: v for name, v in baselines.items() if name not in near}
-    above = [f"{_style(name).label} {v:.3g}" for name, v in missing.items()]
+    above = [f"{look_of(name).label} {v:.3g}" for name, v in missing.items()]
     others = sum(not v <= top for v in values) - sum(v in values for v in missing.values())
     above += [f"{others} candidate{'s' * (others > 1)}"] if others > 0 else []
     if above:
         axes.set_title(f"above: {', '.join(above)}", fontsize=8, color="0.35")
 
 
-def _style(name: str) -> Style:
+def look_of(name: str) -> Style:
+    """Return how a method is drawn and called: without factors, "as loaded"."""
     return STYLES[name]._replace(label="as loaded") if name == "none" else STYLES[name]
 
 
@@ -96,7 +97,7 @@ def _label_levels(axes: Any, levels: Mapping[str, float]) -> None:
     low, high = axes.get_ylim()
     last = -math.inf
     for name, value in sorted(levels.items(), key=lambda item: item[1]):
-        style = _style(name)
+        style = look_of(name)
         axes.axhline(value, color=style.color, linestyle=":", linewidth=style.linewidth)
         last = max(value, last + 0.06 * (high - low))
         axes.annotate(style.label, (1.01, last), xycoords=("axes fraction", "data"), va="center",

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from longrope.factors import RescaleFactors
+from longrope.factors.heads import span
+from longrope.factors.tiers import ladder_targets
 from longrope.report import figures, plots
 from longrope.report.heads import head_figure
 from longrope.report.page import Command, Figure, Page, Row, Section, Table
-from longrope.report.parts import factor_rows, label, lambda_figure, span, tier_figure, tier_rows
+from longrope.report.parts import factor_rows, label, lambda_figure, tier_figure, tier_rows
 from longrope.report.search_data import (
     BEST,
     CLOSED_FORMS,
@@ -82,10 +84,7 @@ def _perplexities(run: Search, shown: str) -> list[Section]:
 
 def _evaluate(run: Search, shown: str) -> str:
     original, target = run.problem["original_length"], run.problem["target_length"]
-    lengths = [original]
-    while 2 * lengths[-1] < target:
-        lengths.append(2 * lengths[-1])
-    lengths.append(target)
+    lengths = [original, *ladder_targets(original, target)]
     file = TIERS if run.ladder else FACTORS
     return (
         f"longrope evaluate MODEL UNSEEN --lengths {','.join(map(str, lengths))} "

@@ -22,9 +22,9 @@ from longrope.report import (
     search,
     search_data,
 )
-from longrope.report.page import Figure, Page
+from longrope.report.page import Figure, Page, Row
 from longrope.runs import journal, times
-from longrope.runs.folder import JOURNAL, PLOTS, REPORT, ROWS, write_text
+from longrope.runs.folder import JOURNAL, PLOTS, REPORT, ROWS, write_table, write_text
 
 _BY_JOURNAL: dict[str, Callable[[Path, str], Page]] = {
     search_data.KIND: search.page,
@@ -70,7 +70,7 @@ def write(folder: str | os.PathLike) -> Path:
         name = f"{found.cover}.png"
         with replacing(out / name) as file:
             file.write((out / PLOTS / name).read_bytes())
-    write_text(out / ROWS, found.csv())
+    write_table(out / ROWS, Row._fields, found.rows)
     write_text(out / REPORT, html(found, images, times.read(out)))
     return out / REPORT
 
