@@ -149,7 +149,20 @@ std::tuple<Tensor, Tensor> candidate_sums(const Tensor& nll, const Tensor& targe
 std::tuple<Tensor, Tensor> linear_nll_cuda(const Tensor& hidden, const Tensor& weight,
                                            const Tensor& targets, int64_t ignore_index,
                                            std::optional<double> softcap) {
-  return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, NllChunks{});
+  return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, nll_chunks());
+}
+
+std::tuple<Tensor, Tensor> linear_nll_with_gradient_cuda(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& /*edge*/,
+    int64_t ignore_index, std::optional<double> softcap) {
+  return linear_nll_with_gradient_by_chunks(hidden, weight, targets, ignore_index, softcap,
+                                            nll_chunks());
+}
+
+Tensor linear_nll_scaled_cuda(const Tensor& grad_nll, const Tensor& gradient,
+                                const Tensor& targets, const Tensor& /*edge*/,
+                                int64_t ignore_index) {
+  return linear_nll_scaled(grad_nll, gradient, targets, ignore_index);
 }
 
 std::tuple<Tensor, Tensor> linear_nll_backward_cuda(const Tensor& grad_nll, const Tensor& hidden,
@@ -176,7 +189,7 @@ TORCH_LIBRARY_IMPL(longrope, CUDA, m) {
   m.impl("linear_nll", &linear_nll_cuda);
   m.impl("linear_nll_backward", &linear_nll_backward_cuda);
   m.impl("linear_nll_with_gradient", &linear_nll_with_gradient_cuda);
-  m.impl("linear_nll_scale", &linear_nll_scale_cuda);
+  m.impl("linear_nll_scale", &linear_nll_scaled_cuda);
   m.impl("candidate_sums", &candidate_sums);
 }
 #endif
