@@ -6,10 +6,10 @@
 // would turn every key again, and keys are read by many blocks. The price is one pass over q and k.
 // A few queries read every key once (decode.cu) and turn it there. Rotations in tiers take a step
 // for each tier (tiers.cu); blocks of rows that have no part in a step leave at once.
-#include "attention/cuda/kernels.cuh"
 #include <atomic>
 #include <cstring>
 
+#include "attention/cuda/kernels.cuh"
 #include "attention/cuda/workspace.cuh"
 
 namespace longrope {

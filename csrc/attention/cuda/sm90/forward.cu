@@ -4,9 +4,9 @@
 // (arXiv 2407.08608).
 // Mapping: a block takes 128 queries of one head (192 for head_dim to 64), 64 to each of its
 // consumer warpgroups, and walks through the keys that they see from the last one down, in tiles of
-// 128 (64 for head_dim beyond 128). One more warpgroup copies: the queries once, and keys and values
-// into rings of tiles, each of which has a barrier that says it is full (one arrival and the bytes of
-// the copy) and one that says it is empty (one arrival of each consumer warpgroup).
+// 128 (64 for head_dim beyond 128). One more warpgroup copies: the queries once, and keys and
+// values into rings of tiles, each of which has a barrier that says it is full (one arrival and the
+// bytes of the copy) and one that says it is empty (one arrival of each consumer warpgroup).
 //
 //   begin S = Q K(j)^T    begin O += P V(j - 1)    wait for S, free K(j)    P = softmax S
 //   wait for O, free V(j - 1)    rescale O, round P
@@ -137,9 +137,7 @@ struct Work {
   __device__ __forceinline__ bool is_idle() const {
     return first_query >= queries.end || first_query + kRows <= queries.begin;
   }
-  __device__ __forceinline__ int first_key(int step) const {
-    return keys.end - (step + 1) * kKeys;
-  }
+  __device__ __forceinline__ int first_key(int step) const { return keys.end - (step + 1) * kKeys; }
   __device__ __forceinline__ Keys keys_of(int query) const {
     return visible.keys(query < last_query ? query : last_query);
   }
@@ -304,8 +302,7 @@ class Rows {
  private:
   // The j-th eight columns of a row of the output, in an order that keeps the banks apart.
   __device__ __forceinline__ unsigned char* unit(int row, int j) const {
-    return q_ + j / 8 * Shared<kHeadDim>::Queries::kStride + row * kPanelBytes +
-           (j ^ row) % 8 * 16;
+    return q_ + j / 8 * Shared<kHeadDim>::Queries::kStride + row * kPanelBytes + (j ^ row) % 8 * 16;
   }
 
   // One thread speaks for the warpgroup, all of whose products have ended.
@@ -424,9 +421,8 @@ void run(const AttentionParams& p, cudaStream_t stream) {
   using Size = Tile<kHeadDim>;
   constexpr size_t kBytes = sizeof(Shared<kHeadDim>) + Shared<kHeadDim>::kAlignment;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
-  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(tiles)), dim3(Size::kThreads), kBytes, stream, p,
-         map_of(p.q, p, p.heads, p.queries, Size::kRows),
+  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
+         dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
          map_of(p.k, p, p.kv_heads, p.keys, Size::kKeys),
          map_of(p.v, p, p.kv_heads, p.keys, Size::kKeys), is_packed(p.out, p));
 }
