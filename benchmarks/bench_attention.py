@@ -11,6 +11,7 @@ import decode
 import torch
 from harness import compare, parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from longrope import ops
@@ -50,6 +51,9 @@ def torch_attention(q, k, v):
     if queries == keys or queries == 1:
         causal = {"is_causal": queries > 1}
         call, name = (lambda: sdpa(q, k, v, **causal, **grouped)), "torch SDPA, is_causal"
+    elif q.is_cuda:  # a mask of its own would shut out flash
+        bias = causal_lower_right(queries, keys)
+        call, name = (lambda: sdpa(q, k, v, attn_mask=bias, **grouped)), "torch SDPA, lower right"
     else:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
         mask = ones.tril(keys - queries)
