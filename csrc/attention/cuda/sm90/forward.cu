@@ -387,7 +387,10 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
   Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
   const Work<kHeadDim> work(p);
   if (work.is_idle()) return;
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) {
+    prefetch_map(q), prefetch_map(k), prefetch_map(v);
+    shared.init_barriers();
+  }
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<Tile<kHeadDim>::kProducerRegisters>();
@@ -407,8 +410,9 @@ LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
 
 TensorMap map_of(const AttentionTensor& x, const AttentionParams& p, int64_t heads, int64_t tokens,
                  int rows) {
-  // The stride of a dimension of one element may be anything; the map wants a multiple of 16 bytes.
-  auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? 2 * stride : 16; };
+  // The stride of a dimension of one element may be anything, and the map wants a multiple of 16.
+  const int64_t whole = std::max<int64_t>(8, x.token_stride * tokens);
+  auto bytes = [&](int64_t stride, int64_t size) { return 2 * (size > 1 ? stride : whole); };
   return tensor_map({x.data,
                      {read_columns(p), tokens, heads, p.batch},
                      {bytes(x.token_stride, tokens), bytes(x.head_stride, heads),
