@@ -50,6 +50,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
       },
       "How often an op has gone to a CUDA device in this process.");
+#ifdef LONGROPE_CUDA
+  m.def("cuda_attention", &longrope::attention_cuda_kernel,
+        "Which kernel attends on CUDA: auto, mma or wgmma.");
+  m.def("set_cuda_attention", &longrope::set_attention_cuda_kernel, pybind11::arg("kernel"),
+        "Use one of them from now on: wgmma (compute capability 9.0) wherever it can be, mma never "
+        "that one, auto (at first) the one that is expected to be faster; ValueError for others.");
+#endif
   m.def(
       "isa", [] { return std::string(longrope::isa_name(longrope::isa())); },
       "The CPU instruction set in use: scalar, avx2 or avx512.");

@@ -78,12 +78,10 @@ struct Softmax {
     return largest == -INFINITY ? 0.0f : largest * unit;
   }
 
-  // Turns scores into weights relative to the largest so far, and o along with them: most tiles
-  // bring no larger score to any row of the warp, and then o stays as it is.
-  template <int kN, int kColumns>
-  __device__ __forceinline__ void add(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4],
-                                      float unit) {
-    float before[kM][2];  // what weights relative to the last largest score are worth now
+  // Turns scores into weights relative to the largest so far. `before` is what weights relative to
+  // the last largest are worth now; says whether that is not 1 for a row of this lane.
+  template <int kN>
+  __device__ __forceinline__ bool weigh(float (&s)[kM][kN][4], float (&before)[kM][2], float unit) {
     bool grows = false;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
@@ -112,12 +110,26 @@ struct Softmax {
         sum[i][half] = sum[i][half] * before[i][half] + total;
       }
     }
-    if (!any(kAllLanes, grows)) return;
+    return grows;
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void rescale(float (&o)[kM][kColumns][4],
+                                                 const float (&before)[kM][2]) {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int e = 0; e < 4 * kColumns; ++e) o[i][e / 4][e % 4] *= before[i][e % 4 / 2];
     }
+  }
+
+  // Turns scores into weights and o along with them: most tiles bring no larger score to any row of
+  // the warp, and then o stays as it is.
+  template <int kN, int kColumns>
+  __device__ __forceinline__ void add(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4],
+                                      float unit) {
+    float before[kM][2];
+    if (any(kAllLanes, weigh(s, before, unit))) rescale(o, before);
   }
 
   // The factors of o that make it the output, and the log-sum-exps: 0 and -inf for rows without a
