@@ -33,10 +33,11 @@ struct Tile {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
   static constexpr int kStages = kHeadDim == 64 ? 3 : 2;  // of keys, and of values
-  // 64 Ki registers: at entry all threads have as many, then consumers take what the copying
-  // warpgroup gives up. Sums of O and S and the weights are 128, 160 and 176 of theirs.
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  // At entry every thread has 168 registers (128 where there are 512 threads), then consumers take
+  // what the copying warpgroup gives up: for more than that they would wait without end. Sums of O
+  // and S and the weights are 128, 160 and 176 of theirs.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
   // and O and S leave no registers to spare.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
