@@ -4,9 +4,9 @@
 // (arXiv 2407.08608).
 // Mapping: a block takes 128 queries of one head (192 for head_dim to 64), 64 to each of its
 // consumer warpgroups, and walks through the keys that they see from the last one down, in tiles of
-// 128 (64 for head_dim beyond 128). One more warpgroup copies: the queries once, and keys and values
-// into rings of tiles, each of which has a barrier that says it is full (one arrival and the bytes of
-// the copy) and one that says it is empty (one arrival of each consumer warpgroup).
+// 128 (64 for head_dim beyond 128). One more warpgroup copies: the queries once, and keys and
+// values into rings of tiles, each of which has a barrier that says it is full (one arrival and the
+// bytes of the copy) and one that says it is empty (one arrival of each consumer warpgroup).
 //
 //   begin S = Q K(j)^T    begin O += P V(j - 1)    wait for S, free K(j)    P = softmax S
 //   wait for O, free V(j - 1)    rescale O, round P
@@ -18,9 +18,9 @@
 // before. Keys before the tensor are zeros; values that exist and are not for this block are made
 // zeros (0 times NaN is NaN), and scores there are masked as those beyond a bound of their row are.
 #include "attention/cuda/kernels.cuh"
+#include "attention/cuda/sm90/panels.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
-#include "common/cuda/tensor_map.cuh"
 
 namespace longrope {
 namespace cuda {
@@ -41,26 +41,6 @@ struct Tile {
   // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
   // and O and S leave no registers to spare.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
-};
-
-constexpr int kPanelBytes = 128;  // of a row: 64 columns
-
-// A tile lies in panels of 64 columns, as copy_box writes them.
-template <int kHeadDim, int kRows>
-struct alignas(1024) Panels {
-  static constexpr int kBytes = 2 * kHeadDim * kRows;
-  static constexpr int kStride = kPanelBytes * kRows;  // from panel to panel
-
-  unsigned char bytes[kBytes];
-
-  // Begins to copy the rows from `row` on.
-  __device__ __forceinline__ void copy(const TensorMap& map, uint64_t* barrier, int row, int head,
-                                       int batch) {
-#pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(bytes + panel * kStride, map, barrier, {64 * panel, row, head, batch});
-    }
-  }
 };
 
 template <int kHeadDim>
@@ -138,9 +118,7 @@ struct Work {
   __device__ __forceinline__ bool is_idle() const {
     return first_query >= queries.end || first_query + kRows <= queries.begin;
   }
-  __device__ __forceinline__ int first_key(int step) const {
-    return keys.end - (step + 1) * kKeys;
-  }
+  __device__ __forceinline__ int first_key(int step) const { return keys.end - (step + 1) * kKeys; }
   __device__ __forceinline__ Keys keys_of(int query) const {
     return visible.keys(query < last_query ? query : last_query);
   }
@@ -305,8 +283,7 @@ class Rows {
  private:
   // The j-th eight columns of a row of the output, in an order that keeps the banks apart.
   __device__ __forceinline__ unsigned char* unit(int row, int j) const {
-    return q_ + j / 8 * Shared<kHeadDim>::Queries::kStride + row * kPanelBytes +
-           (j ^ row) % 8 * 16;
+    return q_ + j / 8 * Shared<kHeadDim>::Queries::kStride + row * kPanelBytes + (j ^ row) % 8 * 16;
   }
 
   // One thread speaks for the warpgroup, all of whose products have ended.
@@ -409,25 +386,13 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
 
 LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
 
-TensorMap map_of(const AttentionTensor& x, const AttentionParams& p, int64_t heads, int64_t tokens,
-                 int rows) {
-  // The stride of a dimension of one element may be anything; the map wants a multiple of 16 bytes.
-  auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? 2 * stride : 16; };
-  return tensor_map({x.data,
-                     {read_columns(p), tokens, heads, p.batch},
-                     {bytes(x.token_stride, tokens), bytes(x.head_stride, heads),
-                      bytes(x.batch_stride, p.batch)}},
-                    rows);
-}
-
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
   using Size = Tile<kHeadDim>;
   constexpr size_t kBytes = sizeof(Shared<kHeadDim>) + Shared<kHeadDim>::kAlignment;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
-  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(tiles)), dim3(Size::kThreads), kBytes, stream, p,
-         map_of(p.q, p, p.heads, p.queries, Size::kRows),
+  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
+         dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
          map_of(p.k, p, p.kv_heads, p.keys, Size::kKeys),
          map_of(p.v, p, p.kv_heads, p.keys, Size::kKeys), is_packed(p.out, p));
 }
