@@ -148,9 +148,9 @@ void read_along(const Matrix& m, int rows, bool is_bf16, float* out, Site site) 
 void read_across(const Matrix& m, int columns, bool is_bf16, float* out, Site site) {
   for (int k = 0; k < kDepth; ++k) {
     for (int column = 0; column < columns; column += 8) {
-      read_unit(m.start + column / 64 * m.panel + k / 8 * m.eight_rows + k % 8 * 128 +
-                    column % 64 * 2,
-                is_bf16, out + k * columns + column, 1, site);
+      read_unit(
+          m.start + column / 64 * m.panel + k / 8 * m.eight_rows + k % 8 * 128 + column % 64 * 2,
+          is_bf16, out + k * columns + column, 1, site);
     }
   }
 }

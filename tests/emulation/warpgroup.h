@@ -3,9 +3,9 @@
 //
 // csrc/common/cuda/sm90.cuh says what each does. Caught besides what runtime.h catches: a copy or a
 // product that is used before its wait or never waited for (what it writes is poison until then), a
-// left operand or a tile that changes under a product (both are read at the wait), a product without
-// its fence, a barrier that was never made or is arrived at too often. Not caught: stores that
-// publish_stores should have published, as memory here has one view.
+// left operand or a tile that changes under a product (both are read at the wait), a product
+// without its fence, a barrier that was never made or is arrived at too often. Not caught: stores
+// that publish_stores should have published, as memory here has one view.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ void init_barrier(const void* barrier, int arrivals, Site site);
 void arrive(const void* barrier, long bytes, Site site);
 void wait_barrier(const void* barrier, int parity, Site site);
 
-// A tensor of 16-bit elements, innermost dimension first; strides in bytes. Boxes are of 64 elements
-// in `rows` rows.
+// A tensor of 16-bit elements, innermost dimension first; strides in bytes. Boxes are of 64
+// elements in `rows` rows.
 struct TensorMap {
   const char* data;
   std::int64_t sizes[4], strides[4];

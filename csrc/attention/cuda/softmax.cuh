@@ -51,10 +51,17 @@ struct Score {
 
   template <int kM, int kN>
   __device__ __forceinline__ void apply(float (&s)[kM][kN][4]) const {
+    auto each = [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < kM * kN * 4; ++i) {
-      float& x = s[i / (4 * kN)][i / 4 % kN][i % 4];
-      x = apply(x);
+      for (int i = 0; i < kM * kN * 4; ++i) {
+        float& x = s[i / (4 * kN)][i / 4 % kN][i % 4];
+        x = f(x);
+      }
+    };
+    if (outer != 0.0f) {
+      each([&](float x) { return outer * tanh_of(x); });
+    } else {
+      each([&](float x) { return inner * x; });
     }
   }
 };
@@ -87,13 +94,14 @@ struct Softmax {
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = largest[i][half];
+        // Two chains: one waits for the result of the instruction before it.
+        float even = largest[i][half], odd = s[i][0][2 * half + 1];
 #pragma unroll
-        for (int e = 0; e < 2 * kN; ++e) {
-          const float x = s[i][e / 2][2 * half + e % 2];
-          most = fmaxf(most, x);
+        for (int j = 0; j < kN; ++j) {
+          even = fmaxf(even, s[i][j][2 * half]);
+          odd = fmaxf(odd, s[i][j][2 * half + 1]);
         }
-        most = warp_max(most, 4);
+        const float most = warp_max(fmaxf(even, odd), 4);
         const float shift = shift_of(most, unit);
         // Exactly 1 where nothing grows: a power of a rounding error, once a tile, would add up.
         const bool more = most > largest[i][half];

@@ -1,6 +1,7 @@
-// The instructions of compute capability 9.0 alone (sm_90a), in the manner of ptx.cuh: memory barriers
-// that count bytes, copies of tensor tiles, and products of a warpgroup, which is four warps of which
-// the first has a multiple of four as its number. Their twins are in tests/emulation/warpgroup.cpp.
+// The instructions of compute capability 9.0 alone (sm_90a), in the manner of ptx.cuh: memory
+// barriers that count bytes, copies of tensor tiles, and products of a warpgroup, which is four
+// warps of which the first has a multiple of four as its number. Their twins are in
+// tests/emulation/warpgroup.cpp.
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -42,10 +43,10 @@ __device__ __forceinline__ void publish_barriers() {
 __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes,
                                                  Site site = Site::here()) {
 #ifdef __CUDACC__
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 #else
   emulation::arrive(barrier, bytes, site);
 #endif
@@ -120,8 +121,8 @@ __device__ __forceinline__ void publish_stores() {
 }
 
 // ---- products of a warpgroup --------------------------------------------------------------------
-// They run on while the threads do. Until a wait has seen a product end nobody touches its registers
-// or writes what it reads.
+// They run on while the threads do. Until a wait has seen a product end nobody touches its
+// registers or writes what it reads.
 
 // Before the first product, and after registers of one (sums or left operand) have been written.
 __device__ __forceinline__ void fence_products() {
@@ -157,8 +158,8 @@ __device__ __forceinline__ void wait_products(float (&sums)[kColumns][4],
 }
 
 // Names a matrix in shared memory that copy_box wrote in panels of 64 elements (128 bytes) a row;
-// eight rows are `eight_rows` bytes after the last eight. A matrix whose rows lie across the sum has
-// several panels, `panel` bytes apart.
+// eight rows are `eight_rows` bytes after the last eight. A matrix whose rows lie across the sum
+// has several panels, `panel` bytes apart.
 __device__ __forceinline__ uint64_t matrix_at(const void* shared, int panel, int eight_rows) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
 #ifdef __CUDACC__
@@ -171,19 +172,19 @@ __device__ __forceinline__ uint64_t matrix_at(const void* shared, int panel, int
 }
 
 #ifdef __CUDACC__
-#define LONGROPE_SUMS_32 \
+#define LONGROPE_SUMS_32                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LONGROPE_SUMS_64 \
-  LONGROPE_SUMS_32 \
+#define LONGROPE_SUMS_64                                                               \
+  LONGROPE_SUMS_32                                                                     \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LONGROPE_SUMS_128 \
-  LONGROPE_SUMS_64 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+#define LONGROPE_SUMS_128                                                                 \
+  LONGROPE_SUMS_64                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "    \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, " \
-  "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, " \
+  "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "  \
   "%125, %126, %127"
 #define LONGROPE_FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define LONGROPE_16(j) \
@@ -194,22 +195,23 @@ __device__ __forceinline__ uint64_t matrix_at(const void* shared, int panel, int
 
 // kColumns columns, kSums = kColumns / 2 registers of sums; the numbers are those of the operands
 // behind the sums.
-#define LONGROPE_SHARED_PRODUCT(columns, sums, type, A, B, ADD)                               \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD ", 0;\n"                         \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type          \
-               " {" LONGROPE_SUMS_##sums "}, %" A ", %" B ", add, 1, 1, 0, 0;\n}\n"           \
-               : LONGROPE_##sums(0)                                                           \
+#define LONGROPE_SHARED_PRODUCT(columns, sums, type, A, B, ADD)                      \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" ADD                          \
+               ", 0;\n"                                                              \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
+               " {" LONGROPE_SUMS_##sums "}, %" A ", %" B ", add, 1, 1, 0, 0;\n}\n"  \
+               : LONGROPE_##sums(0)                                                  \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-#define LONGROPE_REGISTER_PRODUCT(columns, sums, type, A, B)                                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type          \
-               " {" LONGROPE_SUMS_##sums "}, {" A "}, %" B ", 1, 1, 1, 1;\n"                  \
-               : LONGROPE_##sums(0)                                                           \
+#define LONGROPE_REGISTER_PRODUCT(columns, sums, type, A, B)                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
+               " {" LONGROPE_SUMS_##sums "}, {" A "}, %" B ", 1, 1, 1, 1;\n"         \
+               : LONGROPE_##sums(0)                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #endif
 
-// Begins d (+)= A B^T for the 64 rows of A and 8 kColumns rows of B that `a` and `b` name, 16 columns
-// of each, of T = bf16 or f16. d lies in the lanes of warp w as the sums of mma_16x8x16 for the rows
-// from 16 w on.
+// Begins d (+)= A B^T for the 64 rows of A and 8 kColumns rows of B that `a` and `b` name, 16
+// columns of each, of T = bf16 or f16. d lies in the lanes of warp w as the sums of mma_16x8x16 for
+// the rows from 16 w on.
 template <typename T, int kColumns>
 __device__ __forceinline__ void begin_product(float (&d)[kColumns][4], uint64_t a, uint64_t b,
                                               bool add, Site site = Site::here()) {

@@ -37,11 +37,10 @@ inline TensorMap tensor_map(const TensorLayout& x, int rows) {
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   TensorMap map;
   // Elements are copied as they are: which 16-bit type they have does not matter.
-  const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                                const_cast<void*>(x.data), sizes, strides, box, steps,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(x.data), sizes, strides,
+             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: refused with error " +
                              std::to_string(static_cast<int>(error)));
