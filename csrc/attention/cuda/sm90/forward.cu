@@ -18,9 +18,9 @@
 // before. Keys before the tensor are zeros; values that exist and are not for this block are made
 // zeros (0 times NaN is NaN), and scores there are masked as those beyond a bound of their row are.
 #include "attention/cuda/kernels.cuh"
+#include "attention/cuda/sm90/panels.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
-#include "common/cuda/tensor_map.cuh"
 
 namespace longrope {
 namespace cuda {
@@ -33,33 +33,14 @@ struct Tile {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
   static constexpr int kStages = kHeadDim == 64 ? 3 : 2;  // of keys, and of values
-  // 64 Ki registers: at entry all threads have as many, then consumers take what the copying
-  // warpgroup gives up. Sums of O and S and the weights are 128, 160 and 176 of theirs.
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  // At entry every thread has 168 registers (128 where there are 512 threads), then consumers take
+  // what the copying warpgroup gives up: for more than that they would wait without end. Sums of O
+  // and S and the weights are 128, 160 and 176 of theirs.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
   // and O and S leave no registers to spare.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
-};
-
-constexpr int kPanelBytes = 128;  // of a row: 64 columns
-
-// A tile lies in panels of 64 columns, as copy_box writes them.
-template <int kHeadDim, int kRows>
-struct alignas(1024) Panels {
-  static constexpr int kBytes = 2 * kHeadDim * kRows;
-  static constexpr int kStride = kPanelBytes * kRows;  // from panel to panel
-
-  unsigned char bytes[kBytes];
-
-  // Begins to copy the rows from `row` on.
-  __device__ __forceinline__ void copy(const TensorMap& map, uint64_t* barrier, int row, int head,
-                                       int batch) {
-#pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(bytes + panel * kStride, map, barrier, {64 * panel, row, head, batch});
-    }
-  }
 };
 
 template <int kHeadDim>
@@ -407,18 +388,6 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
 }
 
 LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
-
-TensorMap map_of(const AttentionTensor& x, const AttentionParams& p, int64_t heads, int64_t tokens,
-                 int rows) {
-  // The stride of a dimension of one element may be anything, and the map wants a multiple of 16.
-  const int64_t whole = std::max<int64_t>(8, x.token_stride * tokens);
-  auto bytes = [&](int64_t stride, int64_t size) { return 2 * (size > 1 ? stride : whole); };
-  return tensor_map({x.data,
-                     {read_columns(p), tokens, heads, p.batch},
-                     {bytes(x.token_stride, tokens), bytes(x.head_stride, heads),
-                      bytes(x.batch_stride, p.batch)}},
-                    rows);
-}
 
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
