@@ -142,8 +142,9 @@ __device__ __forceinline__ void commit_products() {
 #endif
 }
 
-// Waits until at most kPending of the latest groups are under way. `sums`, which one of those that
-// ended has written, is an operand so that the compiler reads none of it before.
+// Waits until at most kPending of the latest groups are under way; all threads of the warpgroup
+// come. `sums`, which one of those that ended has written, is an operand so that the compiler reads
+// none of it before. Waits of different kPlace are not merged into one.
 template <int kPending, int kPlace = 0, int kColumns>
 __device__ __forceinline__ void wait_products(float (&sums)[kColumns][4],
                                               Site site = Site::here()) {

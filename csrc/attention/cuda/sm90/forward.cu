@@ -320,6 +320,13 @@ class Rows {
     mask(s[0], work_.first_key(0));
     softmax_.weigh(s, before, score_.unit);
     round_to_left<T>(s[0], weights_);
+    wait_for_keys(1);
+  }
+
+  // Comes between a softmax and the wait for the product beside it: ptxas moves that wait upwards
+  // as far as there is no branch, and would have the softmax run beside nothing.
+  __device__ __forceinline__ void wait_for_keys(int step) {
+    if (step < work_.steps) wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
   }
 
   // kPlain: scores are products and every row sees all keys.
@@ -327,7 +334,6 @@ class Rows {
   __device__ __forceinline__ void next(int step) {
     float s[1][kKeys / 8][4], before[1][2];
     turn_.wait();
-    wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
     begin_scores<T, kHeadDim>(s[0], q_, shared_.k[k_at_.stage].bytes);
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
     begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
@@ -339,14 +345,12 @@ class Rows {
       if (!score_.is_product) score_.apply(s);
       mask(s[0], work_.first_key(step));
     }
-    if (any(kAllLanes, softmax_.weigh(s, before, score_.unit))) {
-      wait_products<0>(o_[0]);
-      Softmax<1>::rescale(o_, before);
-    } else {
-      wait_products<0, 1>(o_[0]);
-    }
+    const bool grows = softmax_.weigh(s, before, score_.unit);
+    wait_for_keys(step + 1);
+    wait_products<0>(o_[0]);
     release(&shared_.v_empty[v_at_.stage]);
     v_at_.advance();
+    if (any(kAllLanes, grows)) Softmax<1>::rescale(o_, before);
     round_to_left<T>(s[0], weights_);
   }
 
