@@ -89,8 +89,24 @@ def test_resumes_to_the_bit(model, texts, tmp_path, ladder, no_margin):
     assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == whole.factors
     report.write(tmp_path / "run")
     assert (tmp_path / "run" / "plots" / "heads.png").exists() == whole.factors.per_head
-    with pytest.raises(JournalError, match="per"):
-        longrope.search(model, texts, out=tmp_path / "run", **(options | {"per": "layer"}))
+    for per in ("layer", "model"):
+        with pytest.raises(JournalError, match=rf"\(per: 'head' there, '{per}' here\); choose"):
+            longrope.search(model, texts, out=tmp_path / "run", **(options | {"per": per}))
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_a_search_for_all_heads_goes_on(model, texts, tmp_path, ladder, no_margin):
+    """A folder of `per="model"` goes on to the bits of a search that began with `per="head"`."""
+    options = SMALL | {"ladder": ladder}
+    whole = longrope.search(model, texts, out=tmp_path / "whole", per="head", **options)
+    shared = longrope.search(model, texts, out=tmp_path / "run", **options)
+    before = (tmp_path / "run" / "journal.jsonl").read_text()
+    found = longrope.search(model, texts, out=tmp_path / "run", per="head", **options)
+    assert found.shared.factors == shared.factors
+    assert (found.factors, found.tiers) == (whole.factors, whole.tiers)
+    assert values(found.history) == values(whole.history)
+    after = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert after.startswith(before) and len(after) > len(before)
 
 
 def test_the_gradient_is_that_of_every_head(model, texts):
