@@ -32,7 +32,7 @@ from longrope.patching import rope_settings
 from longrope.report.figures import canvas
 from longrope.report.heads import head_figure
 
-SHARED, MEAN = "shared", "mean of {per}"
+SHARED, MEAN = "shared", "mean of head"
 FILE = RESULTS / "heads_comparison.csv"
 
 
@@ -98,9 +98,9 @@ def one_seed(model: torch.nn.Module, documents, seed: int, runs: Path, args) -> 
         factors = result.factors if result.tiers is None else result.tiers
         if name not in known:
             yield row(name, factors, result)
-        if per != "model" and result.factors.per_head:
+        if per == "head" and result.factors.per_head:
             several = factors if result.tiers is not None else [factors]
-            yield row(MEAN.format(per=per), longrope.Tiers([f.mean() for f in several]), result)
+            yield row(MEAN, longrope.Tiers([f.mean() for f in several]), result)
 
 
 def tables(rows: list[dict]) -> list[str]:
