@@ -25,7 +25,7 @@ from longrope.factor_search.descent import HeadDescent, Point
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.methods import ATTENTION_DIGITS, SLOWER, Task
 from longrope.factor_search.space import STEPS
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors, Shared, Tiers
 from longrope.patching.families import decoder
 from longrope.patching.layers import layers_and_heads
 from longrope.runs.journal import Replay
@@ -88,6 +88,16 @@ class HeadSearch:
         )  # fmt: skip
         if not gains:  # tiers that gain for themselves can cost those above
             return result
+        measured = (
+            (shared.perplexity, perplexity[Role.SEARCH])
+            if held_out is None else (shared.validation_perplexity, held_out)
+        )  # fmt: skip
+        if not all(map(math.isfinite, measured)):
+            measured = None, None
+        found = [
+            own.replace(shared=Shared(start, *measured)) if start is not own and own.per_head
+            else own for own, start in zip(found, several, strict=True)
+        ]  # fmt: skip
         return dataclasses.replace(
             result,
             factors=found[-1],

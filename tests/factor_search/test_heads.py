@@ -55,6 +55,13 @@ def test_search(model, texts, per, ladder, no_margin):
     every = [own for own in every if own.per_head]  # a tier may stay with the shared ones
     assert {own.heads for own in every} == {(2, 2 if per == "head" else 1)}
     assert found.validation_perplexity <= shared.validation_perplexity
+    began = [shared.factors] if shared.tiers is None else list(shared.tiers)[1:]
+    every_tier = [found.factors] if found.tiers is None else list(found.tiers)[1:]
+    for own, start in zip(every_tier, began, strict=True):
+        if own.per_head:  # what exports hold, and its cost
+            assert own.shared.factors == start
+            assert own.shared.perplexity == shared.validation_perplexity
+            assert own.shared.own_perplexity == found.validation_perplexity
     for own in every:
         assert (np.diff(own.lambdas, axis=-1) >= 0).all()
         assert own.lambdas.min() >= 1
@@ -86,7 +93,8 @@ def test_resumes_to_the_bit(model, texts, tmp_path, ladder, no_margin):
         assert again.tiers == whole.tiers
         assert values(again.history) == values(whole.history)
         assert journal.read_text().splitlines(keepends=True)[1:] == lines[1:]
-    assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == whole.factors
+    again = longrope.RescaleFactors.load(tmp_path / "run" / "factors.json")
+    assert (again, again.shared) == (whole.factors, whole.factors.shared)
     report.write(tmp_path / "run")
     assert (tmp_path / "run" / "plots" / "heads.png").exists() == whole.factors.per_head
     for per in ("layer", "model"):
