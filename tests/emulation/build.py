@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "emulation"
-RUNTIME = (HERE / "fiber.cpp", HERE / "runtime.cpp")
+RUNTIME = (HERE / "fiber.cpp", HERE / "runtime.cpp", HERE / "warpgroup.cpp")
 FLAGS = (
     "-std=c++17",
     "-O1",

@@ -26,7 +26,7 @@ calls = 0
 @cache
 def runtime() -> Runtime:
     """Build (once) and load the emulated kernels."""
-    kernels = tuple(sorted((ROOT / "csrc").glob("*/cuda/*.cu")))
+    kernels = tuple(sorted((ROOT / "csrc").glob("*/cuda/**/*.cu")))
     return Runtime(build("kernels", (*kernels, HERE / "library.cpp")))
 
 

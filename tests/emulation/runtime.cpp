@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulation/fiber.h"
+#include "emulation/warpgroup.h"
 
 emulation::Index3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -135,10 +136,6 @@ std::string text(Site site) {
 bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 
-std::string where() {
-  return std::string("kernel ") + g().launch->kernel + ", block " + text(blockIdx) + ": ";
-}
-
 void wake(Thread& thread) { thread.state = State::kReady; }
 
 // Gives the processor back until another thread wakes this one.
@@ -202,7 +199,7 @@ bool run(Thread& thread) {
 
 [[noreturn]] void report_deadlock() {
   State_& s = g();
-  std::string report = where() + "deadlock";
+  std::string report = block_text() + "deadlock";
   std::vector<std::pair<Thread*, int>> groups;  // threads that wait at the same place
   for (int i = 0; i < s.count; ++i) {
     Thread* t = s.threads[i].get();
@@ -273,6 +270,7 @@ void run_block() {
     t.groups.clear();
     t.fiber.start(thread_main);
   }
+  begin_block();
   while (s.alive > 0) {
     bool progress = false;
     if (s.order == Order::kShuffle) {
@@ -286,6 +284,7 @@ void run_block() {
     }
     if (!progress) report_deadlock();
   }
+  end_block();
 }
 
 void check_launch(const Launch& launch) {
@@ -313,6 +312,7 @@ void set_order(Order order, unsigned seed) {
 }
 
 void set_capability(int capability) { g().capability = capability; }
+int capability() { return g().capability; }
 std::size_t most_shared_bytes() { return shared_bytes_of(g().capability); }
 
 void run_grid(const Launch& launch, const std::function<void()>& body) {
@@ -339,7 +339,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
 
 void fail(const std::string& what, Site site) {
   State_& s = g();
-  s.error = where() + "thread " + text(s.current->index) + " (" + text(site) + "): " + what;
+  s.error = block_text() + "thread " + text(s.current->index) + " (" + text(site) + "): " + what;
   switch_context(s.current->fiber.context(), s.scheduler);
   std::abort();  // never resumed
 }
@@ -455,6 +455,13 @@ void check_shared(const void* pointer, int bytes, const char* primitive, Site si
 }
 
 int lane() { return g().current->number % kWarp; }
+int thread_number() { return g().current->number; }
+void sleep_thread(const char* primitive, Site site) { sleep(*g().current, primitive, site); }
+void wake_thread(int number) { wake(*g().threads[static_cast<std::size_t>(number)]); }
+
+std::string block_text() {
+  return std::string("kernel ") + g().launch->kernel + ", block " + text(blockIdx) + ": ";
+}
 
 }  // namespace emulation
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support import backends
 from support.criterion import assert_as_accurate, assert_nonzero_gradient
 from support.views import moved
 from torch.utils._pytree import tree_map
@@ -72,12 +73,11 @@ def test_accuracy_by_head_dim(backend, head_dim, dtype):
     assert_accurate(backend, inputs((2, 1, 20, 70), head_dim, dtype, batch=1), {})
 
 
-def test_no_head_dim_beyond_256(backend):
-    if backend.is_emulated:
-        pytest.skip("the bindings refuse it")
-    q, k, v = (t.to(backend.device) for t in inputs((1, 1, 2, 2), 257, torch.float32))
-    with pytest.raises(ValueError, match="256"):
-        ops.attention(q, k, v)
+def test_no_head_dim_beyond_256():
+    for device in {"cpu", "meta", "cuda"} & {"cpu", "meta", *backends.names()}:
+        q, k, v = (t.to(device) for t in inputs((1, 1, 2, 2), 257, torch.float32))
+        with pytest.raises(ValueError, match="256"):
+            ops.attention(q, k, v)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
