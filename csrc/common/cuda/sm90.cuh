@@ -172,6 +172,13 @@ __device__ __forceinline__ uint64_t matrix_at(const void* shared, int panel, int
          static_cast<uint64_t>(panel >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
+// The matrix that begins `bytes` behind another one: the address is in the lowest bits, and does
+// not leave them.
+__device__ __forceinline__ uint64_t moved(uint64_t matrix, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes >> 4);
+  return matrix >> 32 << 32 | low;
+}
+
 #ifdef __CUDACC__
 #define LONGROPE_SUMS_32                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
