@@ -144,14 +144,17 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   using RowTile = typename Shared<kHeadDim>::RowTile;
   const AttentionParams& p = g.forward;
   const Head& head = work.head;
-  const Keys queries = work.queries;
+  const int queries = work.queries.end - work.queries.begin;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
   const int group_key = work.first_key + 64 * group, key = group_key + 16 * warp + lane / 4;
   const Score score(p);
 
-  // The queries that see each of this lane's keys, less the first one of a tile that is this
-  // lane's, and those that see all keys of the warpgroup.
-  const auto seeing = [&](int x) { return head.visible.queries(x, x + 1, queries); };
+  // From here on queries count from the first one. Those that see each of this lane's keys, less
+  // the first one of a tile that is this lane's, and those that see all keys of the warpgroup.
+  const auto seeing = [&](int x) {
+    const Keys all = head.visible.queries(x, x + 1, work.queries);
+    return Keys{all.begin - work.queries.begin, all.end - work.queries.begin};
+  };
   Keys by[2], by_all{0, 0};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -168,7 +171,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {};
   float s[kRows / 8][4], ds[kRows / 8][4];
   uint32_t weights[kRows / 16][4], slopes[kRows / 16][4];
-  int step = 0, first = queries.begin;
+  int step = 0, first = 0;
 
   // inside: every query of the tile sees all keys of the warpgroup.
   const auto next = [&](auto inside) {
@@ -177,8 +180,8 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     const uint64_t q = moved(tiles, stage * 2 * RowTile::kBytes);
     const uint64_t grad_out = moved(q, RowTile::kBytes);
     wait_barrier(&shared.full[stage], step / kStages % 2);
-    if (!kInside && first + kRows > queries.end && queries.end < p.queries) {
-      const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, row = queries.end - first;
+    if (!kInside && first + kRows > queries) {
+      const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, row = queries - first;
       shared.rows[stage].q.clear(row, thread, kConsumerThreads);
       shared.rows[stage].grad_out.clear(row, thread, kConsumerThreads);
       publish_stores();
@@ -200,12 +203,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
         float *const x = s[j] + 2 * half, *const dx = ds[j] + 2 * half;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (kSoftcap) {
-            score.weigh(x[e], dx[e], log2_sum.values[e], delta.values[e]);
-          } else {
-            x[e] = exp2_approx(fmaf(x[e], score.inner, -log2_sum.values[e]));
-            dx[e] = x[e] * (dx[e] - delta.values[e]);
-          }
+          weigh<kSoftcap>(score, x[e], dx[e], log2_sum.values[e], delta.values[e]);
           const int query = first + 8 * j + e;
           if (!kInside && (query < by[half].begin || query >= by[half].end)) x[e] = dx[e] = 0.0f;
         }
@@ -217,7 +215,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     begin_sum<T>(dk[0], slopes, across<RowTile>(q));
     ++step;
     first += kRows;
-    if (first >= queries.end) first = queries.begin;
+    if (first >= queries) first = 0;
   };
   const auto is_inside = [&] { return first >= by_all.begin && first + kRows <= by_all.end; };
   if (work.steps > 0) wait_barrier(&shared.keys_full, 0);
@@ -267,7 +265,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-LONGROPE_MAX_REGISTERS(grad_keys_sm90_kernel, 168)
+// With a softcap at head_dim 128 one word of the last step waits in local memory, 4 + 16 bytes.
+LONGROPE_MAX_REGISTERS(grad_keys_sm90_kernel, 168, 20)
 
 }  // namespace
 }  // namespace sm90

@@ -154,7 +154,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     const int stage = step % kStages;
     const uint64_t k = moved(tiles, stage * 2 * KeyTile::kBytes), v = moved(k, KeyTile::kBytes);
     wait_barrier(&shared.full[stage], step / kStages % 2);
-    if (!kInside && first + kKeys > work.keys.end && work.keys.end < p.keys) {
+    if (!kInside && first + kKeys > work.keys.end) {
       const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
       shared.keys[stage].k.clear(work.keys.end - first, thread, kConsumerThreads);
       publish_stores();
@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
       const int half = e / 2 % 2, key = first + e / 4 * 8 + lane % 4 * 2 + e % 2;
       float &x = s[e / 4][e % 4], &dx = ds[e / 4][e % 4];
       if (kSoftcap) {
-        score.weigh(x, dx, log2_sum[half], delta[half]);
+        weigh<true>(score, x, dx, log2_sum[half], delta[half]);
       } else {
         dx = x * (dx - delta[half]);
       }
