@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from longrope import ops
+from longrope._native import _C
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -61,13 +62,35 @@ def torch_attention(q, k, v):
     return (by_backend(call) if q.is_cuda else {}) or {name: call}
 
 
+def our_attention(q, k, v):
+    """Return ops.attention by name, on CUDA also by the kernel for chips before 9.0 alone.
+
+    Those chips run nothing else; where one of 9.0 would take that kernel anyway there is one row.
+    """
+    named = {"ops.attention": lambda: ops.attention(q, k, v)}
+    if q.is_cuda and q.shape[2] > 16 and torch.cuda.get_device_capability() == (9, 0):
+        named["ops.attention, mma.sync"] = lambda: with_kernel("mma", ops.attention, q, k, v)
+    return named
+
+
+def with_kernel(kernel, function, *arguments):
+    """Call under another choice of the CUDA kernel."""
+    before = _C.cuda_attention()
+    _C.set_cuda_attention(kernel)
+    try:
+        return function(*arguments)
+    finally:
+        _C.set_cuda_attention(before)
+
+
 def setup(heads, kv_heads, queries, keys, head_dim, dtype, device):
     """Return named implementations, the first the baseline, checked against each other."""
     shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
     q, k, v = (torch.randn(1, h, n, head_dim, device=device).to(dtype) for h, n in shapes)
-    named = {**torch_attention(q, k, v), "ops.attention": lambda: ops.attention(q, k, v)}
+    named = {**torch_attention(q, k, v), **our_attention(q, k, v)}
     results = {name: f().float() for name, f in named.items()}
-    error = (next(iter(results.values())) - results["ops.attention"]).abs().max().item()
+    right = next(iter(results.values()))
+    error = max((right - results[n]).abs().max().item() for n in results if n.startswith("ops."))
     print(f"\nlargest difference: {error:.2e}")
     assert error < (1e-4 if dtype == torch.float32 else 5e-2)
     return named
@@ -79,7 +102,7 @@ def with_backward(heads, kv_heads, queries, head_dim, dtype, device):
     inputs = [
         torch.randn(1, h, n, head_dim, device=device).to(dtype).requires_grad_() for h, n in shapes
     ]
-    named = {**torch_attention(*inputs), "ops.attention": lambda: ops.attention(*inputs)}
+    named = {**torch_attention(*inputs), **our_attention(*inputs)}
     return {
         name: (lambda f=f: torch.autograd.grad(f().float().square().sum(), inputs))
         for name, f in named.items()
@@ -118,6 +141,7 @@ def main():
     long, cache = (16384, 131072) if cuda else (4096, 16384)
     shapes = [(8, 8, long // small, long // small, 128), (8, 2, 512 // small, cache // small, 128)]
     if cuda:
+        shapes += [(8, 8, long // small, long // small, d) for d in (64, 256)]
         shapes += [(32, 8, 1, cache // small, 128)]
     dtypes = args.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
     for heads, kv_heads, queries, keys, head_dim in shapes:

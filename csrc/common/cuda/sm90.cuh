@@ -272,6 +272,10 @@ __device__ __forceinline__ void begin_product(float (&d)[kColumns][4], const uin
 
 // ---- registers ----------------------------------------------------------------------------------
 
+// What a thread has at entry of a kernel with __launch_bounds__(threads, 1) that asks for all it
+// can get: a share of 64 Ki, in eights. The block has so many times its threads to hand around.
+constexpr int registers_at_entry(int threads) { return (64 << 10) / threads / 8 * 8; }
+
 // By all threads of a warpgroup: gives up registers beyond kCount, or waits for as many.
 template <int kCount>
 __device__ __forceinline__ void shrink_registers() {

@@ -38,6 +38,8 @@ struct Tile {
   // and S and the weights are 128, 160 and 176 of theirs.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * registers_at_entry(kThreads));
   // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
   // and O and S leave no registers to spare.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
@@ -368,7 +370,10 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
   Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
   const Work<kHeadDim> work(p);
   if (work.is_idle()) return;
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) {
+    prefetch_map(q), prefetch_map(k), prefetch_map(v);
+    shared.init_barriers();
+  }
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<Tile<kHeadDim>::kProducerRegisters>();

@@ -38,8 +38,9 @@ struct alignas(1024) Panels {
 // Of a tensor whose tiles have `rows` rows. Host code.
 inline TensorMap map_of(const AttentionTensor& x, const AttentionParams& p, int64_t heads,
                         int64_t tokens, int rows) {
-  // The stride of a dimension of one element may be anything; the map wants a multiple of 16 bytes.
-  auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? 2 * stride : 16; };
+  // The stride of a dimension of one element may be anything, and the map wants a multiple of 16.
+  const int64_t whole = std::max<int64_t>(8, x.token_stride * tokens);
+  auto bytes = [&](int64_t stride, int64_t size) { return 2 * (size > 1 ? stride : whole); };
   return tensor_map({x.data,
                      {read_columns(p), tokens, heads, p.batch},
                      {bytes(x.token_stride, tokens), bytes(x.head_stride, heads),

@@ -1,0 +1,61 @@
+"""Attention of queries and keys that are turned already: by our kernels, or by torch's.
+
+On a GPU a model goes through the kernel that is measured to be faster. `AHEAD` says where that is
+ours; elsewhere `torch.nn.functional.scaled_dot_product_attention` attends wherever it computes the
+same. What it cannot do (a window, a softcap, rows with bounds, rotation inside) is ours everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longrope import ops
+from longrope.patching.torch_attention import attend_unmasked
+
+
+class Measured(NamedTuple):
+    """On which chips our kernels are ahead of every backend of torch's, forward and with gradients.
+
+    Compute capabilities, from rows of `benchmarks/bench_attention.py` that are in
+    `benchmarks/results/`.
+    """
+
+    forward: frozenset[tuple[int, int]]
+    with_gradients: frozenset[tuple[int, int]]
+
+
+#: In 16 bits. In float32 our CUDA kernels are correct and plain, not fast.
+AHEAD = Measured(forward=frozenset({(9, 0)}), with_gradients=frozenset())
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend as `ops.attention` does, whose arguments these are, by whichever kernel is faster.
+
+    Queries `[B, H, N, D]` are the last `N` of the positions of keys and values `[B, Hk, M, D]`;
+    returns `[B, H, N, D]`.
+    """
+    if query.is_cuda and window is None and softcap is None and not _is_ahead(query, key, value):
+        return attend_unmasked(query, key, value, causal, scale)
+    return ops.attention(
+        query, key, value, causal=causal, window=window, scale=scale, softcap=softcap
+    )
+
+
+def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether our kernel is measured to be faster for these."""
+    asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    chips = AHEAD.with_gradients if asks else AHEAD.forward
+    sixteen_bits = query.dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bits and torch.cuda.get_device_capability(query.device) in chips
