@@ -26,7 +26,7 @@ from longrope.patching.families import attention_layers, decoder, family_of, fil
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
 from longrope.patching.tier_attention import Options, Unturned, attend
-from longrope.patching.tier_cache import stays_as_loaded
+from longrope.patching.tier_cache import Cached, stays_as_loaded
 from longrope.patching.tier_pass import PREFIX, arguments_of
 from longrope.patching.tiered import TieredRotaryEmbedding, module_of
 from longrope.patching.wrappers import device_of, dtype_of
@@ -263,7 +263,11 @@ def _tiered_forward(
             f"{kwargs['dropout']}"
         )
     options = Options(kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"))
-    if query.rotation.plan is None:
+    if query.rotation.plan is None and isinstance(key, Cached) and isinstance(key.start, int):
+        from longrope.patching import tier_outside  # which imports the compiler
+
+        out = tier_outside.attend(query, key, value, options, module.layer_idx)
+    elif query.rotation.plan is None:
         out = tier_compiled.attend(query, key, value, attention_mask, options, module.layer_idx)
     else:
         rotary = module_of(query.rotation.ticket)

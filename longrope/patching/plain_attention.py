@@ -17,18 +17,15 @@ from longrope.patching.torch_attention import attend_unmasked
 
 
 class Measured(NamedTuple):
-    """On which chips our kernels are ahead of every backend of torch's, forward and with gradients.
+    """Up to which head_dim our kernels are ahead of what torch runs, forward and with gradients."""
 
-    Compute capabilities, from rows of `benchmarks/bench_attention.py` that are in
-    `benchmarks/results/`.
-    """
-
-    forward: frozenset[tuple[int, int]]
-    with_gradients: frozenset[tuple[int, int]]
+    forward: int
+    with_gradients: int
 
 
-#: In 16 bits. In float32 our CUDA kernels are correct and plain, not fast.
-AHEAD = Measured(forward=frozenset({(9, 0)}), with_gradients=frozenset())
+#: By compute capability, in 16 bits: rows of `benchmarks/bench_attention.py` in
+#: `benchmarks/results/`. In float32 our CUDA kernels are correct and plain, not fast.
+AHEAD = {(9, 0): Measured(forward=256, with_gradients=128)}
 
 
 def attend(
@@ -55,7 +52,8 @@ def attend(
 
 def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Say whether our kernel is measured to be faster for these."""
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), Measured(0, 0))
     asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    chips = AHEAD.with_gradients if asks else AHEAD.forward
-    sixteen_bits = query.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and torch.cuda.get_device_capability(query.device) in chips
+    return query.shape[-1] <= (ahead.with_gradients if asks else ahead.forward)

@@ -7,7 +7,7 @@ import torch
 
 from longrope import ops
 from longrope.patching import plain_attention
-from longrope.patching.plain_attention import AHEAD, attend
+from longrope.patching.plain_attention import _is_ahead, attend
 from longrope.patching.torch_attention import attend_unmasked
 
 
@@ -33,17 +33,18 @@ def test_torch_computes_the_same(heads, kv_heads, queries, keys, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-@pytest.mark.parametrize("asks", [False, True])
-def test_ours_where_it_is_measured_to_be_ahead(monkeypatch, dtype, capability, asks):
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_ours_where_it_is_measured_to_be_ahead(monkeypatch, dtype, capability, head_dim):
+    """With gradients up to a smaller head_dim, and never in float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    query = torch.zeros(1, 1, 2, 8, dtype=dtype)
-    key = torch.zeros(1, 1, 2, 8, dtype=dtype, requires_grad=asks)
-    chips = AHEAD.with_gradients if asks else AHEAD.forward
-    expected = dtype != torch.float32 and capability in chips
-    assert plain_attention._is_ahead(query, key, key) is expected
-    with torch.no_grad():
-        expected = dtype != torch.float32 and capability == (9, 0)
-        assert plain_attention._is_ahead(query, key, key) is expected
+    plain = torch.zeros(1, 1, 2, head_dim, dtype=dtype)
+    asks = plain.clone().requires_grad_()
+    ahead = dtype != torch.float32 and capability == (9, 0)
+    assert _is_ahead(plain, plain, plain) is ahead
+    for tensors in ((asks, plain, plain), (plain, asks, plain), (plain, plain, asks)):
+        assert _is_ahead(*tensors) is (ahead and head_dim <= 128)
+        with torch.no_grad():
+            assert _is_ahead(*tensors) is ahead
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"softcap": 2.0}, {}])
