@@ -32,10 +32,12 @@ constexpr int kKeys = 64 * kConsumers;
 constexpr int kRows = 64;  // of a tile
 constexpr int kStages =
     4;  // of 64 rows of q and dOut: with keys and values 194 KiB at head_dim 128
-// Together as many as all threads have at entry, 168 each: consumers would wait for more without
-// end. The sums of dK, dV, S and dP are 192 of theirs.
+// Consumers take what the copying warpgroup gives up. The sums of dK, dV, S and dP are 192 of
+// theirs.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (kConsumers + 1) * registers_at_entry(kThreads));
 
 template <int kHeadDim>
 struct Shared {

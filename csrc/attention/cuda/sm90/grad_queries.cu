@@ -30,10 +30,12 @@ struct Size {
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   static constexpr int kThreads = kWarpgroup + kConsumerThreads;
   static constexpr int kRows = 64 * kConsumers;
-  // Together as many as all threads have at entry, 128 or 168 each: consumers would wait for more
-  // without end. The sums of dQ, S and dP and the rounded dS are 112 or 144 of theirs.
+  // Consumers take what the copying warpgroup gives up. The sums of dQ, S and dP and the rounded dS
+  // are 112 or 144 of theirs.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * registers_at_entry(kThreads));
 };
 
 template <int kHeadDim>
