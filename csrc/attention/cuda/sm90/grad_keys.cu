@@ -58,8 +58,10 @@ struct Shared {
   static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
 
   static __device__ __forceinline__ Shared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<Shared*>(round_up(address, kAlignment));
+    unsigned char* const begin = dynamic_shared();
+    const auto address = reinterpret_cast<uintptr_t>(begin);
+    // An offset from it, so that the compiler still knows that this is shared memory.
+    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
   }
 
   __device__ __forceinline__ void init_barriers() {
@@ -267,8 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// With a softcap at head_dim 128 one word of the last step waits in local memory, 4 + 16 bytes.
-LONGROPE_MAX_REGISTERS(grad_keys_sm90_kernel, 168, 20)
+LONGROPE_MAX_REGISTERS(grad_keys_sm90_kernel, 168)
 
 }  // namespace
 }  // namespace sm90

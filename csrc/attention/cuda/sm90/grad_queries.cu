@@ -53,8 +53,10 @@ struct Shared {
   static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
 
   static __device__ __forceinline__ Shared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<Shared*>(round_up(address, kAlignment));
+    unsigned char* const begin = dynamic_shared();
+    const auto address = reinterpret_cast<uintptr_t>(begin);
+    // An offset from it, so that the compiler still knows that this is shared memory.
+    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
   }
 
   __device__ __forceinline__ void init_barriers() {
