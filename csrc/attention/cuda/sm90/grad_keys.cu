@@ -32,10 +32,12 @@ constexpr int kKeys = 64 * kConsumers;
 constexpr int kRows = 64;  // of a tile
 constexpr int kStages =
     4;  // of 64 rows of q and dOut: with keys and values 194 KiB at head_dim 128
-// Together as many as all threads have at entry, 168 each: consumers would wait for more without
-// end. The sums of dK, dV, S and dP are 192 of theirs.
+// Consumers take what the copying warpgroup gives up. The sums of dK, dV, S and dP are 192 of
+// theirs.
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (kConsumers + 1) * registers_at_entry(kThreads));
 
 template <int kHeadDim>
 struct Shared {
@@ -56,8 +58,10 @@ struct Shared {
   static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
 
   static __device__ __forceinline__ Shared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<Shared*>(round_up(address, kAlignment));
+    unsigned char* const begin = dynamic_shared();
+    const auto address = reinterpret_cast<uintptr_t>(begin);
+    // An offset from it, so that the compiler still knows that this is shared memory.
+    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
   }
 
   __device__ __forceinline__ void init_barriers() {
@@ -144,14 +148,17 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   using RowTile = typename Shared<kHeadDim>::RowTile;
   const AttentionParams& p = g.forward;
   const Head& head = work.head;
-  const Keys queries = work.queries;
+  const int queries = work.queries.end - work.queries.begin;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
   const int group_key = work.first_key + 64 * group, key = group_key + 16 * warp + lane / 4;
   const Score score(p);
 
-  // The queries that see each of this lane's keys, less the first one of a tile that is this
-  // lane's, and those that see all keys of the warpgroup.
-  const auto seeing = [&](int x) { return head.visible.queries(x, x + 1, queries); };
+  // From here on queries count from the first one. Those that see each of this lane's keys, less
+  // the first one of a tile that is this lane's, and those that see all keys of the warpgroup.
+  const auto seeing = [&](int x) {
+    const Keys all = head.visible.queries(x, x + 1, work.queries);
+    return Keys{all.begin - work.queries.begin, all.end - work.queries.begin};
+  };
   Keys by[2], by_all{0, 0};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -168,7 +175,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   float dk[1][kHeadDim / 8][4] = {}, dv[1][kHeadDim / 8][4] = {};
   float s[kRows / 8][4], ds[kRows / 8][4];
   uint32_t weights[kRows / 16][4], slopes[kRows / 16][4];
-  int step = 0, first = queries.begin;
+  int step = 0, first = 0;
 
   // inside: every query of the tile sees all keys of the warpgroup.
   const auto next = [&](auto inside) {
@@ -177,8 +184,8 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     const uint64_t q = moved(tiles, stage * 2 * RowTile::kBytes);
     const uint64_t grad_out = moved(q, RowTile::kBytes);
     wait_barrier(&shared.full[stage], step / kStages % 2);
-    if (!kInside && first + kRows > queries.end && queries.end < p.queries) {
-      const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, row = queries.end - first;
+    if (!kInside && first + kRows > queries) {
+      const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, row = queries - first;
       shared.rows[stage].q.clear(row, thread, kConsumerThreads);
       shared.rows[stage].grad_out.clear(row, thread, kConsumerThreads);
       publish_stores();
@@ -200,12 +207,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
         float *const x = s[j] + 2 * half, *const dx = ds[j] + 2 * half;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (kSoftcap) {
-            score.weigh(x[e], dx[e], log2_sum.values[e], delta.values[e]);
-          } else {
-            x[e] = exp2_approx(fmaf(x[e], score.inner, -log2_sum.values[e]));
-            dx[e] = x[e] * (dx[e] - delta.values[e]);
-          }
+          weigh<kSoftcap>(score, x[e], dx[e], log2_sum.values[e], delta.values[e]);
           const int query = first + 8 * j + e;
           if (!kInside && (query < by[half].begin || query >= by[half].end)) x[e] = dx[e] = 0.0f;
         }
@@ -217,7 +219,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     begin_sum<T>(dk[0], slopes, across<RowTile>(q));
     ++step;
     first += kRows;
-    if (first >= queries.end) first = queries.begin;
+    if (first >= queries) first = 0;
   };
   const auto is_inside = [&] { return first >= by_all.begin && first + kRows <= by_all.end; };
   if (work.steps > 0) wait_barrier(&shared.keys_full, 0);

@@ -30,10 +30,12 @@ struct Size {
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   static constexpr int kThreads = kWarpgroup + kConsumerThreads;
   static constexpr int kRows = 64 * kConsumers;
-  // Together as many as all threads have at entry, 128 or 168 each: consumers would wait for more
-  // without end. The sums of dQ, S and dP and the rounded dS are 112 or 144 of theirs.
+  // Consumers take what the copying warpgroup gives up. The sums of dQ, S and dP and the rounded dS
+  // are 112 or 144 of theirs.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * registers_at_entry(kThreads));
 };
 
 template <int kHeadDim>
@@ -51,8 +53,10 @@ struct Shared {
   static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
 
   static __device__ __forceinline__ Shared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<Shared*>(round_up(address, kAlignment));
+    unsigned char* const begin = dynamic_shared();
+    const auto address = reinterpret_cast<uintptr_t>(begin);
+    // An offset from it, so that the compiler still knows that this is shared memory.
+    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
   }
 
   __device__ __forceinline__ void init_barriers() {
@@ -154,7 +158,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     const int stage = step % kStages;
     const uint64_t k = moved(tiles, stage * 2 * KeyTile::kBytes), v = moved(k, KeyTile::kBytes);
     wait_barrier(&shared.full[stage], step / kStages % 2);
-    if (!kInside && first + kKeys > work.keys.end && work.keys.end < p.keys) {
+    if (!kInside && first + kKeys > work.keys.end) {
       const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
       shared.keys[stage].k.clear(work.keys.end - first, thread, kConsumerThreads);
       publish_stores();
@@ -177,7 +181,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
       const int half = e / 2 % 2, key = first + e / 4 * 8 + lane % 4 * 2 + e % 2;
       float &x = s[e / 4][e % 4], &dx = ds[e / 4][e % 4];
       if (kSoftcap) {
-        score.weigh(x, dx, log2_sum[half], delta[half]);
+        weigh<true>(score, x, dx, log2_sum[half], delta[half]);
       } else {
         dx = x * (dx - delta[half]);
       }

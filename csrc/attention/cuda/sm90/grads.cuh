@@ -46,6 +46,21 @@ __device__ __forceinline__ void begin_sum(float (&c)[kColumns][4],
   commit_products();
 }
 
+// The weight of a score and the gradient of its product (without scale) in the places of the
+// product and of the gradient of the weight, as Score::weigh without its branches.
+template <bool kSoftcap>
+__device__ __forceinline__ void weigh(const Score& score, float& product, float& grad,
+                                      float log2_sum, float delta) {
+  if (kSoftcap) {
+    const float t = score.tanh_of(product);
+    product = exp2_approx(fmaf(t, score.outer, -log2_sum));
+    grad = product * (grad - delta) * fmaf(-t, t, 1.0f);
+  } else {
+    product = exp2_approx(fmaf(product, score.inner, -log2_sum));
+    grad = product * (grad - delta);
+  }
+}
+
 // What copies take.
 struct GradMaps {
   TensorMap q, grad_out, k, v;

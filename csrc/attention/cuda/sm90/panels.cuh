@@ -28,8 +28,10 @@ struct alignas(1024) Panels {
   // Makes the rows from `row` on zeros: the part of one of `threads` threads.
   __device__ __forceinline__ void clear(int row, int thread, int threads) {
     const int units = (kRows - row) * (kPanelBytes / 16);  // of a panel
+#pragma unroll 1
     for (int panel = 0; panel < kHeadDim / 64; ++panel) {
       unsigned char* const rows = bytes + panel * kStride + row * kPanelBytes;
+#pragma unroll 1
       for (int i = thread; i < units; i += threads) store(rows + 16 * i, Pack<unsigned char, 16>{});
     }
   }
