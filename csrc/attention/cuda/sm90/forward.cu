@@ -169,12 +169,13 @@ template <typename T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void begin_scores(float (&s)[kColumns][4], const unsigned char* q,
                                              const unsigned char* k) {
   using Shared = Shared<kHeadDim>;
+  const uint64_t left = matrix_at(q, 16, 1024), right = matrix_at(k, 16, 1024);
   fence_products();
 #pragma unroll
   for (int depth = 0; depth < kHeadDim; depth += 16) {
     const int panel = depth / 64, offset = depth % 64 * 2;
-    begin_product<T>(s, matrix_at(q + panel * Shared::Queries::kStride + offset, 16, 1024),
-                     matrix_at(k + panel * Shared::Keys::kStride + offset, 16, 1024), depth > 0);
+    begin_product<T>(s, moved(left, panel * Shared::Queries::kStride + offset),
+                     moved(right, panel * Shared::Keys::kStride + offset), depth > 0);
   }
   commit_products();
 }
@@ -184,11 +185,11 @@ template <typename T, int kHeadDim, int kColumns, int kSixteens>
 __device__ __forceinline__ void begin_values(float (&o)[kColumns][4],
                                              const uint32_t (&weights)[kSixteens][4],
                                              const unsigned char* v) {
+  const uint64_t right = matrix_at(v, Shared<kHeadDim>::Keys::kStride, 1024);
   fence_products();
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
-    begin_product<T>(o, weights[i],
-                     matrix_at(v + 16 * i * kPanelBytes, Shared<kHeadDim>::Keys::kStride, 1024));
+    begin_product<T>(o, weights[i], moved(right, 16 * i * kPanelBytes));
   }
   commit_products();
 }
@@ -221,7 +222,9 @@ class Rows {
       : shared_(shared),
         work_(work),
         score_(p),
-        turn_{static_cast<int>(threadIdx.x) / kWarpgroup - 1},
+        // The same in all lanes, which the compiler sees by the shuffle alone: what follows from it
+        // lies in uniform registers, as products want their matrices.
+        turn_{shfl(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1},
         q_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
         first_query_(work.first_query + turn_.me * 64),
         row_(static_cast<int>(threadIdx.x % kWarpgroup) / 32 * 16 +
@@ -320,6 +323,13 @@ class Rows {
     mask(s[0], work_.first_key(0));
     softmax_.weigh(s, before, score_.unit);
     round_to_left<T>(s[0], weights_);
+    wait_for_keys(1);
+  }
+
+  // Comes between a softmax and the wait for the product beside it: ptxas moves that wait upwards
+  // as far as there is no branch, and would have the softmax run beside nothing.
+  __device__ __forceinline__ void wait_for_keys(int step) {
+    if (step < work_.steps) wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
   }
 
   // kPlain: scores are products and every row sees all keys.
@@ -327,7 +337,6 @@ class Rows {
   __device__ __forceinline__ void next(int step) {
     float s[1][kKeys / 8][4], before[1][2];
     turn_.wait();
-    wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
     begin_scores<T, kHeadDim>(s[0], q_, shared_.k[k_at_.stage].bytes);
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
     begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
@@ -339,14 +348,12 @@ class Rows {
       if (!score_.is_product) score_.apply(s);
       mask(s[0], work_.first_key(step));
     }
-    if (any(kAllLanes, softmax_.weigh(s, before, score_.unit))) {
-      wait_products<0>(o_[0]);
-      Softmax<1>::rescale(o_, before);
-    } else {
-      wait_products<0, 1>(o_[0]);
-    }
+    const bool grows = softmax_.weigh(s, before, score_.unit);
+    wait_for_keys(step + 1);
+    wait_products<0>(o_[0]);
     release(&shared_.v_empty[v_at_.stage]);
     v_at_.advance();
+    if (any(kAllLanes, grows)) Softmax<1>::rescale(o_, before);
     round_to_left<T>(s[0], weights_);
   }
 
