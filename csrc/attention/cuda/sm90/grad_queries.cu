@@ -152,9 +152,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   uint32_t slopes[kKeys / 16][4];
   int step = 0, first = work.keys.begin;
 
-  const auto wait_tile = [&](int i) {
-    wait_barrier(&shared.full[i % kStages], i / kStages % 2);
-  };
+  const auto wait_tile = [&](int i) { wait_barrier(&shared.full[i % kStages], i / kStages % 2); };
   // inside: every query of the warpgroup sees all keys of the tile.
   const auto next = [&](auto inside) {
     constexpr bool kInside = decltype(inside)::value;
