@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from functools import cache
 
@@ -28,6 +30,18 @@ def runtime() -> Runtime:
     """Build (once) and load the emulated kernels."""
     kernels = tuple(sorted((ROOT / "csrc").glob("*/cuda/**/*.cu")))
     return Runtime(build("kernels", (*kernels, HERE / "library.cpp")))
+
+
+@contextmanager
+def wgmma() -> Iterator[None]:
+    """Attend by the kernel of compute capability 9.0 wherever it can, on such a device."""
+    choose = runtime().library.emulated_set_attention_kernel
+    choose(b"wgmma")
+    try:
+        with runtime().capability(90):
+            yield
+    finally:
+        choose(b"auto")
 
 
 def call(

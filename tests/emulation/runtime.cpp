@@ -284,6 +284,12 @@ void run_block() {
     }
     if (!progress) report_deadlock();
   }
+  for (const Barrier& barrier : s.barriers) {
+    if (barrier.arrived > 0) {
+      throw std::runtime_error(block_text() + barrier.primitive + " (" + text(barrier.site) +
+                               "): nobody waited for it");
+    }
+  }
   end_block();
 }
 

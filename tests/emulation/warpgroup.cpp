@@ -28,6 +28,7 @@ struct MemoryBarrier {
   long bytes = 0;  // announced and not yet there
   std::vector<BoxCopy> copies;
   std::vector<int> waiting;
+  int arriver = -1;  // sleeps until one that waited has gone on
 };
 
 // The sums of a thread that products under way will write.
@@ -243,7 +244,13 @@ void arrive(const void* barrier, long bytes, Site site) {
   if (b.arrived == b.expected) fail("mbarrier.arrive: one arrival too many", site);
   b.bytes += bytes;
   ++b.arrived;
+  // Who waited goes first: what it does on the news meets this thread as early as it can.
+  const bool hands_over = !b.waiting.empty();
   end_phase_if_complete(b);
+  if (hands_over && b.waiting.empty()) {
+    b.arriver = thread_number();
+    sleep_thread("mbarrier.arrive", site);
+  }
 }
 
 void wait_barrier(const void* barrier, int parity, Site site) {
@@ -259,6 +266,8 @@ void wait_barrier(const void* barrier, int parity, Site site) {
     if (b.parity != parity) break;
     b.waiting.push_back(thread_number());
     sleep_thread("mbarrier.try_wait", site);
+    if (b.arriver >= 0) wake_thread(b.arriver);
+    b.arriver = -1;
   }
 }
 

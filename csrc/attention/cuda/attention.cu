@@ -38,14 +38,30 @@ bool fills_sm90(const AttentionParams& p) {
   return p.queries >= 128 && ceil_div<int64_t>(p.queries, 128) * p.heads * p.batch >= 66;
 }
 
+// Whether to take the kernels of 9.0, whose blocks the shapes fill or not.
+bool takes_sm90(const AttentionParams& p, bool fills) {
+  const std::string chosen = kChoices[choice];
+  return chosen != "mma" && p.keys > 0 && has_sm90() && (chosen == "wgmma" || fills);
+}
+
 Kernel kernel_for(const AttentionParams& p) {
   if (p.dtype == DType::kFloat32) return Kernel::kFloat;
-  const std::string chosen = kChoices[choice];
-  if (chosen != "mma" && p.keys > 0 && has_sm90() && (chosen == "wgmma" || fills_sm90(p))) {
-    return Kernel::kSm90;
-  }
+  if (takes_sm90(p, fills_sm90(p))) return Kernel::kSm90;
   const int64_t rows = p.queries * (p.heads / p.kv_heads);
   return rows <= kDecodeRows ? Kernel::kFewRows : Kernel::kManyRows;
+}
+
+// Whether the blocks of sm90/grad_keys.cu are filled, which take 128 keys of one key/value head and
+// 64 queries of one head at a time, and enough of them as above.
+bool fills_sm90_grads(const AttentionParams& p) {
+  return p.queries >= 64 && ceil_div<int64_t>(p.keys, 128) * p.kv_heads * p.batch >= 66;
+}
+
+// Which kernels differentiate: those of 9.0 hold head_dim to 128.
+Kernel grad_kernel_for(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat32) return Kernel::kFloat;
+  return p.head_dim <= 128 && takes_sm90(p, fills_sm90_grads(p)) ? Kernel::kSm90
+                                                                 : Kernel::kManyRows;
 }
 
 // Whether tiles can be copied by a tensor map, which knows no elements that several places share.
@@ -120,6 +136,21 @@ void attend(Kernel kernel, const AttentionParams& p, const Splits& splits, const
   if (splits.count > 1) merge_splits(p, splits, stream);
 }
 
+void differentiate(Kernel kernel, const AttentionBackwardParams& g, const RowTerms& terms,
+                   cudaStream_t stream) {
+  if (kernel == Kernel::kFloat) grad_float(g, terms, stream);
+  if (kernel == Kernel::kManyRows) {
+    grad_keys_16_bit(g, terms, stream);
+    grad_queries_16_bit(g, terms, stream);
+  }
+#if defined(LONGROPE_SM90) || !defined(__CUDACC__)
+  if (kernel == Kernel::kSm90) {
+    grad_keys_sm90(g, terms, stream);
+    grad_queries_sm90(g, terms, stream);
+  }
+#endif
+}
+
 // Both return the bytes of the workspace.
 size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   const AttentionParams given = p;
@@ -172,7 +203,8 @@ size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
 size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bool run) {
   const AttentionBackwardParams given = g;
   const AttentionParams& p = given.forward;
-  Preparation prepare(p, Kernel::kManyRows, memory, stream, run);
+  const Kernel kernel = grad_kernel_for(p);
+  Preparation prepare(p, kernel, memory, stream, run);
   g.forward.q = prepare.aligned(p.q, p.heads, p.queries);
   g.forward.k = prepare.aligned(p.k, p.kv_heads, p.keys);
   g.forward.v = prepare.aligned(p.v, p.kv_heads, p.keys);
@@ -183,12 +215,7 @@ size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bo
   terms.delta = prepare.workspace.take<float>(rows);
   if (run) {
     row_terms(g, terms, stream);
-    if (p.dtype == DType::kFloat32) {
-      grad_float(g, terms, stream);
-    } else {
-      grad_keys_16_bit(g, terms, stream);
-      grad_queries_16_bit(g, terms, stream);
-    }
+    differentiate(kernel, g, terms, stream);
   }
   return prepare.workspace.bytes();
 }

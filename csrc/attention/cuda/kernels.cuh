@@ -85,6 +85,11 @@ void row_terms(const AttentionBackwardParams& g, const RowTerms& terms, cudaStre
 void grad_keys_16_bit(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 void grad_queries_16_bit(const AttentionBackwardParams& g, const RowTerms& terms,
                          cudaStream_t stream);
+// The same on compute capability 9.0 for head_dim to 128, where dimensions of q, k, v and grad_out
+// with more than one element have strides other than 0 (sm90/grad_keys.cu, sm90/grad_queries.cu).
+void grad_keys_sm90(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_queries_sm90(const AttentionBackwardParams& g, const RowTerms& terms,
+                       cudaStream_t stream);
 void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 
 }  // namespace longrope::cuda

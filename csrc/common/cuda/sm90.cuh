@@ -142,8 +142,9 @@ __device__ __forceinline__ void commit_products() {
 #endif
 }
 
-// Waits until at most kPending of the latest groups are under way. `sums`, which one of those that
-// ended has written, is an operand so that the compiler reads none of it before.
+// Waits until at most kPending of the latest groups are under way; all threads of the warpgroup
+// come. `sums`, which one of those that ended has written, is an operand so that the compiler reads
+// none of it before. Waits of different kPlace are not merged into one.
 template <int kPending, int kPlace = 0, int kColumns>
 __device__ __forceinline__ void wait_products(float (&sums)[kColumns][4],
                                               Site site = Site::here()) {
@@ -169,6 +170,13 @@ __device__ __forceinline__ uint64_t matrix_at(const void* shared, int panel, int
 #endif
   return kSwizzle128 | static_cast<uint64_t>(eight_rows >> 4) << 32 |
          static_cast<uint64_t>(panel >> 4) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+// The matrix that begins `bytes` behind another one: the address is in the lowest bits, and does
+// not leave them.
+__device__ __forceinline__ uint64_t moved(uint64_t matrix, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes >> 4);
+  return matrix >> 32 << 32 | low;
 }
 
 #ifdef __CUDACC__
@@ -271,6 +279,10 @@ __device__ __forceinline__ void begin_product(float (&d)[kColumns][4], const uin
 #endif
 
 // ---- registers ----------------------------------------------------------------------------------
+
+// What a thread has at entry of a kernel with __launch_bounds__(threads, 1) that asks for all it
+// can get: a share of 64 Ki, in eights. The block has so many times its threads to hand around.
+constexpr int registers_at_entry(int threads) { return (64 << 10) / threads / 8 * 8; }
 
 // By all threads of a warpgroup: gives up registers beyond kCount, or waits for as many.
 template <int kCount>

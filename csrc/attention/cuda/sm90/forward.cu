@@ -18,9 +18,9 @@
 // before. Keys before the tensor are zeros; values that exist and are not for this block are made
 // zeros (0 times NaN is NaN), and scores there are masked as those beyond a bound of their row are.
 #include "attention/cuda/kernels.cuh"
+#include "attention/cuda/sm90/panels.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
-#include "common/cuda/tensor_map.cuh"
 
 namespace longrope {
 namespace cuda {
@@ -33,33 +33,16 @@ struct Tile {
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
   static constexpr int kStages = kHeadDim == 64 ? 3 : 2;  // of keys, and of values
-  // 64 Ki registers: at entry all threads have as many, then consumers take what the copying
-  // warpgroup gives up. Sums of O and S and the weights are 128, 160 and 176 of theirs.
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  // At entry every thread has 168 registers (128 where there are 512 threads), then consumers take
+  // what the copying warpgroup gives up: for more than that they would wait without end. Sums of O
+  // and S and the weights are 128, 160 and 176 of theirs.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * registers_at_entry(kThreads));
   // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
   // and O and S leave no registers to spare.
   static constexpr bool kTakesTurns = kHeadDim <= 128;
-};
-
-constexpr int kPanelBytes = 128;  // of a row: 64 columns
-
-// A tile lies in panels of 64 columns, as copy_box writes them.
-template <int kHeadDim, int kRows>
-struct alignas(1024) Panels {
-  static constexpr int kBytes = 2 * kHeadDim * kRows;
-  static constexpr int kStride = kPanelBytes * kRows;  // from panel to panel
-
-  unsigned char bytes[kBytes];
-
-  // Begins to copy the rows from `row` on.
-  __device__ __forceinline__ void copy(const TensorMap& map, uint64_t* barrier, int row, int head,
-                                       int batch) {
-#pragma unroll
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      copy_box(bytes + panel * kStride, map, barrier, {64 * panel, row, head, batch});
-    }
-  }
 };
 
 template <int kHeadDim>
@@ -186,12 +169,13 @@ template <typename T, int kHeadDim, int kColumns>
 __device__ __forceinline__ void begin_scores(float (&s)[kColumns][4], const unsigned char* q,
                                              const unsigned char* k) {
   using Shared = Shared<kHeadDim>;
+  const uint64_t left = matrix_at(q, 16, 1024), right = matrix_at(k, 16, 1024);
   fence_products();
 #pragma unroll
   for (int depth = 0; depth < kHeadDim; depth += 16) {
     const int panel = depth / 64, offset = depth % 64 * 2;
-    begin_product<T>(s, matrix_at(q + panel * Shared::Queries::kStride + offset, 16, 1024),
-                     matrix_at(k + panel * Shared::Keys::kStride + offset, 16, 1024), depth > 0);
+    begin_product<T>(s, moved(left, panel * Shared::Queries::kStride + offset),
+                     moved(right, panel * Shared::Keys::kStride + offset), depth > 0);
   }
   commit_products();
 }
@@ -201,11 +185,11 @@ template <typename T, int kHeadDim, int kColumns, int kSixteens>
 __device__ __forceinline__ void begin_values(float (&o)[kColumns][4],
                                              const uint32_t (&weights)[kSixteens][4],
                                              const unsigned char* v) {
+  const uint64_t right = matrix_at(v, Shared<kHeadDim>::Keys::kStride, 1024);
   fence_products();
 #pragma unroll
   for (int i = 0; i < kSixteens; ++i) {
-    begin_product<T>(o, weights[i],
-                     matrix_at(v + 16 * i * kPanelBytes, Shared<kHeadDim>::Keys::kStride, 1024));
+    begin_product<T>(o, weights[i], moved(right, 16 * i * kPanelBytes));
   }
   commit_products();
 }
@@ -238,7 +222,9 @@ class Rows {
       : shared_(shared),
         work_(work),
         score_(p),
-        turn_{static_cast<int>(threadIdx.x) / kWarpgroup - 1},
+        // The same in all lanes, which the compiler sees by the shuffle alone: what follows from it
+        // lies in uniform registers, as products want their matrices.
+        turn_{shfl(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1},
         q_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
         first_query_(work.first_query + turn_.me * 64),
         row_(static_cast<int>(threadIdx.x % kWarpgroup) / 32 * 16 +
@@ -337,6 +323,13 @@ class Rows {
     mask(s[0], work_.first_key(0));
     softmax_.weigh(s, before, score_.unit);
     round_to_left<T>(s[0], weights_);
+    wait_for_keys(1);
+  }
+
+  // Comes between a softmax and the wait for the product beside it: ptxas moves that wait upwards
+  // as far as there is no branch, and would have the softmax run beside nothing.
+  __device__ __forceinline__ void wait_for_keys(int step) {
+    if (step < work_.steps) wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
   }
 
   // kPlain: scores are products and every row sees all keys.
@@ -344,7 +337,6 @@ class Rows {
   __device__ __forceinline__ void next(int step) {
     float s[1][kKeys / 8][4], before[1][2];
     turn_.wait();
-    wait_barrier(&shared_.k_full[k_at_.stage], k_at_.parity);
     begin_scores<T, kHeadDim>(s[0], q_, shared_.k[k_at_.stage].bytes);
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
     begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
@@ -356,14 +348,12 @@ class Rows {
       if (!score_.is_product) score_.apply(s);
       mask(s[0], work_.first_key(step));
     }
-    if (any(kAllLanes, softmax_.weigh(s, before, score_.unit))) {
-      wait_products<0>(o_[0]);
-      Softmax<1>::rescale(o_, before);
-    } else {
-      wait_products<0, 1>(o_[0]);
-    }
+    const bool grows = softmax_.weigh(s, before, score_.unit);
+    wait_for_keys(step + 1);
+    wait_products<0>(o_[0]);
     release(&shared_.v_empty[v_at_.stage]);
     v_at_.advance();
+    if (any(kAllLanes, grows)) Softmax<1>::rescale(o_, before);
     round_to_left<T>(s[0], weights_);
   }
 
@@ -387,7 +377,10 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
   Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
   const Work<kHeadDim> work(p);
   if (work.is_idle()) return;
-  if (threadIdx.x == 0) shared.init_barriers();
+  if (threadIdx.x == 0) {
+    prefetch_map(q), prefetch_map(k), prefetch_map(v);
+    shared.init_barriers();
+  }
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<Tile<kHeadDim>::kProducerRegisters>();
@@ -404,17 +397,6 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
 }
 
 LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
-
-TensorMap map_of(const AttentionTensor& x, const AttentionParams& p, int64_t heads, int64_t tokens,
-                 int rows) {
-  // The stride of a dimension of one element may be anything; the map wants a multiple of 16 bytes.
-  auto bytes = [](int64_t stride, int64_t size) { return size > 1 ? 2 * stride : 16; };
-  return tensor_map({x.data,
-                     {read_columns(p), tokens, heads, p.batch},
-                     {bytes(x.token_stride, tokens), bytes(x.head_stride, heads),
-                      bytes(x.batch_stride, p.batch)}},
-                    rows);
-}
 
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
