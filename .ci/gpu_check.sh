@@ -94,7 +94,7 @@ run smoke 60 "$python" .ci/gpu_smoke.py --device "$device" "${small[@]}"
 run ceilings 30 "$python" .ci/gpu_ceilings.py --device "$device" --csv "$out/results.csv" "${quick[@]}"
 spread=()  # over processes where pytest-xdist is there
 "$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 12)
-run tests 120 "$python" -m pytest -q "${spread[@]}" -p no:cacheprovider --tb=short \
+run tests 120 env OMP_NUM_THREADS=1 "$python" -m pytest -q "${spread[@]}" -p no:cacheprovider --tb=short \
   tests/ops tests/test_devices.py \
   -k "$([ "$device" = cuda ] && echo cuda and not emulat || echo opcheck)" --junitxml "$out/tests.xml"
 run attention 80 measure bench_attention --rounds 5

@@ -152,12 +152,12 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   uint32_t slopes[kKeys / 16][4];
   int step = 0, first = work.keys.begin;
 
+  const auto wait_tile = [&](int i) { wait_barrier(&shared.full[i % kStages], i / kStages % 2); };
   // inside: every query of the warpgroup sees all keys of the tile.
   const auto next = [&](auto inside) {
     constexpr bool kInside = decltype(inside)::value;
     const int stage = step % kStages;
     const uint64_t k = moved(tiles, stage * 2 * KeyTile::kBytes), v = moved(k, KeyTile::kBytes);
-    wait_barrier(&shared.full[stage], step / kStages % 2);
     if (!kInside && first + kKeys > work.keys.end) {
       const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
       shared.keys[stage].k.clear(work.keys.end - first, thread, kConsumerThreads);
@@ -175,6 +175,8 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
         x = exp2_approx(fmaf(x, score.inner, -log2_sum[e / 2 % 2]));
       }
     }
+    // ptxas moves waits for products up to the last branch: this one keeps the weights before.
+    if (step + 1 < work.steps) wait_tile(step + 1);
     wait_products<0>(ds);
 #pragma unroll
     for (int e = 0; e < kKeys / 2; ++e) {
@@ -195,7 +197,10 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
   const auto is_inside = [&] {
     return first >= seen_by_all.begin && first + kKeys <= seen_by_all.end;
   };
-  if (work.steps > 0) wait_barrier(&shared.rows_full, 0);
+  if (work.steps > 0) {
+    wait_barrier(&shared.rows_full, 0);
+    wait_tile(0);
+  }
   while (step < work.steps) {
     while (step < work.steps && !is_inside()) next(std::false_type());
     wait_products<0, 0>(dq[0]);

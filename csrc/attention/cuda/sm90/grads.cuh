@@ -8,12 +8,8 @@
 
 namespace longrope::cuda::sm90 {
 
-// Matrices are named as matrix_at does, and their names made from one another by adding constants,
-// so that one of them takes registers. The same one `bytes` further on:
-__device__ constexpr uint64_t moved(uint64_t matrix, int bytes) {
-  return matrix + static_cast<uint64_t>(bytes / 16);
-}
-// A tile with its rows along the sum, and the same one with its rows across the sum.
+// Names, for matrix_at, of a tile with its rows along the sum, and of the same one with its rows
+// across the sum. All names of a kernel are made from one by adding constants.
 template <typename Tile>
 __device__ __forceinline__ uint64_t along(const Tile& tile) {
   return matrix_at(tile.bytes, 16, 8 * kPanelBytes);
