@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from emulation.build import compiler
 from ops import test_attention as plain
 from ops import test_attention_tiers as tiers
 from ops import test_attention_tiles as tiles
@@ -131,3 +132,36 @@ def test_tiers(backend, case):
 @pytest.mark.parametrize("place", [0, 599])
 def test_a_score_of_plus_infinity_among_many_keys(backend, place):
     tiles.test_a_score_of_plus_infinity_among_many_keys(backend, torch.float16, place)
+
+
+@pytest.fixture
+def kernel_of(monkeypatch):
+    """Tell which kernel attends (queries, heads) of a dtype, by a choice, on a device."""
+    from emulation import attention, library
+
+    monkeypatch.setattr(library.Runtime, "ORDERS", ("forward",))
+
+    def kernel_of(choice, capability, queries, heads, dtype=torch.bfloat16):
+        q, k, v = tiles.inputs(heads, 1, queries, 9, 8, dtype)
+        bounds = (0, None, 0, None, 9, None, 0, None, queries, None)
+        with library.attention_kernel(choice, capability):
+            attention.attention(q, k, v, False, *bounds, 0, 1.0, 0.0)
+        return library.runtime().last_kernel()
+
+    return kernel_of
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_what_decides_which_kernel_attends(kernel_of):
+    """Capability, dtype, full tiles of queries, and 66 blocks of them."""
+    assert kernel_of("auto", 90, 128, 66) == "attention_sm90"
+    assert kernel_of("auto", 90, 127, 66) == "attention"
+    assert kernel_of("auto", 90, 128, 65) != "attention_sm90"
+    for capability in (80, 86, 100, 120):
+        assert kernel_of("auto", capability, 128, 66) == "attention"
+        assert kernel_of("wgmma", capability, 128, 66) == "attention"
+    assert kernel_of("mma", 90, 128, 66) == "attention"
+    assert kernel_of("wgmma", 90, 1, 1) == "attention_sm90"
+    assert kernel_of("wgmma", 90, 1, 1, torch.float32) != "attention_sm90"
+    with pytest.raises(ValueError, match=r'^kernel: expected auto, mma or wgmma, got "hopper"$'):
+        kernel_of("hopper", 90, 1, 1)
