@@ -5,9 +5,10 @@ with, so that it is no result of the search: the share of its attention on token
 the original window, of queries in the second half of the target's. Beside it are the factors of the
 last tier over those shared ones: the attention factor, and the mean of log2 lambda over the pairs
 that turn between once in the target's window and eight times in the original one. Query heads of
-one key head are taken together. The last lines are Spearman's rank correlations.
+one key head are taken together. The last lines are Spearman's rank correlations; with the factors
+of more searches, of other documents, also those between the searches.
 
-    python benchmarks/head_roles.py --factors RUN/factors.json
+    python benchmarks/head_roles.py --factors RUN/factors.json OTHER_RUN/factors.json
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import longrope
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     p = parser(__doc__.splitlines()[0], samples=3)
-    p.add_argument("--factors", type=Path, required=True, help="of a search with per='head'")
+    p.add_argument(
+        "--factors", type=Path, required=True, nargs="+", help="of searches with per='head'"
+    )
     return p.parse_args()
 
 
@@ -59,24 +62,34 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 def main() -> None:
     """Measure and print a table."""
     args = arguments()
-    own = longrope.RescaleFactors.load(args.factors)
-    if own.shared is None:
+    own, *others = map(longrope.RescaleFactors.load, args.factors)
+    if any(found.shared is None for found in (own, *others)):
         raise SystemExit("--factors: expected factors by head beside the set that they began with")
-    shared = own.shared.factors
     model, documents = load(args)
-    far = far_attention(model, shared, documents(args.seeds[0])[2])
-    turns = shared.base_inv_freq() / (2 * np.pi)
+    far = far_attention(model, own.shared.factors, documents(args.seeds[0])[2])
+    turns = own.base_inv_freq() / (2 * np.pi)
     pairs = (turns * own.target_length > 1) & (turns * own.original_length < 8)
-    stretch = np.log2(own.lambdas / shared.lambdas)[..., pairs].mean(-1)
-    strength = own.attention_factor / shared.attention_factor
+
+    def wanted(found: longrope.RescaleFactors) -> tuple[np.ndarray, np.ndarray]:
+        shared = found.shared.factors
+        stretch = np.log2(found.lambdas / shared.lambdas)[..., pairs].mean(-1)
+        return found.attention_factor / shared.attention_factor, stretch
+
+    strength, stretch = wanted(own)
     print(f"{pairs.sum()} of {len(pairs)} pairs\n")
     print("| layer | head | attention beyond | attention factor | log2 lambda |")
     print("| --- " * 5 + "|")
     for layer, head in np.ndindex(far.shape):
         at = layer, head
         print(f"| {layer} | {head} | {far[at]:.3f} | {strength[at]:.3f} | {stretch[at]:+.3f} |")
-    print(f"\nattention factor: rank correlation {rank_correlation(far, strength):+.2f}")
-    print(f"log2 lambda: rank correlation {rank_correlation(far, stretch):+.2f}")
+    told = {"attention beyond": (far, far)}
+    told |= {str(path): wanted(other) for path, other in zip(args.factors[1:], others, strict=True)}
+    for name, (strengths, stretches) in told.items():
+        print(
+            f"\nrank correlation with {name}: attention factor "
+            f"{rank_correlation(strengths, strength):+.2f}, "
+            f"log2 lambda {rank_correlation(stretches, stretch):+.2f}"
+        )
 
 
 if __name__ == "__main__":
