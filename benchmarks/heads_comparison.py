@@ -85,7 +85,8 @@ def one_seed(model: torch.nn.Module, documents, seed: int, runs: Path, args) -> 
     shared = run_folder(runs, args, "model", seed)
     for per in ("model", *args.per):
         name = SHARED if per == "model" else per
-        if name in known and per != "model":
+        wanted = {"model": {SHARED}, "layer": {per}, "head": {per, MEAN}}[per] - known
+        if not wanted and per != "model":  # whose folder the others begin with
             continue
         out = run_folder(runs, args, per, seed)
         if not out.exists() and per != "model":
@@ -96,9 +97,9 @@ def one_seed(model: torch.nn.Module, documents, seed: int, runs: Path, args) -> 
             progress=False, out=out,
         )  # fmt: skip
         factors = result.factors if result.tiers is None else result.tiers
-        if name not in known:
+        if name in wanted:
             yield row(name, factors, result)
-        if per == "head" and result.factors.per_head:
+        if MEAN in wanted and result.factors.per_head:
             several = factors if result.tiers is not None else [factors]
             yield row(MEAN, longrope.Tiers([f.mean() for f in several]), result)
 

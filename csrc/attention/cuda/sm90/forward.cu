@@ -18,7 +18,7 @@
 // before. Keys before the tensor are zeros; values that exist and are not for this block are made
 // zeros (0 times NaN is NaN), and scores there are masked as those beyond a bound of their row are.
 #include "attention/cuda/kernels.cuh"
-#include "attention/cuda/sm90/panels.cuh"
+#include "attention/cuda/sm90/forward_tiles.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
 
@@ -27,111 +27,19 @@ namespace cuda {
 namespace sm90 {
 namespace {
 
-template <int kHeadDim>
-struct Tile {
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups
-  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
-  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;  // of keys, and of values
-  // At entry every thread has 168 registers (128 where there are 512 threads), then consumers take
-  // what the copying warpgroup gives up: for more than that they would wait without end. Sums of O
-  // and S and the weights are 128, 160 and 176 of theirs.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                (kConsumers + 1) * registers_at_entry(kThreads));
-  // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
-  // and O and S leave no registers to spare.
-  static constexpr bool kTakesTurns = kHeadDim <= 128;
-};
-
-template <int kHeadDim>
-struct Shared {
-  using Size = Tile<kHeadDim>;
-  using QueryTile = Panels<kHeadDim, Size::kRows>;
-  using KeyTile = Panels<kHeadDim, Size::kKeys>;
-
-  QueryTile q;
-  KeyTile k[Size::kStages], v[Size::kStages];
-  uint64_t q_full, edge_full;
-  uint64_t k_full[Size::kStages], k_empty[Size::kStages];
-  uint64_t v_full[Size::kStages], v_empty[Size::kStages];
-
-  __device__ __forceinline__ void init_barriers() {
-    init_barrier(&q_full, 1);
-    init_barrier(&edge_full, 1);
-    for (int i = 0; i < Size::kStages; ++i) {
-      init_barrier(&k_full[i], 1);
-      init_barrier(&v_full[i], 1);
-      init_barrier(&k_empty[i], Size::kConsumers);
-      init_barrier(&v_empty[i], Size::kConsumers);
-    }
-    publish_barriers();
-  }
-};
-
-// A place in a ring of tiles and the parity of the phase in which it is filled there.
-template <int kStages>
-struct Place {
-  int stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    parity ^= stage == 0 ? 1 : 0;
-  }
-};
-
-// What a block does. Blocks run with the tiles of a head fastest, so that those at work at one time
-// share keys in the cache, and the last tile, which sees the most keys, first.
-template <int kHeadDim>
-struct Work {
-  static constexpr int kRows = Tile<kHeadDim>::kRows, kKeys = Tile<kHeadDim>::kKeys;
-
-  int batch, head, first_query, last_query;  // the last one of all
-  Visible visible;
-  Keys queries;  // of them those that attend, of all heads
-  Keys keys;     // that these see
-  int steps;     // tiles of them
-
-  __device__ __forceinline__ explicit Work(const AttentionParams& p)
-      : Work(p, static_cast<unsigned>(ceil_div<int64_t>(p.queries, kRows)),
-             static_cast<unsigned>(p.heads)) {}
-
-  __device__ __forceinline__ Work(const AttentionParams& p, unsigned tiles, unsigned heads)
-      : batch(static_cast<int>(blockIdx.x / tiles / heads)),
-        head(static_cast<int>(blockIdx.x / tiles % heads)),
-        first_query(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * kRows),
-        last_query(static_cast<int>(p.queries) - 1),
-        visible(p, batch),
-        queries(attending(p, batch)) {
-    const int first = first_query > queries.begin ? first_query : queries.begin;
-    const int end = first_query + kRows < queries.end ? first_query + kRows : queries.end;
-    keys = first < end ? visible.keys(first, end - 1) : Keys{0, 0};
-    steps = keys.begin < keys.end ? ceil_div(keys.end - keys.begin, kKeys) : 0;
-  }
-
-  __device__ __forceinline__ bool is_idle() const {
-    return first_query >= queries.end || first_query + kRows <= queries.begin;
-  }
-  __device__ __forceinline__ int first_key(int step) const { return keys.end - (step + 1) * kKeys; }
-  __device__ __forceinline__ Keys keys_of(int query) const {
-    return visible.keys(query < last_query ? query : last_query);
-  }
-};
-
 // One warp copies.
 template <int kHeadDim>
-__device__ __forceinline__ void copy_tiles(Shared<kHeadDim>& shared, const Work<kHeadDim>& work,
-                                           int kv_head, const TensorMap& q, const TensorMap& k,
+__device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
+                                           const ForwardWork<kHeadDim>& work, int kv_head,
+                                           const TensorMap& q, const TensorMap& k,
                                            const TensorMap& v) {
-  using Shared = Shared<kHeadDim>;
+  using Shared = ForwardShared<kHeadDim>;
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
     arrive_expecting(&shared.q_full, Shared::QueryTile::kBytes);
     shared.q.copy(q, &shared.q_full, work.first_query, work.head, work.batch);
   }
-  Place<Tile<kHeadDim>::kStages> at;
+  Place<ForwardTile<kHeadDim>::kStages> at;
   for (int step = 0; step < work.steps; ++step, at.advance()) {
     const int key = work.first_key(step);
     const bool is_cut = key < work.keys.begin && work.keys.begin > 0;
@@ -157,8 +65,8 @@ __device__ __forceinline__ void copy_tiles(Shared<kHeadDim>& shared, const Work<
 // Warpgroups begin their products one after another, in a circle.
 template <int kHeadDim>
 struct Turn {
-  static constexpr int kCount = Tile<kHeadDim>::kConsumers;
-  static constexpr bool kTaken = Tile<kHeadDim>::kTakesTurns;
+  static constexpr int kCount = ForwardTile<kHeadDim>::kConsumers;
+  static constexpr bool kTaken = ForwardTile<kHeadDim>::kTakesTurns;
   const int me;
 
   __device__ __forceinline__ void wait() const {
@@ -174,13 +82,13 @@ struct Turn {
 template <typename T, int kHeadDim>
 class Rows {
  public:
-  using Size = Tile<kHeadDim>;
-  using QueryTile = typename Shared<kHeadDim>::QueryTile;
-  using KeyTile = typename Shared<kHeadDim>::KeyTile;
+  using Size = ForwardTile<kHeadDim>;
+  using QueryTile = typename ForwardShared<kHeadDim>::QueryTile;
+  using KeyTile = typename ForwardShared<kHeadDim>::KeyTile;
   static constexpr int kKeys = Size::kKeys;
 
-  __device__ __forceinline__ Rows(const AttentionParams& p, Shared<kHeadDim>& shared,
-                                  const Work<kHeadDim>& work)
+  __device__ __forceinline__ Rows(const AttentionParams& p, ForwardShared<kHeadDim>& shared,
+                                  const ForwardWork<kHeadDim>& work)
       : shared_(shared),
         work_(work),
         score_(p),
@@ -320,8 +228,8 @@ class Rows {
     round_to_left<T>(s[0], weights_);
   }
 
-  Shared<kHeadDim>& shared_;
-  const Work<kHeadDim>& work_;
+  ForwardShared<kHeadDim>& shared_;
+  const ForwardWork<kHeadDim>& work_;
   const Score score_;
   const Turn<kHeadDim> turn_;
   unsigned char* const rows_;  // of the queries, and of the output in their place
@@ -334,12 +242,12 @@ class Rows {
 };
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                           const __grid_constant__ TensorMap v, bool packed) {
-  Shared<kHeadDim>& shared = shared_as<Shared<kHeadDim>>();
-  const Work<kHeadDim> work(p);
+  ForwardShared<kHeadDim>& shared = shared_as<ForwardShared<kHeadDim>>();
+  const ForwardWork<kHeadDim> work(p);
   if (work.is_idle()) return;
   if (threadIdx.x == 0) {
     prefetch_map(q), prefetch_map(k), prefetch_map(v);
@@ -347,13 +255,13 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
   }
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
-    shrink_registers<Tile<kHeadDim>::kProducerRegisters>();
+    shrink_registers<ForwardTile<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < 32 && work.steps > 0) {
       const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
       copy_tiles<kHeadDim>(shared, work, kv_head, q, k, v);
     }
   } else {
-    grow_registers<Tile<kHeadDim>::kConsumerRegisters>();
+    grow_registers<ForwardTile<kHeadDim>::kConsumerRegisters>();
     Rows<T, kHeadDim> rows(p, shared, work);
     rows.attend();
     rows.write(p, packed);
@@ -364,8 +272,8 @@ LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
 
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
-  using Size = Tile<kHeadDim>;
-  constexpr size_t kBytes = kBytesOf<Shared<kHeadDim>>;
+  using Size = ForwardTile<kHeadDim>;
+  constexpr size_t kBytes = kBytesOf<ForwardShared<kHeadDim>>;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
   launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
          dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
