@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from emulation.build import compiler
 from ops import test_attention as plain
 from ops import test_attention_tiles as tiles
 from support import backends
@@ -124,3 +125,35 @@ def test_a_gradient_that_is_one_element(backend):
     expected = torch.autograd.grad(ops.attention(*leaves), leaves, ones)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def kernel_of(monkeypatch):
+    """Tell which kernels differentiate (queries, heads, head_dim), by a choice, on a device."""
+    from emulation import attention, library
+
+    monkeypatch.setattr(library.Runtime, "ORDERS", ("forward",))
+
+    def kernel_of(choice, capability, queries, heads, head_dim, dtype=torch.bfloat16):
+        q, k, v = tiles.inputs(heads, heads, queries, 9, head_dim, dtype)
+        lse = torch.zeros(1, heads, queries)
+        bounds = (0, None, 0, None, 9, None, 0, None, queries, None)
+        with library.attention_kernel(choice, capability):
+            attention.attention_backward(q, None, q, k, v, q, lse, False, *bounds, 0, 1.0, 0.0)
+        return library.runtime().last_kernel()
+
+    return kernel_of
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_what_decides_which_kernels_differentiate(kernel_of):
+    """Capability, dtype, head_dim, a full tile of queries, and 66 blocks of 128 keys."""
+    assert kernel_of("auto", 90, 64, 66, 8) == "attention_backward_sm90"
+    assert kernel_of("auto", 90, 63, 66, 8) == "attention_backward"
+    assert kernel_of("auto", 90, 64, 65, 8) == "attention_backward"
+    assert kernel_of("auto", 86, 64, 66, 8) == "attention_backward"
+    assert kernel_of("wgmma", 100, 1, 1, 8) == "attention_backward"
+    assert kernel_of("wgmma", 90, 1, 1, 128) == "attention_backward_sm90"
+    assert kernel_of("wgmma", 90, 1, 1, 129) == "attention_backward"
+    assert kernel_of("wgmma", 90, 1, 1, 8, torch.float32) == "attention_backward"
+    assert kernel_of("mma", 90, 64, 66, 8) == "attention_backward"
