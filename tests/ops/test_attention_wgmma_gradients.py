@@ -38,16 +38,14 @@ def test_head_dims(backend, head_dim):
     tiles.assert_accurate(backend, tiles.inputs(2, 1, 70, 150, head_dim, torch.float16))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "not causal"])
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, True), (128, False), (128, True)])
 def test_rings_wrap_around(backend, head_dim, causal):
     """More tiles than a ring holds, twice, of both heads that share keys."""
-    tensors = tiles.inputs(2, 1, 330, 600, head_dim, torch.bfloat16)
+    tensors = tiles.inputs(2, 1, 300, 560, head_dim, torch.bfloat16)
     tiles.assert_accurate(backend, tensors, causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, None), (64, 2.0), (128, 2.0)])
 def test_windows_leave_tiles_out_at_both_ends(backend, head_dim, softcap):
     arguments = {"window": 150, "key_start": 37, "query_range": (10, 390), "query_start": 100}
     tensors = tiles.inputs(1, 1, 400, 500, head_dim, torch.bfloat16)
@@ -71,20 +69,20 @@ def test_every_offset_of_a_range_of_queries_in_a_tile(backend):
 @pytest.mark.parametrize("head_dim", [16, 128])
 def test_what_is_not_seen_may_be_nan(backend, head_dim):
     """Of queries, keys, values and the gradient of the output; before and behind what is read."""
-    batch, queries, keys = 6, 150, 300
+    batch, queries, keys = 4, 150, 300
     step = torch.arange(batch)
     arguments = {
-        "query_start": 40 * step - 60,
+        "query_start": 60 * step - 60,
         "window": 50,
-        "key_start": 9 * step,
-        "key_length": 290 - 21 * step,
-        "query_range": (7 * step, queries - 11 * step),
+        "key_start": 13 * step,
+        "key_length": 290 - 31 * step,
+        "query_range": (11 * step, queries - 17 * step),
     }
     q, k, v = tiles.inputs(2, 1, queries, keys, head_dim, torch.bfloat16, batch=batch)
-    position = (40 * step - 60)[:, None] + torch.arange(queries)
+    position = (60 * step - 60)[:, None] + torch.arange(queries)
     key = torch.arange(keys)
     seen = (key <= position[..., None]) & (key > position[..., None] - 50)
-    seen &= (key >= 9 * step[:, None, None]) & (key < (290 - 21 * step)[:, None, None])
+    seen &= (key >= 13 * step[:, None, None]) & (key < (290 - 31 * step)[:, None, None])
     begin, end = (x[:, None] for x in arguments["query_range"])
     attends = (torch.arange(queries) >= begin) & (torch.arange(queries) < end)
     seen &= attends[..., None]
@@ -151,9 +149,9 @@ def test_what_decides_which_kernels_differentiate(kernel_of):
     assert kernel_of("auto", 90, 64, 66, 8) == "attention_backward_sm90"
     assert kernel_of("auto", 90, 63, 66, 8) == "attention_backward"
     assert kernel_of("auto", 90, 64, 65, 8) == "attention_backward"
-    assert kernel_of("auto", 86, 64, 66, 8) == "attention_backward"
-    assert kernel_of("wgmma", 100, 1, 1, 8) == "attention_backward"
+    for capability in (80, 86, 100, 120):
+        assert kernel_of("wgmma", capability, 1, 1, 8) == "attention_backward"
     assert kernel_of("wgmma", 90, 1, 1, 128) == "attention_backward_sm90"
     assert kernel_of("wgmma", 90, 1, 1, 129) == "attention_backward"
     assert kernel_of("wgmma", 90, 1, 1, 8, torch.float32) == "attention_backward"
-    assert kernel_of("mma", 90, 64, 66, 8) == "attention_backward"
+    assert kernel_of("mma", 90, 1, 1, 8) == "attention_backward"
