@@ -31,7 +31,7 @@ def backend(request):
 
 
 def assert_accurate(backend, tensors, **arguments):
-    """Out and lse; gradients are those of other kernels."""
+    """Out and lse; test_attention_wgmma_gradients.py has the gradients."""
     plain.assert_accurate(backend, tensors, arguments)
 
 
