@@ -7,7 +7,7 @@ import csv
 import pytest
 import torch
 
-from longrope import RescaleFactors, Tiers
+from longrope import RescaleFactors, Tiers, apply, perplexity
 from longrope.demo import corpus, report, run, train
 from longrope.runs import style
 
@@ -120,10 +120,15 @@ def test_a_method_may_be_a_list_of_sets_and_every_measurement_moves_the_bar(tmp_
     baselines = run.baselines(rotary_dim=64, rope_theta=10000.0)
     short = baselines["none"].replace(target_length=run.ORIGINAL_LENGTH)
     methods = {"none": baselines["none"], "YaRN": [short, baselines["YaRN"]]}
-    table = run.measure(model, methods, run.excerpts("test", 1, seed=0))
+    documents = run.excerpts("test", 1, seed=0)
+    table = run.measure(model, methods, documents)
     # The first set serves the model's own window.
     assert table["YaRN"][0] == pytest.approx(table["none"][0], rel=1e-6)
     assert table["YaRN"][-1] < 0.5 * table["none"][-1]
+    # Windows that are the begin of longer ones measure as those by themselves.
+    apply(model, methods["YaRN"])
+    alone = [perplexity(model, documents, length=n, stride=n) for n in lengths]
+    assert table["YaRN"] == pytest.approx(alone, rel=1e-5)
     assert "100%" in capsys.readouterr().err
     report.save_plot(table, methods, lengths, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

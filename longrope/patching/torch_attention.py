@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,9 @@ def attend_by_torch(
             "softcap: expected none where attention_mask has holes or longrope's kernels are not "
             f"built for {query.device.type}, got {options.softcap}"
         )
+    if options.window is None and mask is None:
+        return attend_unmasked(query, keys, values, True, options.scale)
     count, total = query.shape[2], keys.shape[2]
-    if count == 1 and options.window is None and mask is None:  # sees every key
-        return nn.functional.scaled_dot_product_attention(
-            query, keys, values, scale=options.scale, enable_gqa=True
-        )
     key = torch.arange(total, device=query.device)
     position = torch.arange(total - count, total, device=query.device)[:, None]
     seen = key <= position
@@ -45,3 +45,21 @@ def attend_by_torch(
     return nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=seen, scale=options.scale, enable_gqa=True
     )
+
+
+def attend_unmasked(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float | None
+) -> Tensor:
+    """Attend by `scaled_dot_product_attention`, the queries being the last of the positions.
+
+    Without a mask of its own, which would shut out torch's fast kernels.
+    """
+    count, total = query.shape[2], keys.shape[2]
+    options: dict[str, Any] = {"scale": scale}
+    if causal and count == total:
+        options["is_causal"] = True
+    elif causal and count > 1:  # one query sees every key
+        options["attn_mask"] = causal_lower_right(count, total)
+    if keys.shape[1] < query.shape[1]:
+        options["enable_gqa"] = True
+    return nn.functional.scaled_dot_product_attention(query, keys, values, **options)
