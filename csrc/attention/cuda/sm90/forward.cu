@@ -9,7 +9,7 @@
 // bytes of the copy) and one that says it is empty (one arrival of each consumer warpgroup).
 //
 //   begin S = Q K(j)^T    begin O += P V(j - 1)    wait for S, free K(j)    P = softmax S
-//   wait for O, free V(j - 1)    rescale O, round P
+//   wait for K(j + 1)    wait for O, free V(j - 1)    rescale O, round P
 //
 // so that a softmax runs beside the product of its own warpgroup, and, as warpgroups take turns at
 // beginning products (head_dim to 128), beside those of the others.
