@@ -121,10 +121,15 @@ class Runtime:
 
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(str(path))
+        self.library.emulation_last_kernel.restype = ctypes.c_char_p
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """Run threads and blocks `"forward"`, `"reverse"` or in a random order from now on."""
         self.library.emulation_set_order(self.ORDERS.index(order), ctypes.c_uint(seed))
+
+    def last_kernel(self) -> str:
+        """Name the kernel that ran last."""
+        return self.library.emulation_last_kernel().decode()
 
     @contextmanager
     def capability(self, capability: int) -> Iterator[None]:

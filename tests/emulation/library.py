@@ -33,12 +33,14 @@ def runtime() -> Runtime:
 
 
 @contextmanager
-def wgmma() -> Iterator[None]:
-    """Attend by the kernel of compute capability 9.0 wherever it can, on such a device."""
+def attention_kernel(name: str, capability: int = 90) -> Iterator[None]:
+    """Attend on a device of that capability by `"wgmma"` wherever it can, `"mma"` or `"auto"`."""
     choose = runtime().library.emulated_set_attention_kernel
-    choose(b"wgmma")
+    choose.restype = ctypes.c_char_p
+    if error := choose(name.encode()):
+        raise ValueError(error.decode())
     try:
-        with runtime().capability(90):
+        with runtime().capability(capability):
             yield
     finally:
         choose(b"auto")

@@ -103,6 +103,7 @@ struct State_ {
   unsigned seed = 0;
   int capability = 86;  // the least shared memory
   const Launch* launch = nullptr;
+  std::string last;  // kernel that was launched
   const std::function<void()>* body = nullptr;
   Context scheduler;
   std::vector<std::unique_ptr<Thread>> threads;  // of the running block; reused
@@ -317,6 +318,7 @@ void set_order(Order order, unsigned seed) {
   g().seed = seed;
 }
 
+const char* last_kernel() { return g().last.c_str(); }
 void set_capability(int capability) { g().capability = capability; }
 int capability() { return g().capability; }
 std::size_t most_shared_bytes() { return shared_bytes_of(g().capability); }
@@ -326,6 +328,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(s.mutex);
   check_launch(launch);
   s.launch = &launch;
+  s.last = launch.kernel;
   s.body = &body;
   s.random.seed(s.seed + 1);
   gridDim = launch.grid;
@@ -471,6 +474,7 @@ std::string block_text() {
 
 }  // namespace emulation
 
+extern "C" const char* emulation_last_kernel() { return emulation::last_kernel(); }
 extern "C" void emulation_set_capability(int capability) { emulation::set_capability(capability); }
 
 extern "C" void emulation_set_order(int order, unsigned seed) {

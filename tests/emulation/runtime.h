@@ -48,6 +48,9 @@ struct Launch {
 // launch is invalid, deadlocks or misuses a primitive.
 void run_grid(const Launch& launch, const std::function<void()>& body);
 
+// The name of the kernel that ran last.
+const char* last_kernel();
+
 // --- for the twins; each is called by a running kernel thread ------------------------------------
 
 // Ends the launch with `what`, the calling thread and its site.

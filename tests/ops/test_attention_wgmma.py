@@ -10,10 +10,13 @@ import math
 
 import pytest
 import torch
+from emulation.build import compiler
 from ops import test_attention as plain
 from ops import test_attention_tiers as tiers
 from ops import test_attention_tiles as tiles
 from support import backends
+from support.criterion import assert_as_accurate
+from support.views import moved
 
 from longrope import ops
 
@@ -28,7 +31,7 @@ def backend(request):
 
 
 def assert_accurate(backend, tensors, **arguments):
-    """Out and lse; gradients are those of other kernels."""
+    """Out and lse; test_attention_wgmma_gradients.py has the gradients."""
     plain.assert_accurate(backend, tensors, arguments)
 
 
@@ -57,6 +60,23 @@ def test_rings_wrap_around(backend, head_dim, causal):
 def test_windows_leave_tiles_out_at_both_ends(backend, head_dim):
     arguments = {"window": 150, "key_start": 37, "query_range": (10, 390), "query_start": 100}
     assert_accurate(backend, tiles.inputs(1, 1, 400, 500, head_dim, torch.bfloat16), **arguments)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one for all rows and heads", "one row"])
+def test_layouts_of_aligned_tensors(backend, layout):
+    """Read where they lie, but for what several heads share: a tensor map cannot say it."""
+    q, k, v = tiles.inputs(4, 2, 70, 140, 64, torch.bfloat16, batch=1 if layout == "one row" else 2)
+    if layout == "tokens first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "one for all rows and heads":
+        k, v = (x[:1, :1].expand(x.shape) for x in (k, v))
+    else:  # whose stride says nothing
+        q, k, v = (x.as_strided(x.shape, (3, *x.stride()[1:])) for x in (q, k, v))
+    there = [moved(x, backend.device) for x in (q, k, v)]
+    assert [x.stride() for x in there] == [x.stride() for x in (q, k, v)]
+    got = ops.attention(*there)
+    exact = ops.reference.attention(*(x.double() for x in (q, k, v)))
+    assert_as_accurate(got, ops.reference.attention(q, k, v), exact)
 
 
 def test_softcap(backend):
@@ -131,3 +151,36 @@ def test_tiers(backend, case):
 @pytest.mark.parametrize("place", [0, 599])
 def test_a_score_of_plus_infinity_among_many_keys(backend, place):
     tiles.test_a_score_of_plus_infinity_among_many_keys(backend, torch.float16, place)
+
+
+@pytest.fixture
+def kernel_of(monkeypatch):
+    """Tell which kernel attends (queries, heads) of a dtype, by a choice, on a device."""
+    from emulation import attention, library
+
+    monkeypatch.setattr(library.Runtime, "ORDERS", ("forward",))
+
+    def kernel_of(choice, capability, queries, heads, dtype=torch.bfloat16):
+        q, k, v = tiles.inputs(heads, 1, queries, 9, 8, dtype)
+        bounds = (0, None, 0, None, 9, None, 0, None, queries, None)
+        with library.attention_kernel(choice, capability):
+            attention.attention(q, k, v, False, *bounds, 0, 1.0, 0.0)
+        return library.runtime().last_kernel()
+
+    return kernel_of
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_what_decides_which_kernel_attends(kernel_of):
+    """Capability, dtype, full tiles of queries, and 66 blocks of them."""
+    assert kernel_of("auto", 90, 128, 66) == "attention_sm90"
+    assert kernel_of("auto", 90, 127, 66) == "attention"
+    assert kernel_of("auto", 90, 128, 65) != "attention_sm90"
+    for capability in (80, 86, 100, 120):
+        assert kernel_of("auto", capability, 128, 66) == "attention"
+        assert kernel_of("wgmma", capability, 128, 66) == "attention"
+    assert kernel_of("mma", 90, 128, 66) == "attention"
+    assert kernel_of("wgmma", 90, 1, 1) == "attention_sm90"
+    assert kernel_of("wgmma", 90, 1, 1, torch.float32) != "attention_sm90"
+    with pytest.raises(ValueError, match=r'^kernel: expected auto, mma or wgmma, got "hopper"$'):
+        kernel_of("hopper", 90, 1, 1)

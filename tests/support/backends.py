@@ -99,7 +99,7 @@ def use(name: str) -> Iterator[Backend]:
         with _emulation():
             from emulation import library
 
-            with library.wgmma() if detail else nullcontext():
+            with library.attention_kernel(detail) if detail else nullcontext():
                 yield Backend(name, "cpu", launches(name))
 
 

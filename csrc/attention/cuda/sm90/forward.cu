@@ -18,187 +18,55 @@
 // before. Keys before the tensor are zeros; values that exist and are not for this block are made
 // zeros (0 times NaN is NaN), and scores there are masked as those beyond a bound of their row are.
 #include "attention/cuda/kernels.cuh"
-#include "attention/cuda/sm90/panels.cuh"
+#include "attention/cuda/sm90/forward_tiles.cuh"
 #include "attention/cuda/softmax.cuh"
 #include "attention/cuda/tile.cuh"
 
 namespace longrope {
 namespace cuda {
+namespace sm90 {
 namespace {
-
-template <int kHeadDim>
-struct Tile {
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;  // warpgroups
-  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;
-  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;  // of keys, and of values
-  // At entry every thread has 168 registers (128 where there are 512 threads), then consumers take
-  // what the copying warpgroup gives up: for more than that they would wait without end. Sums of O
-  // and S and the weights are 128, 160 and 176 of theirs.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                (kConsumers + 1) * registers_at_entry(kThreads));
-  // Whether the softmax of a warpgroup waits for its turn. At head_dim 256 the products are long
-  // and O and S leave no registers to spare.
-  static constexpr bool kTakesTurns = kHeadDim <= 128;
-};
-
-template <int kHeadDim>
-struct Shared {
-  using Size = Tile<kHeadDim>;
-  using Queries = Panels<kHeadDim, Size::kRows>;
-  using Keys = Panels<kHeadDim, Size::kKeys>;
-
-  Queries q;
-  Keys k[Size::kStages], v[Size::kStages];
-  uint64_t q_full, edge_full;
-  uint64_t k_full[Size::kStages], k_empty[Size::kStages];
-  uint64_t v_full[Size::kStages], v_empty[Size::kStages];
-
-  static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
-
-  static __device__ __forceinline__ Shared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<Shared*>(round_up(address, kAlignment));
-  }
-
-  __device__ __forceinline__ void init_barriers() {
-    init_barrier(&q_full, 1);
-    init_barrier(&edge_full, 1);
-    for (int i = 0; i < Size::kStages; ++i) {
-      init_barrier(&k_full[i], 1);
-      init_barrier(&v_full[i], 1);
-      init_barrier(&k_empty[i], Size::kConsumers);
-      init_barrier(&v_empty[i], Size::kConsumers);
-    }
-    publish_barriers();
-  }
-};
-
-// A place in a ring of tiles and the parity of the phase in which it is filled there.
-template <int kStages>
-struct Place {
-  int stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    parity ^= stage == 0 ? 1 : 0;
-  }
-};
-
-// What a block does. Blocks run with the tiles of a head fastest, so that those at work at one time
-// share keys in the cache, and the last tile, which sees the most keys, first.
-template <int kHeadDim>
-struct Work {
-  static constexpr int kRows = Tile<kHeadDim>::kRows, kKeys = Tile<kHeadDim>::kKeys;
-
-  int batch, head, first_query, last_query;  // the last one of all
-  Visible visible;
-  Keys queries;  // of them those that attend, of all heads
-  Keys keys;     // that these see
-  int steps;     // tiles of them
-
-  __device__ __forceinline__ explicit Work(const AttentionParams& p)
-      : Work(p, static_cast<unsigned>(ceil_div<int64_t>(p.queries, kRows)),
-             static_cast<unsigned>(p.heads)) {}
-
-  __device__ __forceinline__ Work(const AttentionParams& p, unsigned tiles, unsigned heads)
-      : batch(static_cast<int>(blockIdx.x / tiles / heads)),
-        head(static_cast<int>(blockIdx.x / tiles % heads)),
-        first_query(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * kRows),
-        last_query(static_cast<int>(p.queries) - 1),
-        visible(p, batch),
-        queries(attending(p, batch)) {
-    const int first = first_query > queries.begin ? first_query : queries.begin;
-    const int end = first_query + kRows < queries.end ? first_query + kRows : queries.end;
-    keys = first < end ? visible.keys(first, end - 1) : Keys{0, 0};
-    steps = keys.begin < keys.end ? ceil_div(keys.end - keys.begin, kKeys) : 0;
-  }
-
-  __device__ __forceinline__ bool is_idle() const {
-    return first_query >= queries.end || first_query + kRows <= queries.begin;
-  }
-  __device__ __forceinline__ int first_key(int step) const { return keys.end - (step + 1) * kKeys; }
-  __device__ __forceinline__ Keys keys_of(int query) const {
-    return visible.keys(query < last_query ? query : last_query);
-  }
-};
 
 // One warp copies.
 template <int kHeadDim>
-__device__ __forceinline__ void copy_tiles(Shared<kHeadDim>& shared, const Work<kHeadDim>& work,
-                                           int kv_head, const TensorMap& q, const TensorMap& k,
+__device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
+                                           const ForwardWork<kHeadDim>& work, int kv_head,
+                                           const TensorMap& q, const TensorMap& k,
                                            const TensorMap& v) {
-  using Shared = Shared<kHeadDim>;
+  using Shared = ForwardShared<kHeadDim>;
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
-    arrive_expecting(&shared.q_full, Shared::Queries::kBytes);
+    arrive_expecting(&shared.q_full, Shared::QueryTile::kBytes);
     shared.q.copy(q, &shared.q_full, work.first_query, work.head, work.batch);
   }
-  Place<Tile<kHeadDim>::kStages> at;
+  Place<ForwardTile<kHeadDim>::kStages> at;
   for (int step = 0; step < work.steps; ++step, at.advance()) {
     const int key = work.first_key(step);
     const bool is_cut = key < work.keys.begin && work.keys.begin > 0;
     uint64_t* const v_full = is_cut ? &shared.edge_full : &shared.v_full[at.stage];
     if (lane == 0) {
       wait_barrier(&shared.k_empty[at.stage], at.parity ^ 1);
-      arrive_expecting(&shared.k_full[at.stage], Shared::Keys::kBytes);
+      arrive_expecting(&shared.k_full[at.stage], Shared::KeyTile::kBytes);
       shared.k[at.stage].copy(k, &shared.k_full[at.stage], key, kv_head, work.batch);
       wait_barrier(&shared.v_empty[at.stage], at.parity ^ 1);
-      arrive_expecting(v_full, Shared::Keys::kBytes);
+      arrive_expecting(v_full, Shared::KeyTile::kBytes);
       shared.v[at.stage].copy(v, v_full, key, kv_head, work.batch);
     }
     if (!is_cut) continue;
     sync_warp();
     wait_barrier(&shared.edge_full, 0);
-    const int units = (work.keys.begin - key) * (kPanelBytes / 16);
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      unsigned char* const rows = shared.v[at.stage].bytes + panel * Shared::Keys::kStride;
-      for (int i = lane; i < units; i += 32) store(rows + 16 * i, Pack<unsigned char, 16>{});
-    }
+    shared.v[at.stage].clear(0, work.keys.begin - key, lane, 32);
     publish_stores();
     sync_warp();
     if (lane == 0) arrive(&shared.v_full[at.stage]);
   }
 }
 
-// Begins S = Q K^T of a warpgroup, whose rows of a panel `q` points to.
-template <typename T, int kHeadDim, int kColumns>
-__device__ __forceinline__ void begin_scores(float (&s)[kColumns][4], const unsigned char* q,
-                                             const unsigned char* k) {
-  using Shared = Shared<kHeadDim>;
-  const uint64_t left = matrix_at(q, 16, 1024), right = matrix_at(k, 16, 1024);
-  fence_products();
-#pragma unroll
-  for (int depth = 0; depth < kHeadDim; depth += 16) {
-    const int panel = depth / 64, offset = depth % 64 * 2;
-    begin_product<T>(s, moved(left, panel * Shared::Queries::kStride + offset),
-                     moved(right, panel * Shared::Keys::kStride + offset), depth > 0);
-  }
-  commit_products();
-}
-
-// Begins O += P V.
-template <typename T, int kHeadDim, int kColumns, int kSixteens>
-__device__ __forceinline__ void begin_values(float (&o)[kColumns][4],
-                                             const uint32_t (&weights)[kSixteens][4],
-                                             const unsigned char* v) {
-  const uint64_t right = matrix_at(v, Shared<kHeadDim>::Keys::kStride, 1024);
-  fence_products();
-#pragma unroll
-  for (int i = 0; i < kSixteens; ++i) {
-    begin_product<T>(o, weights[i], moved(right, 16 * i * kPanelBytes));
-  }
-  commit_products();
-}
-
 // Warpgroups begin their products one after another, in a circle.
 template <int kHeadDim>
 struct Turn {
-  static constexpr int kCount = Tile<kHeadDim>::kConsumers;
-  static constexpr bool kTaken = Tile<kHeadDim>::kTakesTurns;
+  static constexpr int kCount = ForwardTile<kHeadDim>::kConsumers;
+  static constexpr bool kTaken = ForwardTile<kHeadDim>::kTakesTurns;
   const int me;
 
   __device__ __forceinline__ void wait() const {
@@ -214,18 +82,21 @@ struct Turn {
 template <typename T, int kHeadDim>
 class Rows {
  public:
-  using Size = Tile<kHeadDim>;
+  using Size = ForwardTile<kHeadDim>;
+  using QueryTile = typename ForwardShared<kHeadDim>::QueryTile;
+  using KeyTile = typename ForwardShared<kHeadDim>::KeyTile;
   static constexpr int kKeys = Size::kKeys;
 
-  __device__ __forceinline__ Rows(const AttentionParams& p, Shared<kHeadDim>& shared,
-                                  const Work<kHeadDim>& work)
+  __device__ __forceinline__ Rows(const AttentionParams& p, ForwardShared<kHeadDim>& shared,
+                                  const ForwardWork<kHeadDim>& work)
       : shared_(shared),
         work_(work),
         score_(p),
         // The same in all lanes, which the compiler sees by the shuffle alone: what follows from it
         // lies in uniform registers, as products want their matrices.
         turn_{shfl(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1},
-        q_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
+        rows_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
+        q_(moved(along(shared.q), turn_.me * 64 * kPanelBytes)),
         first_query_(work.first_query + turn_.me * 64),
         row_(static_cast<int>(threadIdx.x % kWarpgroup) / 32 * 16 +
              static_cast<int>(threadIdx.x) % 32 / 4) {}
@@ -246,7 +117,7 @@ class Rows {
       for (; step < work_.steps && is_plain(step); ++step) next<true>(step);
     }
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
-    begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
+    begin_sum<T>(o_[0], weights_, across<KeyTile>(along(shared_.v[v_at_.stage])));
     wait_products<0>(o_[0]);
   }
 
@@ -288,7 +159,7 @@ class Rows {
  private:
   // The j-th eight columns of a row of the output, in an order that keeps the banks apart.
   __device__ __forceinline__ unsigned char* unit(int row, int j) const {
-    return q_ + j / 8 * Shared<kHeadDim>::Queries::kStride + row * kPanelBytes + (j ^ row) % 8 * 16;
+    return rows_ + j / 8 * QueryTile::kStride + row * kPanelBytes + (j ^ row) % 8 * 16;
   }
 
   // One thread speaks for the warpgroup, all of whose products have ended.
@@ -315,7 +186,7 @@ class Rows {
     float s[1][kKeys / 8][4], before[1][2];
     wait_barrier(&shared_.q_full, 0);
     wait_barrier(&shared_.k_full[0], 0);
-    begin_scores<T, kHeadDim>(s[0], q_, shared_.k[0].bytes);
+    begin_transposed<T, QueryTile, KeyTile, kHeadDim>(s[0], q_, along(shared_.k[0]));
     wait_products<0>(s[0]);
     release(&shared_.k_empty[0]);
     k_at_.advance();
@@ -337,9 +208,9 @@ class Rows {
   __device__ __forceinline__ void next(int step) {
     float s[1][kKeys / 8][4], before[1][2];
     turn_.wait();
-    begin_scores<T, kHeadDim>(s[0], q_, shared_.k[k_at_.stage].bytes);
+    begin_transposed<T, QueryTile, KeyTile, kHeadDim>(s[0], q_, along(shared_.k[k_at_.stage]));
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
-    begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
+    begin_sum<T>(o_[0], weights_, across<KeyTile>(along(shared_.v[v_at_.stage])));
     if (!turn_.is_last() || step + 1 < work_.steps) turn_.pass();
     wait_products<1>(s[0]);
     release(&shared_.k_empty[k_at_.stage]);
@@ -357,11 +228,12 @@ class Rows {
     round_to_left<T>(s[0], weights_);
   }
 
-  Shared<kHeadDim>& shared_;
-  const Work<kHeadDim>& work_;
+  ForwardShared<kHeadDim>& shared_;
+  const ForwardWork<kHeadDim>& work_;
   const Score score_;
   const Turn<kHeadDim> turn_;
-  unsigned char* const q_;
+  unsigned char* const rows_;  // of the queries, and of the output in their place
+  const uint64_t q_;
   const int first_query_, row_;  // row_ and the eighth behind it are this thread's
   float o_[1][kHeadDim / 8][4] = {};
   Softmax<1> softmax_;
@@ -370,12 +242,12 @@ class Rows {
 };
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                           const __grid_constant__ TensorMap v, bool packed) {
-  Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
-  const Work<kHeadDim> work(p);
+  ForwardShared<kHeadDim>& shared = shared_as<ForwardShared<kHeadDim>>();
+  const ForwardWork<kHeadDim> work(p);
   if (work.is_idle()) return;
   if (threadIdx.x == 0) {
     prefetch_map(q), prefetch_map(k), prefetch_map(v);
@@ -383,13 +255,13 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads, 1)
   }
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
-    shrink_registers<Tile<kHeadDim>::kProducerRegisters>();
+    shrink_registers<ForwardTile<kHeadDim>::kProducerRegisters>();
     if (threadIdx.x < 32 && work.steps > 0) {
       const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
       copy_tiles<kHeadDim>(shared, work, kv_head, q, k, v);
     }
   } else {
-    grow_registers<Tile<kHeadDim>::kConsumerRegisters>();
+    grow_registers<ForwardTile<kHeadDim>::kConsumerRegisters>();
     Rows<T, kHeadDim> rows(p, shared, work);
     rows.attend();
     rows.write(p, packed);
@@ -400,8 +272,8 @@ LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
 
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
-  using Size = Tile<kHeadDim>;
-  constexpr size_t kBytes = sizeof(Shared<kHeadDim>) + Shared<kHeadDim>::kAlignment;
+  using Size = ForwardTile<kHeadDim>;
+  constexpr size_t kBytes = kBytesOf<ForwardShared<kHeadDim>>;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
   launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
          dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
@@ -410,12 +282,13 @@ void run(const AttentionParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+}  // namespace sm90
 
 void forward_sm90(const AttentionParams& p, cudaStream_t stream) {
   auto run_for = [&](auto type) {
     using T = decltype(type);
-    if (p.head_dim <= 64) return run<T, 64>(p, stream);
-    p.head_dim <= 128 ? run<T, 128>(p, stream) : run<T, 256>(p, stream);
+    if (p.head_dim <= 64) return sm90::run<T, 64>(p, stream);
+    p.head_dim <= 128 ? sm90::run<T, 128>(p, stream) : sm90::run<T, 256>(p, stream);
   };
   p.dtype == DType::kBFloat16 ? run_for(bf16{}) : run_for(f16{});
 }
