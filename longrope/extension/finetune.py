@@ -238,6 +238,7 @@ def _train(
     job = ranks.current()
     out.mkdir(parents=True, exist_ok=True)
     last = job.by_first(lambda: checkpoint.last_complete(out))
+    sharding.check_checkpoint(last, sharding.shards(job.size))
     cpu = device_of(model).type == "cpu"
     recomputed = job.by_first(lambda: _recomputes(model, stage, out))
     _checkpoint_activations(model, recomputed)

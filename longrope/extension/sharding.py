@@ -11,6 +11,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from longrope.patching.wrappers import device_of
 FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 #: Where accelerate shards weights; on CPUs it takes the configuration and trains whole ones.
 DEVICES = ("cuda",)
+#: What a checkpoint of weights in shards has.
+WEIGHTS = "pytorch_model_fsdp.bin"
 #: What accelerate is told where nothing is said, and the only value that can be: whole tensors in
 #: checkpoints, since those of shards are read by pickle, and all weights on every rank before.
 _FIXED = {
@@ -67,6 +70,17 @@ def check(model: nn.Module, config: FinetuneConfig) -> None:
         given = os.environ.get(name, value)
         if given.lower() not in (value.lower(), *(("0", "no") if value == "false" else ())):
             raise ValueError(f"finetune: expected {name}={value}, got {given}")
+
+
+def check_checkpoint(path: Path | None, in_shards: bool) -> None:
+    """Refuse to go on from a checkpoint that was written the other way; `ValueError`."""
+    was = path is not None and (path / WEIGHTS).is_file()
+    if path is not None and was != in_shards:
+        words = {True: "in shards", False: "whole"}
+        raise ValueError(
+            f"out: expected the job to hold weights as when it wrote {path}, {words[was]}, got "
+            f"{words[in_shards]} ({FSDP} and the number of ranks decide)"
+        )
 
 
 @contextlib.contextmanager

@@ -57,6 +57,13 @@ def test_a_job_that_stopped_in_a_step_goes_on_to_the_same_bits(found, ranks):
     assert found[0]["resumed"] == found[0]["whole"] == found[1]["resumed"]
 
 
+def test_a_checkpoint_in_shards_is_not_for_a_job_of_whole_weights(found):
+    for rank in found:
+        error = rank["resumed whole"]
+        assert error.startswith("out: expected the job to hold weights as when it wrote ")
+        assert "checkpoint-2, in shards, got whole (" in error
+
+
 def test_tied_weights_stay_tied(found, tmp_path):
     assert found[0]["tied"] == found[1]["tied"]
     single = run_alone(tmp_path, stages=shards.STAGES, model=shards.tied)

@@ -79,7 +79,9 @@ def sharded(rank: int, size: int, folder: Path) -> dict:
         found = {"whole": run("whole"), "held": held[0]}
         stop[0] = 2
         found["stopped"] = run("cut")
-        stop[0] = None
+    stop[0] = None
+    found["resumed whole"] = run("cut")
+    with allowed():
         found["resumed"] = run("cut")
         found["tied"] = run("tied", model=tied)
         found["bf16"] = run("bf16", precision="bf16", activation_checkpointing=True)
