@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,13 @@ from longrope.cli.common import (
     TokenDtype,
     one_sentence_errors,
 )
-from longrope.cli.inputs import load_documents, load_factors, load_model, whole_numbers
+from longrope.cli.inputs import (
+    check_factors,
+    load_documents,
+    load_factors,
+    load_model,
+    whole_numbers,
+)
 
 
 @one_sentence_errors
@@ -59,10 +66,18 @@ def evaluate(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a model as loaded and under each set of factors: one table, plots, resumable."""
+    from longrope.evaluation.suite import check_arguments
     from longrope.evaluation.suite import evaluate as measure
     from longrope.evaluation.suite_report import other_suites
 
-    wanted = whole_numbers("--lengths", lengths)
+    asked = check_arguments(
+        lengths=whole_numbers("--lengths", lengths),
+        tasks=[task.strip() for task in tasks.split(",")],
+        tiers=tiers, trials=trials, samples=samples, seed=seed,
+    )  # fmt: skip
+    wanted = asked["lengths"]
+    rules = _rules(baselines)
+    check_factors(tiers, *(factors or ()))
     network, tokenizer = load_model(model, device, dtype, out if resume else None)
     sets: dict[str, Any] = {}
     for path in factors or ():
@@ -70,13 +85,12 @@ def evaluate(
         sets[name] = load_factors(
             path, network, max(wanted), rope_theta=None, attention_factor=None
         )
-    rules = _baselines(network, baselines, max(wanted))
     for name in rules.keys() & sets.keys():
         raise ValueError(
             f"--baselines: expected names that no file of --factors has, got {name!r} twice; "
             "rename the file"
         )
-    sets |= rules
+    sets |= _baselines(network, rules, max(wanted))
     if ladder:
         sets = {name: _by_position(network, each) for name, each in sets.items()}
     documents = load_documents(
@@ -84,32 +98,35 @@ def evaluate(
         token_cache=token_cache,
     )  # fmt: skip
     result = measure(
-        network, documents, tokenizer, lengths=wanted, factors=sets, out=out,
-        tasks=[task.strip() for task in tasks.split(",")], trials=trials, samples=samples,
-        seed=seed, tiers=tiers, resume=resume, progress=True,
-    )  # fmt: skip
+        network, documents, tokenizer, factors=sets, out=out, resume=resume, progress=True, **asked
+    )
     print(result)
     print(f"\nSaved in {out}. On a folder of longrope export, other suites run by\n"
           f"{other_suites('EXPORTED', wanted)}")  # fmt: skip
 
 
-def _baselines(network: Any, names: str | None, target: int) -> dict[str, Any]:
+def _rules(names: str | None) -> dict[str, Any]:
+    """Return the closed forms that `yarn,llama3` names, without a model."""
     from longrope.factors.baselines import BASELINES
-    from longrope.patching import rope_settings
 
-    made = {}
-    window = rope_settings(network).original_length
-    if names and target < window:
-        raise ValueError(
-            f"--lengths: expected one of at least {window} with --baselines, the window of the "
-            f"model, got at most {target}"
-        )
-    for name in (part.strip() for part in (names or "").split(",") if part.strip()):
+    wanted = [part.strip() for part in (names or "").split(",") if part.strip()]
+    for name in wanted:
         if name not in BASELINES:
             known = ", ".join(BASELINES)
             raise ValueError(f"--baselines: expected some of {known}, got {name!r}")
-        made[name] = BASELINES[name](**rope_settings(network).lengths(target))
-    return made
+    return {name: BASELINES[name] for name in wanted}
+
+
+def _baselines(network: Any, rules: Mapping[str, Any], target: int) -> dict[str, Any]:
+    from longrope.patching import rope_settings
+
+    rope = rope_settings(network)
+    if rules and target < rope.original_length:
+        raise ValueError(
+            f"--lengths: expected one of at least {rope.original_length} with --baselines, the "
+            f"window of the model, got at most {target}"
+        )
+    return {name: make(**rope.lengths(target)) for name, make in rules.items()}
 
 
 def _by_position(network: Any, factors: Any) -> Any:

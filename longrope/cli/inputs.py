@@ -100,13 +100,10 @@ def load_factors(
     """
     from longrope import Tiers
     from longrope.cli.options import value_of
-    from longrope.factors.files import states_settings
     from longrope.patching import rope_settings
 
     given = {"--rope-theta": rope_theta, "--attention-factor": attention_factor}
-    with naming("--factors"):
-        stated = states_settings(path)
-    if stated:
+    if _states_settings(path):
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: expected none beside {path}, which states its own")
@@ -127,6 +124,25 @@ def load_factors(
         f"{factors.attention_factor:.6g}" + f" ({rule})" * isinstance(rule, str)
     )
     return tiers
+
+
+def check_factors(tiers: str, *paths: Path) -> None:
+    """Refuse files of factors that cannot be read, and another rule to choose from them.
+
+    Before a model is loaded, which may take minutes.
+    """
+    from longrope.patching.apply import check_tiers
+
+    check_tiers(tiers)
+    for path in paths:
+        _states_settings(path)
+
+
+def _states_settings(path: Path) -> bool:
+    from longrope.factors.files import states_settings
+
+    with naming("--factors"):
+        return states_settings(path)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

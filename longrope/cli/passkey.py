@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from longrope.cli.common import DEVICE, Dtype, Model, Seed, one_sentence_errors
-from longrope.cli.inputs import load_factors, load_model, whole_numbers
+from longrope.cli.inputs import check_factors, load_factors, load_model, whole_numbers
 
 
 @one_sentence_errors
@@ -40,11 +40,14 @@ def passkey(
 ) -> None:
     """Measure how often a model finds a key of five digits in filler, by length and depth."""
     import longrope
+    from longrope.evaluation.passkey import check_arguments
     from longrope.report import at_end
     from longrope.runs import times
     from longrope.runs.folder import write_text
 
     wanted = whole_numbers("--lengths", lengths)
+    check_arguments(wanted, trials, seed, depths, protocol)
+    check_factors(tiers, *([factors] if factors else []))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)

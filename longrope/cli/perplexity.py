@@ -18,7 +18,7 @@ from longrope.cli.common import (
     TokenDtype,
     one_sentence_errors,
 )
-from longrope.cli.inputs import load_documents, load_factors, load_model
+from longrope.cli.inputs import check_factors, load_documents, load_factors, load_model
 from longrope.cli.options import value_of
 
 
@@ -69,8 +69,12 @@ def perplexity(
 ) -> None:
     """Measure sliding-window perplexity, each token scored once with the most context."""
     import longrope
+    from longrope.evaluation.perplexity import check_arguments
 
+    stride = min(256, length) if stride is None else stride
     pairs = _pairs(ranges)
+    check_arguments(length, stride, seed, samples, pairs)
+    check_factors(tiers, *([factors] if factors else []))
     network, tokenizer = load_model(model, device, dtype)
     if factors is not None:
         beside = {"rope_theta": rope_theta, "attention_factor": attention_factor}
@@ -82,7 +86,7 @@ def perplexity(
         network,
         load_documents("DATA", data, tokenizer, length, **reading),
         length=length,
-        stride=min(256, length) if stride is None else stride,
+        stride=stride,
         samples=samples,
         seed=seed,
         ranges=pairs,

@@ -12,7 +12,6 @@ from torch import nn
 
 from longrope._validation import count, integer, natural
 from longrope.documents import as_documents
-from longrope.evaluation.intervals import bootstrap_interval
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
@@ -21,6 +20,7 @@ from longrope.evaluation.start import bos_token, with_bos, without_bos
 from longrope.patching.attention import kernel_attention
 from longrope.patching.mlp import inplace_mlps
 from longrope.patching.settings import rope_settings
+from longrope.report.intervals import bootstrap_interval
 
 #: A key token gains more than this many nats from the long context, and has at least this
 #: log-probability there: the paper's alpha and beta.

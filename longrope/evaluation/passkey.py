@@ -111,9 +111,7 @@ def passkey(
         model cannot generate, or its NLL is not finite.
     """
     check_generates(model)
-    choice("protocol", protocol, PROTOCOLS)
-    wanted = check_lengths(lengths)
-    trials, seed, depths = count("trials", trials), natural("seed", seed), count("depths", depths)
+    wanted, trials, seed, depths = check_arguments(lengths, trials, seed, depths, protocol)
     if batch_size is not None:
         count("batch_size", batch_size)
     tokens = PromptTokens(tokenizer, model, bos)
@@ -137,6 +135,18 @@ def passkey(
             right = sum(trial.right for trial in measured)
             update(len(done), read, f"{right} of {len(measured)}")
     return Passkey(tuple(measured), protocol, seed)
+
+
+def check_arguments(
+    lengths: Sequence[int], trials: int, seed: int, depths: int, protocol: str
+) -> tuple[list[int], int, int, int]:
+    """Return these arguments of `passkey` but the last, each length once; no model is needed.
+
+    `ValueError` for one that is out of range.
+    """
+    choice("protocol", protocol, PROTOCOLS)
+    wanted = check_lengths(lengths)
+    return wanted, count("trials", trials), natural("seed", seed), count("depths", depths)
 
 
 def check_passkey(tokens: PromptTokens, length: int) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longrope.evaluation.intervals import proportion_interval
 from longrope.report import figures, plots
+from longrope.report.intervals import proportion_interval
 from longrope.report.passkey import bands
 from longrope.runs.folder import write_table
 

@@ -130,13 +130,9 @@ def perplexity(
         the vocabulary, the keys and values of one window do not fit the free memory, or the model's
         NLL of a window is not finite.
     """
-    length = _validation.integer("length", length, 2)
-    stride = _validation.integer("stride", stride, 1)
-    if stride > length:
-        raise ValueError(f"stride: expected at most the length {length}, got {stride}")
+    length, stride, seed, samples, ranges = check_arguments(length, stride, seed, samples, ranges)
     if batch_size is not None:
         batch_size = _validation.integer("batch_size", batch_size, 1)
-    seed = _validation.seed("seed", seed)
     if not callable(progress) and progress not in (True, False):
         raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
     start = bos_token(bos, model, documents)
@@ -145,7 +141,7 @@ def perplexity(
     warn_of_window(model, length)
     chosen = range(len(tokens))
     if samples is not None:
-        if _validation.integer("samples", samples, 1) > len(tokens):
+        if samples > len(tokens):
             raise ValueError(f"samples: expected at most {len(tokens)} documents, got {samples}")
         random = np.random.default_rng(seed)
         chosen = sorted(int(i) for i in random.choice(len(tokens), samples, replace=False))
@@ -158,7 +154,6 @@ def perplexity(
     # Only windows of one length and one number of scored tokens share a batch: no padding, which
     # models whose factors depend on the actual length would take for text.
     windows.sort(key=lambda w: (w.start - w.end, -w.scored))
-    ranges = _checked_ranges(ranges, length)
     total, count = 0.0, 0
     range_sums, range_counts = np.zeros(len(ranges)), np.zeros(len(ranges), np.int64)
     layout = plan_batches(
@@ -197,6 +192,27 @@ def perplexity(
     with np.errstate(invalid="ignore"):
         by_range = tuple(np.exp(range_sums / range_counts).tolist())
     return Perplexity(math.exp(total / count), by_range, count)
+
+
+def check_arguments(
+    length: int,
+    stride: int,
+    seed: int,
+    samples: int | None,
+    ranges: Sequence[tuple[int, int]] | None,
+) -> tuple[int, int, int, int | None, list[tuple[int, int]]]:
+    """Return these arguments of `perplexity`; no model is needed.
+
+    `ValueError` for one that is out of range.
+    """
+    length = _validation.integer("length", length, 2)
+    stride = _validation.integer("stride", stride, 1)
+    if stride > length:
+        raise ValueError(f"stride: expected at most the length {length}, got {stride}")
+    if samples is not None:
+        samples = _validation.integer("samples", samples, 1)
+    seed = _validation.seed("seed", seed)
+    return length, stride, seed, samples, _checked_ranges(ranges, length)
 
 
 @contextlib.contextmanager

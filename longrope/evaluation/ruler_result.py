@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longrope.evaluation.intervals import bootstrap_interval, proportion_interval
 from longrope.report import figures
+from longrope.report.intervals import bootstrap_interval, proportion_interval
 from longrope.runs.folder import write_table
 from longrope.runs.style import STYLES, line
 

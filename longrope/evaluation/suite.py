@@ -107,13 +107,10 @@ def evaluate(
         or a task refuses (see `longrope.passkey` and so on).
     """
     check_generates(model)
-    wanted = check_lengths(lengths)
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
-        raise ValueError(f"tasks: expected names of {', '.join(TASKS)}, got {tasks!r}")
-    tasks = tuple(dict.fromkeys(choice("tasks", task, TASKS) for task in tasks))
-    choice("tiers", tiers, ("position", "row"))
-    trials, samples = count("trials", trials), count("samples", samples)
-    asked = {"trials": trials, "samples": samples, "seed": natural("seed", seed), "bos": bos}
+    asked = check_arguments(
+        lengths=lengths, tasks=tasks, tiers=tiers, trials=trials, samples=samples, seed=seed
+    )
+    wanted, tasks = asked["lengths"], asked["tasks"]
     sets: dict[str, Any] = {AS_LOADED: None, **(factors or {})}
     if factors and AS_LOADED in factors:
         raise ValueError(f"factors: expected names other than {AS_LOADED!r}")
@@ -128,8 +125,8 @@ def evaluate(
     with factors_kept(model):
         remove(model)
         header = {
-            "tasks": tasks, "lengths": wanted, "tiers": tiers, **asked,
-            "sets": list(sets), "factors": {name: _fields(each) for name, each in sets.items()},
+            **asked, "bos": bos, "sets": list(sets),
+            "factors": {name: _fields(each) for name, each in sets.items()},
             "model": fingerprint(model), "documents": [digest(text) for text in texts],
         }  # fmt: skip
         folder = prepare(out, KIND, suite_report.FILES, resume)
@@ -140,6 +137,32 @@ def evaluate(
     result.save(folder)
     report.at_end(folder)
     return result
+
+
+def check_arguments(
+    *,
+    lengths: Sequence[int],
+    tasks: Sequence[str],
+    tiers: str,
+    trials: int,
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return these arguments of `evaluate`, lengths and tasks each once; no model is needed.
+
+    `ValueError` for one that is out of range.
+    """
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or not tasks:
+        raise ValueError(f"tasks: expected names of {', '.join(TASKS)}, got {tasks!r}")
+    choice("tiers", tiers, ("position", "row"))
+    return {
+        "tasks": tuple(dict.fromkeys(choice("tasks", task, TASKS) for task in tasks)),
+        "lengths": check_lengths(lengths),
+        "tiers": tiers,
+        "trials": count("trials", trials),
+        "samples": count("samples", samples),
+        "seed": natural("seed", seed),
+    }
 
 
 def _texts(model: nn.Module, documents: Iterable[Any], longest: int) -> list[Any]:

@@ -84,14 +84,19 @@ def apply(
         replace; has another window than the one from which the factors count; or has a sliding
         window shorter than the target in every layer.
     """
-    if tiers not in ("position", "row"):
-        raise ValueError(f'tiers: expected "position" or "row", got {tiers!r}')
+    check_tiers(tiers)
     if cached_keys not in ("turned", "unrotated"):
         raise ValueError(f'cached_keys: expected "turned" or "unrotated", got {cached_keys!r}')
     several = _tiers(factors)
     _install(model, several, tiers == "position", cached_keys)
     warn_of_factors(model, several, as_loaded=_first_by_model(model))
     return model
+
+
+def check_tiers(tiers: str) -> None:
+    """Refuse in one sentence what `apply` does not take as `tiers`."""
+    if tiers not in ("position", "row"):
+        raise ValueError(f'tiers: expected "position" or "row", got {tiers!r}')
 
 
 def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from longrope.report import plots
+from longrope.report.intervals import proportion_interval
 from longrope.report.page import Figure, Page, Row, Section, Table, number, read_csv
 from longrope.report.parts import flat, json_object
 
@@ -36,17 +37,17 @@ def page(out: Path, shown: str) -> Page:
     rows = []
     for length in lengths:
         hits = [hit for n, _, hit in trials if n == length]
-        rows.append([str(length), f"{sum(hits)} of {len(hits)}", sum(hits) / len(hits)])
-        found.rows.append(
-            Row("passkey", "the model", None, length, sum(hits) / len(hits), None, None, len(hits))
-        )
+        share, n = sum(hits) / len(hits), len(hits)
+        low, high = proportion_interval(sum(hits), n)
+        rows.append([str(length), f"{sum(hits)} of {n}", share, f"{low:.0%} to {high:.0%}"])
+        found.rows.append(Row("passkey", "the model", None, length, share, low, high, n))
     found.sections.append(
         Section(
             "By length and depth",
             ["Depth is the share of the filler before the key. A number is the share of right "
              "prompts of a band, in percent."],
             [map_figure("passkey", {"": trials})],
-            [Table(["tokens", "right", "share"], rows)],
+            [Table(["tokens", "right", "share", "95 % interval"], rows)],
         )
     )  # fmt: skip
     return found

@@ -15,10 +15,10 @@ from torch import nn
 import longrope
 from longrope import RescaleFactors
 from longrope.evaluation import memory
-from longrope.evaluation.intervals import bootstrap_interval, proportion_interval
 from longrope.evaluation.passkey import FILLER, QUESTION, TASK, cut_by_characters, token_exact
 from longrope.evaluation.passkey_result import Passkey, Trial
 from longrope.evaluation.prompts import PromptTokens
+from longrope.report.intervals import bootstrap_interval, proportion_interval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

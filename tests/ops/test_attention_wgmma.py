@@ -15,6 +15,8 @@ from ops import test_attention as plain
 from ops import test_attention_tiers as tiers
 from ops import test_attention_tiles as tiles
 from support import backends
+from support.criterion import assert_as_accurate
+from support.views import moved
 
 from longrope import ops
 
@@ -29,7 +31,7 @@ def backend(request):
 
 
 def assert_accurate(backend, tensors, **arguments):
-    """Out and lse; gradients are those of other kernels."""
+    """Out and lse; test_attention_wgmma_gradients.py has the gradients."""
     plain.assert_accurate(backend, tensors, arguments)
 
 
@@ -58,6 +60,23 @@ def test_rings_wrap_around(backend, head_dim, causal):
 def test_windows_leave_tiles_out_at_both_ends(backend, head_dim):
     arguments = {"window": 150, "key_start": 37, "query_range": (10, 390), "query_start": 100}
     assert_accurate(backend, tiles.inputs(1, 1, 400, 500, head_dim, torch.bfloat16), **arguments)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one for all rows and heads", "one row"])
+def test_layouts_of_aligned_tensors(backend, layout):
+    """Read where they lie, but for what several heads share: a tensor map cannot say it."""
+    q, k, v = tiles.inputs(4, 2, 70, 140, 64, torch.bfloat16, batch=1 if layout == "one row" else 2)
+    if layout == "tokens first":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif layout == "one for all rows and heads":
+        k, v = (x[:1, :1].expand(x.shape) for x in (k, v))
+    else:  # whose stride says nothing
+        q, k, v = (x.as_strided(x.shape, (3, *x.stride()[1:])) for x in (q, k, v))
+    there = [moved(x, backend.device) for x in (q, k, v)]
+    assert [x.stride() for x in there] == [x.stride() for x in (q, k, v)]
+    got = ops.attention(*there)
+    exact = ops.reference.attention(*(x.double() for x in (q, k, v)))
+    assert_as_accurate(got, ops.reference.attention(q, k, v), exact)
 
 
 def test_softcap(backend):

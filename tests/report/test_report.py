@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from longrope import report
 from longrope.cli.main import app
 from longrope.errors import JournalError
+from longrope.evaluation.passkey_result import Accuracy
 from longrope.report import writing
 from longrope.runs import times
 
@@ -27,6 +28,15 @@ def rows_of(folder):
 
 
 # --- what it holds ------------------------------------------------------------------------------
+
+
+def test_passkey_rows_have_the_interval_of_the_table(folders):
+    rows = rows_of(folders["passkey"])
+    assert len(rows) == 4 and {row["n"] for row in rows} == {"20"}
+    for row in rows:
+        found = Accuracy.of(([True] * round(20 * float(row["value"])) + [False] * 20)[:20])
+        assert (float(row["low"]), float(row["high"])) == pytest.approx((found.low, found.high))
+        assert f"{found.low:.0%} to {found.high:.0%}" in text_of(folders["passkey"])
 
 
 @pytest.mark.parametrize("kind", run_folders.KINDS)

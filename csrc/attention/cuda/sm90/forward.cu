@@ -9,7 +9,7 @@
 // bytes of the copy) and one that says it is empty (one arrival of each consumer warpgroup).
 //
 //   begin S = Q K(j)^T    begin O += P V(j - 1)    wait for S, free K(j)    P = softmax S
-//   wait for O, free V(j - 1)    rescale O, round P
+//   wait for K(j + 1)    wait for O, free V(j - 1)    rescale O, round P
 //
 // so that a softmax runs beside the product of its own warpgroup, and, as warpgroups take turns at
 // beginning products (head_dim to 128), beside those of the others.
@@ -24,6 +24,7 @@
 
 namespace longrope {
 namespace cuda {
+namespace sm90 {
 namespace {
 
 // One warp copies.
@@ -35,7 +36,7 @@ __device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
   using Shared = ForwardShared<kHeadDim>;
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
-    arrive_expecting(&shared.q_full, Shared::Queries::kBytes);
+    arrive_expecting(&shared.q_full, Shared::QueryTile::kBytes);
     shared.q.copy(q, &shared.q_full, work.first_query, work.head, work.batch);
   }
   Place<ForwardTile<kHeadDim>::kStages> at;
@@ -45,54 +46,20 @@ __device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
     uint64_t* const v_full = is_cut ? &shared.edge_full : &shared.v_full[at.stage];
     if (lane == 0) {
       wait_barrier(&shared.k_empty[at.stage], at.parity ^ 1);
-      arrive_expecting(&shared.k_full[at.stage], Shared::Keys::kBytes);
+      arrive_expecting(&shared.k_full[at.stage], Shared::KeyTile::kBytes);
       shared.k[at.stage].copy(k, &shared.k_full[at.stage], key, kv_head, work.batch);
       wait_barrier(&shared.v_empty[at.stage], at.parity ^ 1);
-      arrive_expecting(v_full, Shared::Keys::kBytes);
+      arrive_expecting(v_full, Shared::KeyTile::kBytes);
       shared.v[at.stage].copy(v, v_full, key, kv_head, work.batch);
     }
     if (!is_cut) continue;
     sync_warp();
     wait_barrier(&shared.edge_full, 0);
-    const int units = (work.keys.begin - key) * (kPanelBytes / 16);
-    for (int panel = 0; panel < kHeadDim / 64; ++panel) {
-      unsigned char* const rows = shared.v[at.stage].bytes + panel * Shared::Keys::kStride;
-      for (int i = lane; i < units; i += 32) store(rows + 16 * i, Pack<unsigned char, 16>{});
-    }
+    shared.v[at.stage].clear(0, work.keys.begin - key, lane, 32);
     publish_stores();
     sync_warp();
     if (lane == 0) arrive(&shared.v_full[at.stage]);
   }
-}
-
-// Begins S = Q K^T of a warpgroup, whose rows of a panel `q` points to.
-template <typename T, int kHeadDim, int kColumns>
-__device__ __forceinline__ void begin_scores(float (&s)[kColumns][4], const unsigned char* q,
-                                             const unsigned char* k) {
-  using Shared = ForwardShared<kHeadDim>;
-  const uint64_t left = matrix_at(q, 16, 1024), right = matrix_at(k, 16, 1024);
-  fence_products();
-#pragma unroll
-  for (int depth = 0; depth < kHeadDim; depth += 16) {
-    const int panel = depth / 64, offset = depth % 64 * 2;
-    begin_product<T>(s, moved(left, panel * Shared::Queries::kStride + offset),
-                     moved(right, panel * Shared::Keys::kStride + offset), depth > 0);
-  }
-  commit_products();
-}
-
-// Begins O += P V.
-template <typename T, int kHeadDim, int kColumns, int kSixteens>
-__device__ __forceinline__ void begin_values(float (&o)[kColumns][4],
-                                             const uint32_t (&weights)[kSixteens][4],
-                                             const unsigned char* v) {
-  const uint64_t right = matrix_at(v, ForwardShared<kHeadDim>::Keys::kStride, 1024);
-  fence_products();
-#pragma unroll
-  for (int i = 0; i < kSixteens; ++i) {
-    begin_product<T>(o, weights[i], moved(right, 16 * i * kPanelBytes));
-  }
-  commit_products();
 }
 
 // Warpgroups begin their products one after another, in a circle.
@@ -116,6 +83,8 @@ template <typename T, int kHeadDim>
 class Rows {
  public:
   using Size = ForwardTile<kHeadDim>;
+  using QueryTile = typename ForwardShared<kHeadDim>::QueryTile;
+  using KeyTile = typename ForwardShared<kHeadDim>::KeyTile;
   static constexpr int kKeys = Size::kKeys;
 
   __device__ __forceinline__ Rows(const AttentionParams& p, ForwardShared<kHeadDim>& shared,
@@ -126,7 +95,8 @@ class Rows {
         // The same in all lanes, which the compiler sees by the shuffle alone: what follows from it
         // lies in uniform registers, as products want their matrices.
         turn_{shfl(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0) - 1},
-        q_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
+        rows_(shared.q.bytes + turn_.me * 64 * kPanelBytes),
+        q_(moved(along(shared.q), turn_.me * 64 * kPanelBytes)),
         first_query_(work.first_query + turn_.me * 64),
         row_(static_cast<int>(threadIdx.x % kWarpgroup) / 32 * 16 +
              static_cast<int>(threadIdx.x) % 32 / 4) {}
@@ -147,7 +117,7 @@ class Rows {
       for (; step < work_.steps && is_plain(step); ++step) next<true>(step);
     }
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
-    begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
+    begin_sum<T>(o_[0], weights_, across<KeyTile>(along(shared_.v[v_at_.stage])));
     wait_products<0>(o_[0]);
   }
 
@@ -189,8 +159,7 @@ class Rows {
  private:
   // The j-th eight columns of a row of the output, in an order that keeps the banks apart.
   __device__ __forceinline__ unsigned char* unit(int row, int j) const {
-    return q_ + j / 8 * ForwardShared<kHeadDim>::Queries::kStride + row * kPanelBytes +
-           (j ^ row) % 8 * 16;
+    return rows_ + j / 8 * QueryTile::kStride + row * kPanelBytes + (j ^ row) % 8 * 16;
   }
 
   // One thread speaks for the warpgroup, all of whose products have ended.
@@ -217,7 +186,7 @@ class Rows {
     float s[1][kKeys / 8][4], before[1][2];
     wait_barrier(&shared_.q_full, 0);
     wait_barrier(&shared_.k_full[0], 0);
-    begin_scores<T, kHeadDim>(s[0], q_, shared_.k[0].bytes);
+    begin_transposed<T, QueryTile, KeyTile, kHeadDim>(s[0], q_, along(shared_.k[0]));
     wait_products<0>(s[0]);
     release(&shared_.k_empty[0]);
     k_at_.advance();
@@ -239,9 +208,9 @@ class Rows {
   __device__ __forceinline__ void next(int step) {
     float s[1][kKeys / 8][4], before[1][2];
     turn_.wait();
-    begin_scores<T, kHeadDim>(s[0], q_, shared_.k[k_at_.stage].bytes);
+    begin_transposed<T, QueryTile, KeyTile, kHeadDim>(s[0], q_, along(shared_.k[k_at_.stage]));
     wait_barrier(&shared_.v_full[v_at_.stage], v_at_.parity);
-    begin_values<T, kHeadDim>(o_[0], weights_, shared_.v[v_at_.stage].bytes);
+    begin_sum<T>(o_[0], weights_, across<KeyTile>(along(shared_.v[v_at_.stage])));
     if (!turn_.is_last() || step + 1 < work_.steps) turn_.pass();
     wait_products<1>(s[0]);
     release(&shared_.k_empty[k_at_.stage]);
@@ -263,7 +232,8 @@ class Rows {
   const ForwardWork<kHeadDim>& work_;
   const Score score_;
   const Turn<kHeadDim> turn_;
-  unsigned char* const q_;
+  unsigned char* const rows_;  // of the queries, and of the output in their place
+  const uint64_t q_;
   const int first_query_, row_;  // row_ and the eighth behind it are this thread's
   float o_[1][kHeadDim / 8][4] = {};
   Softmax<1> softmax_;
@@ -276,7 +246,7 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ AttentionParams p,
                           const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
                           const __grid_constant__ TensorMap v, bool packed) {
-  ForwardShared<kHeadDim>& shared = ForwardShared<kHeadDim>::get();
+  ForwardShared<kHeadDim>& shared = shared_as<ForwardShared<kHeadDim>>();
   const ForwardWork<kHeadDim> work(p);
   if (work.is_idle()) return;
   if (threadIdx.x == 0) {
@@ -303,7 +273,7 @@ LONGROPE_MAX_REGISTERS(attention_sm90_kernel, 168)
 template <typename T, int kHeadDim>
 void run(const AttentionParams& p, cudaStream_t stream) {
   using Size = ForwardTile<kHeadDim>;
-  constexpr size_t kBytes = sizeof(ForwardShared<kHeadDim>) + ForwardShared<kHeadDim>::kAlignment;
+  constexpr size_t kBytes = kBytesOf<ForwardShared<kHeadDim>>;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
   launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
          dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
@@ -312,12 +282,13 @@ void run(const AttentionParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+}  // namespace sm90
 
 void forward_sm90(const AttentionParams& p, cudaStream_t stream) {
   auto run_for = [&](auto type) {
     using T = decltype(type);
-    if (p.head_dim <= 64) return run<T, 64>(p, stream);
-    p.head_dim <= 128 ? run<T, 128>(p, stream) : run<T, 256>(p, stream);
+    if (p.head_dim <= 64) return sm90::run<T, 64>(p, stream);
+    p.head_dim <= 128 ? sm90::run<T, 128>(p, stream) : sm90::run<T, 256>(p, stream);
   };
   p.dtype == DType::kBFloat16 ? run_for(bf16{}) : run_for(f16{});
 }

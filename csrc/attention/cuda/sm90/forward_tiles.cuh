@@ -4,7 +4,7 @@
 #include "attention/cuda/sm90/panels.cuh"
 #include "attention/cuda/visible.cuh"
 
-namespace longrope::cuda {
+namespace longrope::cuda::sm90 {
 
 template <int kHeadDim>
 struct ForwardTile {
@@ -28,21 +28,14 @@ struct ForwardTile {
 template <int kHeadDim>
 struct ForwardShared {
   using Size = ForwardTile<kHeadDim>;
-  using Queries = Panels<kHeadDim, Size::kRows>;
-  using Keys = Panels<kHeadDim, Size::kKeys>;
+  using QueryTile = Panels<kHeadDim, Size::kRows>;
+  using KeyTile = Panels<kHeadDim, Size::kKeys>;
 
-  Queries q;
-  Keys k[Size::kStages], v[Size::kStages];
+  QueryTile q;
+  KeyTile k[Size::kStages], v[Size::kStages];
   uint64_t q_full, edge_full;
   uint64_t k_full[Size::kStages], k_empty[Size::kStages];
   uint64_t v_full[Size::kStages], v_empty[Size::kStages];
-
-  static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
-
-  static __device__ __forceinline__ ForwardShared& get() {
-    const auto address = reinterpret_cast<uintptr_t>(dynamic_shared());
-    return *reinterpret_cast<ForwardShared*>(round_up(address, kAlignment));
-  }
 
   __device__ __forceinline__ void init_barriers() {
     init_barrier(&q_full, 1);
@@ -106,4 +99,4 @@ struct ForwardWork {
   }
 };
 
-}  // namespace longrope::cuda
+}  // namespace longrope::cuda::sm90

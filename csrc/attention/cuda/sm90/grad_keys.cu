@@ -55,15 +55,6 @@ struct Shared {
   Terms terms[kStages];
   uint64_t keys_full, full[kStages], empty[kStages];
 
-  static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
-
-  static __device__ __forceinline__ Shared& get() {
-    unsigned char* const begin = dynamic_shared();
-    const auto address = reinterpret_cast<uintptr_t>(begin);
-    // An offset from it, so that the compiler still knows that this is shared memory.
-    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
-  }
-
   __device__ __forceinline__ void init_barriers() {
     init_barrier(&keys_full, 1);
     for (int i = 0; i < kStages; ++i) {
@@ -186,8 +177,8 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     wait_barrier(&shared.full[stage], step / kStages % 2);
     if (!kInside && first + kRows > queries) {
       const int thread = static_cast<int>(threadIdx.x) - kWarpgroup, row = queries - first;
-      shared.rows[stage].q.clear(row, thread, kConsumerThreads);
-      shared.rows[stage].grad_out.clear(row, thread, kConsumerThreads);
+      shared.rows[stage].q.clear(row, kRows, thread, kConsumerThreads);
+      shared.rows[stage].grad_out.clear(row, kRows, thread, kConsumerThreads);
       publish_stores();
       bar_sync(1, kConsumerThreads);
     }
@@ -251,7 +242,7 @@ template <typename T, int kHeadDim, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 1)
     grad_keys_sm90_kernel(const __grid_constant__ AttentionBackwardParams g,
                           const __grid_constant__ GradMaps maps, RowTerms terms, bool packed) {
-  Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
+  Shared<kHeadDim>& shared = shared_as<Shared<kHeadDim>>();
   const Work work(g.forward);
   if (threadIdx.x == 0) shared.init_barriers();
   sync_threads();
@@ -281,9 +272,8 @@ void grad_keys_sm90(const AttentionBackwardParams& g, const RowTerms& terms, cud
     using Shared = sm90::Shared<size.value>;
     launch("attention_backward_sm90",
            sm90::grad_keys_sm90_kernel<decltype(type), size.value, softcap.value>,
-           dim3(static_cast<unsigned>(tiles)), dim3(sm90::kThreads),
-           sizeof(Shared) + Shared::kAlignment, stream, g,
-           sm90::GradMaps(g, sm90::kRows, sm90::kKeys), terms,
+           dim3(static_cast<unsigned>(tiles)), dim3(sm90::kThreads), sm90::kBytesOf<Shared>, stream,
+           g, sm90::GradMaps(g, sm90::kRows, sm90::kKeys), terms,
            is_packed(g.grad_k, p) && is_packed(g.grad_v, p));
   });
 }

@@ -50,15 +50,6 @@ struct Shared {
   Keys keys[kStages];
   uint64_t rows_full, full[kStages], empty[kStages];
 
-  static constexpr size_t kAlignment = 1024;  // of the tiles, more than a launch gives
-
-  static __device__ __forceinline__ Shared& get() {
-    unsigned char* const begin = dynamic_shared();
-    const auto address = reinterpret_cast<uintptr_t>(begin);
-    // An offset from it, so that the compiler still knows that this is shared memory.
-    return *reinterpret_cast<Shared*>(begin + (round_up(address, kAlignment) - address));
-  }
-
   __device__ __forceinline__ void init_barriers() {
     init_barrier(&rows_full, 1);
     for (int i = 0; i < kStages; ++i) {
@@ -160,7 +151,7 @@ __device__ __forceinline__ void consume(Shared<kHeadDim>& shared, const Work& wo
     const uint64_t k = moved(tiles, stage * 2 * KeyTile::kBytes), v = moved(k, KeyTile::kBytes);
     if (!kInside && first + kKeys > work.keys.end) {
       const int thread = static_cast<int>(threadIdx.x) - kWarpgroup;
-      shared.keys[stage].k.clear(work.keys.end - first, thread, kConsumerThreads);
+      shared.keys[stage].k.clear(work.keys.end - first, kKeys, thread, kConsumerThreads);
       publish_stores();
       bar_sync(1, kConsumerThreads);
     }
@@ -225,7 +216,7 @@ __global__ void __launch_bounds__(Size<kHeadDim>::kThreads, 1)
     grad_queries_sm90_kernel(const __grid_constant__ AttentionBackwardParams g,
                              const __grid_constant__ GradMaps maps, RowTerms terms, bool packed) {
   using Size = Size<kHeadDim>;
-  Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
+  Shared<kHeadDim>& shared = shared_as<Shared<kHeadDim>>();
   const Work work(g.forward, Size::kRows);
   if (threadIdx.x == 0) shared.init_barriers();
   sync_threads();
@@ -254,9 +245,8 @@ void grad_queries_sm90(const AttentionBackwardParams& g, const RowTerms& terms,
     const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
     launch("attention_backward_sm90",
            sm90::grad_queries_sm90_kernel<decltype(type), size.value, softcap.value>,
-           dim3(static_cast<unsigned>(tiles)), dim3(Size::kThreads),
-           sizeof(Shared) + Shared::kAlignment, stream, g,
-           sm90::GradMaps(g, Size::kRows, sm90::kKeys), terms, is_packed(g.grad_q, p));
+           dim3(static_cast<unsigned>(tiles)), dim3(Size::kThreads), sm90::kBytesOf<Shared>, stream,
+           g, sm90::GradMaps(g, Size::kRows, sm90::kKeys), terms, is_packed(g.grad_q, p));
   });
 }
 

@@ -8,40 +8,6 @@
 
 namespace longrope::cuda::sm90 {
 
-// Names, for matrix_at, of a tile with its rows along the sum, and of the same one with its rows
-// across the sum. All names of a kernel are made from one by adding constants.
-template <typename Tile>
-__device__ __forceinline__ uint64_t along(const Tile& tile) {
-  return matrix_at(tile.bytes, 16, 8 * kPanelBytes);
-}
-template <typename Tile>
-__device__ constexpr uint64_t across(uint64_t along) {
-  return along + (static_cast<uint64_t>(Tile::kStride / 16 - 1) << 16);
-}
-
-// Begins c = a b^T for 64 rows of a tile A and all rows of a tile B.
-template <typename T, typename A, typename B, int kHeadDim, int kColumns>
-__device__ __forceinline__ void begin_transposed(float (&c)[kColumns][4], uint64_t a, uint64_t b) {
-  fence_products();
-#pragma unroll
-  for (int depth = 0; depth < kHeadDim; depth += 16) {
-    const int panel = depth / 64, offset = depth % 64 * 2;
-    begin_product<T>(c, moved(a, panel * A::kStride + offset),
-                     moved(b, panel * B::kStride + offset), depth > 0);
-  }
-  commit_products();
-}
-
-// Begins c += left b, the rows of `b` across the sum.
-template <typename T, int kColumns, int kSixteens>
-__device__ __forceinline__ void begin_sum(float (&c)[kColumns][4],
-                                          const uint32_t (&left)[kSixteens][4], uint64_t b) {
-  fence_products();
-#pragma unroll
-  for (int i = 0; i < kSixteens; ++i) begin_product<T>(c, left[i], moved(b, 16 * i * kPanelBytes));
-  commit_products();
-}
-
 // The weight of a score and the gradient of its product (without scale) in the places of the
 // product and of the gradient of the weight, as Score::weigh without its branches.
 template <bool kSoftcap>
