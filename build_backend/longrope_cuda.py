@@ -112,6 +112,8 @@ def compile_sm90(root: Path, folder: Path) -> list[str]:
     an extension for the same list. They know nothing of torch.
     """
     nvcc = Path(find_toolkit(), "bin", "nvcc")
+    # As torch does for the other sources: the default compiler may be too new for nvcc.
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
     changed = max(p.stat().st_mtime for p in (root / "csrc").rglob("*.*"))
     folder.mkdir(parents=True, exist_ok=True)
     objects = []
@@ -121,7 +123,7 @@ def compile_sm90(root: Path, folder: Path) -> list[str]:
         if target.exists() and target.stat().st_mtime > changed:
             continue
         command = [
-            nvcc, "-std=c++17", "-O3", f"-I{root / 'csrc'}", *SM90_FLAGS,
+            nvcc, "-std=c++17", "-O3", f"-I{root / 'csrc'}", *SM90_FLAGS, *host,
             "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", target,
         ]  # fmt: skip
         subprocess.run(command, check=True)

@@ -289,9 +289,10 @@ def test_kernels_of_9_0_are_built_where_such_a_gpu_is_seen(
 
 
 def test_kernels_of_9_0_are_compiled_for_it_alone_and_where_something_changed(
-    cuda_build, toolkit, tmp_path
+    cuda_build, toolkit, tmp_path, monkeypatch
 ):
     """The nvcc is a script that writes down what it is asked and makes an empty file."""
+    monkeypatch.delenv("CC", raising=False)
     toolkit.write_text(
         '#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ "$1" != -o ]; do shift; done\n> "$2"\n'
     )
@@ -306,6 +307,20 @@ def test_kernels_of_9_0_are_compiled_for_it_alone_and_where_something_changed(
     assert len(asked) == 3
     for command in asked:
         assert re.findall(r"-gencode=\S+", command) == ["-gencode=arch=compute_90a,code=sm_90a"]
+        assert "-ccbin" not in command
+
+
+def test_kernels_of_9_0_have_the_host_compiler_of_the_others(
+    cuda_build, toolkit, tmp_path, monkeypatch
+):
+    """`$CC`, which torch gives to nvcc for all sources that it compiles."""
+    toolkit.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
+    source = tmp_path / "csrc" / "attention" / "cuda" / "sm90" / "forward.cu"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    monkeypatch.setenv("CC", "gcc-12")
+    cuda_build.compile_sm90(tmp_path, tmp_path / "objects")
+    assert " -ccbin gcc-12 " in (tmp_path / "bin" / "nvcc.log").read_text()
 
 
 # --- the extension --------------------------------------------------------------------------------

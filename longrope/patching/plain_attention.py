@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longrope import ops
-from longrope.patching.torch_attention import attend_unmasked
+from longrope.patching.torch_attention import HALVES, attend_unmasked
 
 
 class Measured(NamedTuple):
@@ -50,16 +50,29 @@ def attend(
     Queries `[B, H, N, D]` are the last `N` of the positions of keys and values `[B, Hk, M, D]`;
     returns `[B, H, N, D]`.
     """
-    if query.is_cuda and window is None and softcap is None and not _is_ahead(query, key, value):
+    torch_can = query.is_cuda and window is None and softcap is None
+    if torch_can and _is_plain(query, key, causal) and not _is_ahead(query, key, value):
         return attend_unmasked(query, key, value, causal, scale)
     return ops.attention(
         query, key, value, causal=causal, window=window, scale=scale, softcap=softcap
     )
 
 
+def _is_plain(query: Tensor, key: Tensor, causal: bool) -> bool:
+    """Say whether torch computes the same without a mask in memory, which shuts its kernels out.
+
+    Compiled it needs one for some queries on a cache (`attend_unmasked`); queries that stand before
+    the first key are NaN there and 0 here.
+    """
+    count, total = query.shape[-2], key.shape[-2]
+    if not causal or count == 1 or count == total:
+        return True
+    return count < total and not torch.compiler.is_compiling()
+
+
 def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Say whether our kernel is measured to be faster for these."""
-    if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-2] < TILE:
+    if query.dtype not in HALVES or query.shape[-2] < TILE:
         return False
     ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), Measured(0, 0))
     asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))

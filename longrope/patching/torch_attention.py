@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+#: What torch's flash kernels take; they alone read keys that heads share as they are, forward and
+#: backward on every GPU up to this head_dim. For others torch has a kernel too, memory-efficient,
+#: but only for a key of each head: asked to share, it makes the matrix of all scores.
+HALVES = (torch.bfloat16, torch.float16)
+GROUPED_HEAD_DIM = 192
+
 
 @dataclass(frozen=True)
 class Options:
@@ -59,7 +65,23 @@ def attend_unmasked(
     if causal and count == total:
         options["is_causal"] = True
     elif causal and count > 1:  # one query sees every key
-        options["attn_mask"] = causal_lower_right(count, total)
-    if keys.shape[1] < query.shape[1]:
+        options["attn_mask"] = _lower_right(count, total, query.device)
+    group = query.shape[1] // keys.shape[1]
+    if group > 1 and query.dtype in HALVES and query.shape[3] <= GROUPED_HEAD_DIM:
         options["enable_gqa"] = True
+    elif group > 1:
+        keys, values = (
+            t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (keys, values)
+        )
     return nn.functional.scaled_dot_product_attention(query, keys, values, **options)
+
+
+def _lower_right(count: int, total: int, device: torch.device) -> Tensor:
+    """Return the mask of the last `count` of `total` positions, in memory only where compiled.
+
+    torch.compile cannot trace the making of a `CausalBias`.
+    """
+    if torch.compiler.is_compiling():
+        ones = torch.ones(count, total, dtype=torch.bool, device=device)
+        return ones.tril(total - count)
+    return causal_lower_right(count, total)

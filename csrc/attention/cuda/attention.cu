@@ -1,6 +1,6 @@
 // The forward and the backward pass on a CUDA device: copy what is not aligned, turn q and k,
 // attend, join the parts. Which kernels run and how much workspace they need depends on the shapes
-// alone.
+// and strides, and on whether the device and the build have the kernels of 9.0.
 //
 // Why q and k turn apart from the attention kernel where there are many rows: every block of rows
 // would turn every key again, and keys are read by many blocks. The price is one pass over q and k.
