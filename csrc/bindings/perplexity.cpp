@@ -152,16 +152,17 @@ std::tuple<Tensor, Tensor> linear_nll_cuda(const Tensor& hidden, const Tensor& w
   return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, nll_chunks());
 }
 
-std::tuple<Tensor, Tensor> linear_nll_with_gradient_cuda(
-    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Tensor& /*edge*/,
-    int64_t ignore_index, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor> linear_nll_with_gradient_cuda(const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& targets,
+                                                         const Tensor& /*edge*/,
+                                                         int64_t ignore_index,
+                                                         std::optional<double> softcap) {
   return linear_nll_with_gradient_by_chunks(hidden, weight, targets, ignore_index, softcap,
                                             nll_chunks());
 }
 
-Tensor linear_nll_scaled_cuda(const Tensor& grad_nll, const Tensor& gradient,
-                                const Tensor& targets, const Tensor& /*edge*/,
-                                int64_t ignore_index) {
+Tensor linear_nll_scaled_cuda(const Tensor& grad_nll, const Tensor& gradient, const Tensor& targets,
+                              const Tensor& /*edge*/, int64_t ignore_index) {
   return linear_nll_scaled(grad_nll, gradient, targets, ignore_index);
 }
 

@@ -16,10 +16,10 @@
 namespace longrope {
 
 // Rows and columns of the logits that exist at a time: 4096 x 8192 floats are 128 MiB, their
-// exponentials or gradient in 16 bits 64 MiB. Measured on an H100 (bench_perplexity.py --chunk): the
-// sums of a gradient in float32 are read and written once for every chunk, so wide chunks gain more
-// than logits that stay in the second-level cache; 8192 x 8192 would be some 4% faster for twice the
-// memory, 4096 x 1024 takes a third more time with a frozen head.
+// exponentials or gradient in 16 bits 64 MiB. Measured on an H100 (bench_perplexity.py --chunk):
+// the sums of a gradient in float32 are read and written once for every chunk, so wide chunks gain
+// more than logits that stay in the second-level cache; 8192 x 8192 would be some 4% faster for
+// twice the memory, 4096 x 1024 takes a third more time with a frozen head.
 struct NllChunks {
   int64_t rows = 4096, columns = 8192;
 };
