@@ -155,6 +155,11 @@ def torch_build_ext():
                 ext.extra_compile_args["cxx"] += self.compiler_flags + openmp_flags()
                 ext.extra_link_args += self.compiler_flags
             try:
+                for ext in self.extensions:
+                    if set(CUDA_SOURCES) & set(ext.sources) and cuda.builds_sm90():
+                        objects = cuda.compile_sm90(ROOT, Path(self.build_temp, "sm90").resolve())
+                        ext.extra_objects += objects
+                        ext.extra_compile_args["nvcc"].append("-DLONGROPE_SM90")
                 super().build_extensions()
             except (RuntimeError, BaseError, subprocess.CalledProcessError) as error:
                 # torch wraps a failed compilation in a long traceback that hides the first error.

@@ -4,12 +4,13 @@
 # moment it exists. A step that fails does not stop the next ones.
 #   BUDGET=530 OUT=FOLDER bash .ci/gpu_check.sh [STEP ...]
 # BUDGET: seconds in all. OUT: folder for summary.txt, log.txt, results.csv (rows that name GPU,
-# torch and commit), tests.xml, ncu.csv and smollm2.txt. Steps: all of those below, or the named
+# torch and commit), tests.xml, ncu.csv, example.txt and smollm2.txt. Steps: all of those below, or the named
 # ones, in the same order. MODEL: folder of SmolLM2 (benchmarks/smollm2.py), DATA: a long text; the
 # last step needs both. REHEARSE=1 runs the flow on a CPU, small.
 # It builds in place and installs nothing. PREBUILT=FOLDER takes an extension that was built
-# elsewhere for this torch (.ci/gpu_prebuilt.sh); where it cannot be imported one is built. Needs torch with CUDA, transformers, pytest and hypothesis, with
-# pytest-xdist more tests in the time; nvcc to build; no network.
+# elsewhere for this torch (.ci/gpu_prebuilt.sh); where it cannot be imported one is built. COMMIT
+# names the commit of a copy without its history. Needs torch with CUDA, transformers, pytest and
+# hypothesis, with pytest-xdist more tests in the time; nvcc to build; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu_check}
@@ -91,15 +92,17 @@ else
 fi
 run smoke 60 "$python" .ci/gpu_smoke.py --device "$device" "${small[@]}"
 run ceilings 30 "$python" .ci/gpu_ceilings.py --device "$device" --csv "$out/results.csv" "${quick[@]}"
+spread=()  # over processes where pytest-xdist is there
+"$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 12)
+run tests 120 env OMP_NUM_THREADS=1 "$python" -m pytest -q "${spread[@]}" -p no:cacheprovider --tb=short \
+  tests/ops tests/test_devices.py \
+  -k "$([ "$device" = cuda ] && echo cuda and not emulat || echo opcheck)" --junitxml "$out/tests.xml"
 run attention 80 measure bench_attention --rounds 5
 run nll 45 measure bench_perplexity --dtype bfloat16 --shape 8192 4096 32000 --rounds 5
-run rope 45 measure bench_rope --tokens 65536 --graph --rounds 5
-spread=()  # over processes where pytest-xdist is there
-"$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8)
-run tests 120 "$python" -m pytest -q "${spread[@]}" -p no:cacheprovider \
-  tests/ops tests/test_devices.py -k "$([ "$device" = cuda ] && echo cuda || echo opcheck)" \
-  --junitxml "$out/tests.xml"
+run rope 60 measure bench_rope --tokens 65536 --graph --rounds 3
 run search 60 measure bench_search --dtype bfloat16 --rounds 3
+[ "$device" = cpu ] || run example 60 bash -c '"$python" benchmarks/readme_example.py --seconds 20 \
+  2>&1 | tee "$out/example.txt"'
 if [ "$device" = cuda ]; then
   for tool in memcheck racecheck synccheck initcheck; do run "$tool" 60 sanitize "$tool"; done
   run profile 60 profile

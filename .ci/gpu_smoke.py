@@ -104,6 +104,15 @@ def nll_cases(tokens: int) -> Iterator[Case]:
         arguments = {"targets": targets, "softcap": softcap}
         name = f"linear_nll E {embed}, V {vocab}"
         yield name, ops.linear_nll, ops.reference.linear_nll, [hidden, weight], arguments
+        frozen = {"weight": weight, **arguments}
+        yield f"{name}, frozen head", _frozen(ops), _frozen(ops.reference), [hidden], frozen
+
+
+def _frozen(module) -> Callable:
+    def call(hidden, weight, **arguments):
+        return module.linear_nll(hidden, weight.to(hidden), **arguments)
+
+    return call
 
 
 def results(function: Callable, inputs: list, arguments: dict, grads: list | None) -> list:

@@ -11,9 +11,11 @@ import decode
 import torch
 from harness import compare, parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from longrope import ops
+from longrope._native import _C
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,7 +25,7 @@ BACKENDS = {
 
 
 def by_backend(function):
-    """Return `function` under each SDPA backend of CUDA that takes these inputs, by name."""
+    """Return `function` as torch runs it, and under each SDPA backend that takes these inputs."""
 
     def under(backend):
         def call():
@@ -32,7 +34,7 @@ def by_backend(function):
 
         return call
 
-    named = {}
+    named = {"torch SDPA": function}
     for name, backend in BACKENDS.items():
         try:
             under(backend)()
@@ -50,20 +52,44 @@ def torch_attention(q, k, v):
     if queries == keys or queries == 1:
         causal = {"is_causal": queries > 1}
         call, name = (lambda: sdpa(q, k, v, **causal, **grouped)), "torch SDPA, is_causal"
+    elif q.is_cuda:  # a mask of its own would shut out flash
+        bias = causal_lower_right(queries, keys)
+        call, name = (lambda: sdpa(q, k, v, attn_mask=bias, **grouped)), "torch SDPA, lower right"
     else:
         ones = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
         mask = ones.tril(keys - queries)
         call, name = (lambda: sdpa(q, k, v, attn_mask=mask, **grouped)), "torch SDPA, mask"
-    return (by_backend(call) if q.is_cuda else {}) or {name: call}
+    return by_backend(call) if q.is_cuda else {name: call}
+
+
+def by_kernel(q, function):
+    """Return `function`, which calls ops.attention, under each choice of the CUDA kernel, by name.
+
+    Chips before 9.0 have mma.sync alone; on those of 9.0 it is timed beside wgmma.
+    """
+
+    def by_mma():
+        before = _C.cuda_attention()
+        _C.set_cuda_attention("mma")
+        try:
+            return function()
+        finally:
+            _C.set_cuda_attention(before)
+
+    named = {"ops.attention": function}
+    if q.is_cuda and q.shape[2] > 16 and torch.cuda.get_device_capability() == (9, 0):
+        named["ops.attention, mma.sync"] = by_mma
+    return named
 
 
 def setup(heads, kv_heads, queries, keys, head_dim, dtype, device):
     """Return named implementations, the first the baseline, checked against each other."""
     shapes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
     q, k, v = (torch.randn(1, h, n, head_dim, device=device).to(dtype) for h, n in shapes)
-    named = {**torch_attention(q, k, v), "ops.attention": lambda: ops.attention(q, k, v)}
+    named = torch_attention(q, k, v) | by_kernel(q, lambda: ops.attention(q, k, v))
     results = {name: f().float() for name, f in named.items()}
-    error = (next(iter(results.values())) - results["ops.attention"]).abs().max().item()
+    right = next(iter(results.values()))
+    error = max((right - results[n]).abs().max().item() for n in results if n.startswith("ops."))
     print(f"\nlargest difference: {error:.2e}")
     assert error < (1e-4 if dtype == torch.float32 else 5e-2)
     return named
@@ -75,11 +101,12 @@ def with_backward(heads, kv_heads, queries, head_dim, dtype, device):
     inputs = [
         torch.randn(1, h, n, head_dim, device=device).to(dtype).requires_grad_() for h, n in shapes
     ]
-    named = {**torch_attention(*inputs), "ops.attention": lambda: ops.attention(*inputs)}
-    return {
-        name: (lambda f=f: torch.autograd.grad(f().float().square().sum(), inputs))
-        for name, f in named.items()
-    }
+
+    def step(attend):
+        return lambda: torch.autograd.grad(attend().float().square().sum(), inputs)
+
+    theirs = {name: step(attend) for name, attend in torch_attention(*inputs).items()}
+    return theirs | by_kernel(inputs[0], step(lambda: ops.attention(*inputs)))
 
 
 def decoding(args):
@@ -114,6 +141,7 @@ def main():
     long, cache = (16384, 131072) if cuda else (4096, 16384)
     shapes = [(8, 8, long // small, long // small, 128), (8, 2, 512 // small, cache // small, 128)]
     if cuda:
+        shapes += [(8, 8, long // small, long // small, d) for d in (64, 256)]
         shapes += [(32, 8, 1, cache // small, 128)]
     dtypes = args.dtype or (["bfloat16"] if cuda else ["float32", "bfloat16"])
     for heads, kv_heads, queries, keys, head_dim in shapes:

@@ -137,7 +137,13 @@ def main():
         "--shape", type=int, nargs=3, metavar=("T", "E", "V"), default=(4096, 1024, 32000)
     )
     p.add_argument("--only", choices=["forward", "training", "memory"])
+    p.add_argument(
+        "--chunk", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
+        help="on CUDA: the logits that exist at a time, in place of what is built in",
+    )  # fmt: skip
     args = p.parse_args()
+    if args.chunk:
+        _C.set_nll_chunks(*args.chunk)
     shape = (256, 256, 8000) if args.quick else tuple(args.shape)
     rows, embed, vocab = shape
     case = f"T {rows}, E {embed}, V {vocab}"

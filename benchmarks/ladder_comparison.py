@@ -115,22 +115,34 @@ def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dic
 
 def tables(rows: list[dict]) -> list[str]:
     """Return the lines of a Markdown table for each model and budget: medians over seeds."""
+    return by_range(rows, ONE_SET, LADDER, "one set")
+
+
+def by_range(
+    rows: list[dict], base: str, needed: str, against: str, worst: bool = False
+) -> list[str]:
+    """Return tables of factors by range of positions, beside those named `base` of each seed.
+
+    A model and budget whose rows have none named `needed` is a comparison that has begun: left out.
+    `against` heads the column of medians, and `worst` adds one of the worst seed.
+    """
     groups: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
     for row in rows:
         by_name = groups.setdefault((row["model"], row["budget"]), {})
         by_name.setdefault(row["factors"], {})[row["seed"]] = row
     lines = []
     for (model, budget), by_name in groups.items():
-        if LADDER not in by_name:  # a comparison that has begun
+        if needed not in by_name:
             continue
-        some = next(iter(by_name[LADDER].values()))
+        some = next(iter(by_name[needed].values()))
         names = [part.partition(":")[0] for part in some["by_range"].split()]
         lines += [
             f"{model} model; {budget}; {some['device']}, {some['threads']} threads; medians", "",
-            f"| factors | seeds | passes | {' | '.join(names)} | all | against one set |",
-            "| --- " * (len(names) + 5) + "|",
+            f"| factors | seeds | passes | {' | '.join(names)} | all | against {against} |"
+            + " worst seed |" * worst,
+            "| --- " * (len(names) + 5 + worst) + "|",
         ]  # fmt: skip
-        one = by_name[ONE_SET]
+        one = by_name[base]
         for name, by_seed in by_name.items():
             parts = [
                 [float(p.partition(":")[2]) for p in row["by_range"].split()]
@@ -147,6 +159,8 @@ def tables(rows: list[dict]) -> list[str]:
             lines.append(
                 f"| {name} | {len(by_seed)} | {passes:.0f} | {' | '.join(cells)} | {whole:.3f} | "
                 f"{100 * statistics.median(changes):+.1f} % |"
+                + f" {100 * max(changes):+.1f} % |"
+                * worst
             )
     return lines
 

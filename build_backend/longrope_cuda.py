@@ -17,6 +17,9 @@ from pathlib import Path
 #: IndexError where it sees none: in an image build, on the login node of a cluster.)
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+#: What the sources in folders `cuda/sm90` are compiled for.
+SM90_FLAGS = ("-gencode=arch=compute_90a,code=sm_90a",)
+
 
 def compiles_kernels() -> bool:
     """Decide whether to compile the CUDA kernels; refuse where that is asked for and impossible."""
@@ -86,6 +89,45 @@ def choose_architectures() -> None:
         "newer (TORCH_CUDA_ARCH_LIST chooses others)",
         file=sys.stderr,
     )
+
+
+def builds_sm90() -> bool:
+    """Tell whether the build is for compute capability 9.0 among others.
+
+    By TORCH_CUDA_ARCH_LIST, or where that is not set by the GPUs of this machine.
+    """
+    import torch
+
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if named in ("", "native"):
+        devices = range(torch.cuda.device_count())
+        return any(torch.cuda.get_device_capability(i) == (9, 0) for i in devices)
+    return bool({"9.0", "9.0a", "Hopper"} & set(re.split(r"[\s;]+", named.replace("+PTX", ""))))
+
+
+def compile_sm90(root: Path, folder: Path) -> list[str]:
+    """Compile csrc/*/cuda/sm90/*.cu, unless they are up to date; the object files in `folder`.
+
+    For sm_90a alone, as no other architecture has their instructions: torch compiles all sources of
+    an extension for the same list. They know nothing of torch.
+    """
+    nvcc = Path(find_toolkit(), "bin", "nvcc")
+    # As torch does for the other sources: the default compiler may be too new for nvcc.
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
+    changed = max(p.stat().st_mtime for p in (root / "csrc").rglob("*.*"))
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in sorted((root / "csrc").glob("*/cuda/sm90/*.cu")):
+        target = folder / f"{source.parents[2].name}-{source.stem}.o"
+        objects.append(str(target))
+        if target.exists() and target.stat().st_mtime > changed:
+            continue
+        command = [
+            nvcc, "-std=c++17", "-O3", f"-I{root / 'csrc'}", *SM90_FLAGS, *host,
+            "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", target,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+    return objects
 
 
 def ask(nvcc: Path, *arguments: str) -> str:

@@ -1,5 +1,5 @@
-# Target `nvcc-check`: every csrc/**/cuda/*.cu compiles for every architecture, without spills and
-# within the registers that its kernels state. No GPU and no torch needed; left out without nvcc.
+# Target `nvcc-check`: every csrc/*/cuda/*.cu compiles for every architecture, and csrc/*/cuda/sm90/*.cu
+# for sm_90a, without spills and within the registers that its kernels state. No GPU and no torch needed; left out without nvcc.
 find_program(LONGROPE_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr/local/cuda)
 find_package(Python3 COMPONENTS Interpreter)
 if(LONGROPE_NVCC AND Python3_FOUND)

@@ -38,7 +38,8 @@ def choice(name: str, value, choices: Collection[str]) -> str:
 
 
 def probability(name: str, value) -> float:
-    if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not 0 < value <= 1:
         raise ValueError(f"{name}: expected 0 < p <= 1, got {value!r}")
     return float(value)
 
@@ -67,6 +68,8 @@ def positive(name: str, value, above: float = 0) -> float:
 
 
 def _brief(value) -> str:
+    if isinstance(value, str) and len(value) > 60:
+        return repr(value[:57] + "...")
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     return repr(value)
@@ -80,16 +83,33 @@ def checked_bos(name: str, value) -> str | bool | int:
     raise ValueError(f"{name}: expected 'auto', True, False or a token id, got {value!r}")
 
 
-def lambda_array(values, rotary_dim: int) -> np.ndarray:
-    expected = f"lambdas: expected {rotary_dim // 2} positive values (rotary_dim / 2)"
+def real_array(expected: str, values) -> np.ndarray:
+    """Return real numbers, or lists of them in any depth, as a new float64 array.
+
+    Text and truth values, which numpy would make numbers of, are refused: they come from files and
+    from arguments in the wrong place. `expected` begins the sentence of an error.
+    """
     try:
         if hasattr(values, "detach"):  # a torch tensor of any dtype and device
-            values = values.detach().double().cpu().numpy()
-        array = np.array(values, dtype=np.float64)
+            values = values.detach().cpu()
+            values = (values.double() if values.is_floating_point() else values).numpy()
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+            for value in np.array(values, dtype=object).ravel():
+                single = value.item() if np.ndim(value) == 0 and hasattr(value, "item") else value
+                if isinstance(single, (str, bool)):
+                    raise ValueError(f"{expected}, got {_brief(single)}")
+                if not isinstance(single, numbers.Real):
+                    raise TypeError
+        return np.array(values, dtype=np.float64)
     except OverflowError:
         raise ValueError(f"{expected}, got a number that overflows float64") from None
-    except (TypeError, ValueError):
+    except TypeError:  # ragged, None, complex
         raise ValueError(f"{expected}, got {type(values).__name__} that is no array") from None
+
+
+def lambda_array(values, rotary_dim: int) -> np.ndarray:
+    expected = f"lambdas: expected {rotary_dim // 2} positive values (rotary_dim / 2)"
+    array = real_array(expected, values)
     if array.shape[-1:] != (rotary_dim // 2,) or array.ndim not in (1, 3) or not array.size:
         came = len(array) if array.ndim == 1 else f"shape {list(array.shape)}"
         raise ValueError(f"{expected}, got {came}")

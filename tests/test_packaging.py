@@ -265,6 +265,64 @@ def test_an_nvcc_that_knows_no_architecture_of_ours_is_refused(cuda_build, toolk
         cuda_build.choose_architectures()
 
 
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [
+        ("9.0", True), ("8.0;9.0+PTX", True), ("8.0 9.0a", True), ("Hopper", True),
+        ("8.0;8.6", False), ("10.0+PTX", False), ("", False),
+    ],
+)  # fmt: skip
+def test_kernels_of_9_0_are_built_where_it_is_named(
+    cuda_build, toolkit, monkeypatch, named, wanted
+):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    assert cuda_build.builds_sm90() is wanted
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((9, 0), True), ((8, 6), False)])
+def test_kernels_of_9_0_are_built_where_such_a_gpu_is_seen(
+    cuda_build, toolkit, monkeypatch, capability, wanted
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert cuda_build.builds_sm90() is wanted
+
+
+def test_kernels_of_9_0_are_compiled_for_it_alone_and_where_something_changed(
+    cuda_build, toolkit, tmp_path, monkeypatch
+):
+    """The nvcc is a script that writes down what it is asked and makes an empty file."""
+    monkeypatch.delenv("CC", raising=False)
+    toolkit.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ "$1" != -o ]; do shift; done\n> "$2"\n'
+    )
+    source = tmp_path / "csrc" / "attention" / "cuda" / "sm90" / "forward.cu"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    for time in (0, 0, 2**40, 2**40):  # of the source: long ago, and in days to come
+        os.utime(source, (time, time))
+        objects = cuda_build.compile_sm90(tmp_path, tmp_path / "objects")
+    assert [Path(o).name for o in objects] == ["attention-forward.o"] and Path(objects[0]).exists()
+    asked = (tmp_path / "bin" / "nvcc.log").read_text().splitlines()
+    assert len(asked) == 3
+    for command in asked:
+        assert re.findall(r"-gencode=\S+", command) == ["-gencode=arch=compute_90a,code=sm_90a"]
+        assert "-ccbin" not in command
+
+
+def test_kernels_of_9_0_have_the_host_compiler_of_the_others(
+    cuda_build, toolkit, tmp_path, monkeypatch
+):
+    """`$CC`, which torch gives to nvcc for all sources that it compiles."""
+    toolkit.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
+    source = tmp_path / "csrc" / "attention" / "cuda" / "sm90" / "forward.cu"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    monkeypatch.setenv("CC", "gcc-12")
+    cuda_build.compile_sm90(tmp_path, tmp_path / "objects")
+    assert " -ccbin gcc-12 " in (tmp_path / "bin" / "nvcc.log").read_text()
+
+
 # --- the extension --------------------------------------------------------------------------------
 
 

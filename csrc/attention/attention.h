@@ -173,4 +173,10 @@ size_t attention_backward_cuda_workspace(const AttentionBackwardParams& params);
 void attention_backward_cuda(const AttentionBackwardParams& params, void* workspace, void* stream);
 void attention_merge_cuda(const AttentionMergeParams& params, void* stream);
 
+// Which kernels attend on CUDA, for tests and benchmarks: "wgmma" those of compute capability 9.0
+// wherever device, build, dtype and (gradients: to 128) head_dim allow, "mma" never those, "auto"
+// (at first) those where they are expected to be faster. Throws std::invalid_argument for others.
+const char* attention_cuda_kernel();
+void set_attention_cuda_kernel(const char* name);
+
 }  // namespace longrope

@@ -7,6 +7,9 @@
 #include "attention/attention.h"
 #include "bindings/cuda.h"
 #include "common/cpu/isa.h"
+#ifdef LONGROPE_CUDA
+#include "bindings/perplexity_chunks.h"
+#endif
 
 namespace {
 
@@ -50,6 +53,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
       },
       "How often an op has gone to a CUDA device in this process.");
+#ifdef LONGROPE_CUDA
+  m.def(
+      "set_nll_chunks",
+      [](int64_t rows, int64_t columns) {
+        if (rows < 1 || columns < 1)
+          throw pybind11::value_error("chunks: expected sizes from 1 on");
+        longrope::nll_chunks() = {rows, columns};
+      },
+      pybind11::arg("rows"), pybind11::arg("columns"),
+      "Let linear_nll on CUDA make so many rows and columns of logits at a time: for benchmarks.");
+  m.def("cuda_attention", &longrope::attention_cuda_kernel,
+        "Which kernel attends on CUDA: auto, mma or wgmma.");
+  m.def("set_cuda_attention", &longrope::set_attention_cuda_kernel, pybind11::arg("kernel"),
+        "Use one of them from now on: wgmma (compute capability 9.0) wherever it can be, mma never "
+        "that one, auto (at first) the one that is expected to be faster; ValueError for others.");
+#endif
   m.def(
       "isa", [] { return std::string(longrope::isa_name(longrope::isa())); },
       "The CPU instruction set in use: scalar, avx2 or avx512.");

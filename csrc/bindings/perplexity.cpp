@@ -98,21 +98,11 @@ std::tuple<Tensor, Tensor> linear_nll_with_gradient(const Tensor& hidden, const 
 
 Tensor linear_nll_scale(const Tensor& grad_nll, const Tensor& gradient, const Tensor& targets,
                         const Tensor& /*edge*/, int64_t ignore_index) {
-  LONGROPE_EXPECT(gradient.dim() == 2 && gradient.layout() == at::kStrided, "gradient",
-                  "[T, E] on " + gradient.device().str(), on_device(gradient));
-  const DType dtype = dtype_of("gradient", gradient);
-  const int64_t rows = gradient.size(0), embed = gradient.size(1);
-  check("grad_nll", grad_nll, real_type(gradient), {rows}, gradient);
-  check("targets", targets, at::kLong, {rows}, gradient);
-  const Tensor by = grad_nll.contiguous(), from = gradient.contiguous(),
-               held = targets.contiguous();
-  Tensor out = at::empty(from.sizes(), from.options());
-  const LinearNllScaleParams params{
-      dtype, from.const_data_ptr(), by.const_data_ptr(),   held.const_data_ptr<int64_t>(), rows,
-      embed, ignore_index,          out.mutable_data_ptr()};
-  at::parallel_for(0, rows, 1 + 32768 / std::max<int64_t>(embed, 1),
+  const Scaling scaling(grad_nll, gradient, targets, ignore_index);
+  const LinearNllScaleParams& params = scaling.params;
+  at::parallel_for(0, params.rows, 1 + 32768 / std::max<int64_t>(params.embed, 1),
                    [&](int64_t begin, int64_t end) { linear_nll_scale_cpu(params, begin, end); });
-  return out;
+  return scaling.out;
 }
 
 std::tuple<Tensor, Tensor> candidate_sums(const Tensor& nll, const Tensor& targets,
@@ -159,7 +149,21 @@ std::tuple<Tensor, Tensor> candidate_sums(const Tensor& nll, const Tensor& targe
 std::tuple<Tensor, Tensor> linear_nll_cuda(const Tensor& hidden, const Tensor& weight,
                                            const Tensor& targets, int64_t ignore_index,
                                            std::optional<double> softcap) {
-  return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, NllChunks{});
+  return linear_nll_by_chunks(hidden, weight, targets, ignore_index, softcap, nll_chunks());
+}
+
+std::tuple<Tensor, Tensor> linear_nll_with_gradient_cuda(const Tensor& hidden, const Tensor& weight,
+                                                         const Tensor& targets,
+                                                         const Tensor& /*edge*/,
+                                                         int64_t ignore_index,
+                                                         std::optional<double> softcap) {
+  return linear_nll_with_gradient_by_chunks(hidden, weight, targets, ignore_index, softcap,
+                                            nll_chunks());
+}
+
+Tensor linear_nll_scaled_cuda(const Tensor& grad_nll, const Tensor& gradient, const Tensor& targets,
+                              const Tensor& /*edge*/, int64_t ignore_index) {
+  return linear_nll_scaled(grad_nll, gradient, targets, ignore_index);
 }
 
 std::tuple<Tensor, Tensor> linear_nll_backward_cuda(const Tensor& grad_nll, const Tensor& hidden,
@@ -168,7 +172,7 @@ std::tuple<Tensor, Tensor> linear_nll_backward_cuda(const Tensor& grad_nll, cons
                                                     std::optional<double> softcap, bool need_hidden,
                                                     bool need_weight) {
   return linear_nll_backward_by_chunks(grad_nll, hidden, weight, targets, stats, ignore_index,
-                                       softcap, need_hidden, need_weight, NllChunks{});
+                                       softcap, need_hidden, need_weight, nll_chunks());
 }
 #endif
 
@@ -185,6 +189,8 @@ TORCH_LIBRARY_IMPL(longrope, CPU, m) {
 TORCH_LIBRARY_IMPL(longrope, CUDA, m) {
   m.impl("linear_nll", &linear_nll_cuda);
   m.impl("linear_nll_backward", &linear_nll_backward_cuda);
+  m.impl("linear_nll_with_gradient", &linear_nll_with_gradient_cuda);
+  m.impl("linear_nll_scale", &linear_nll_scaled_cuda);
   m.impl("candidate_sums", &candidate_sums);
 }
 #endif

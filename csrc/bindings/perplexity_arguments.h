@@ -59,4 +59,33 @@ inline LinearNllParams params_for(const Tensor& hidden, const Tensor& weight, co
   return params;
 }
 
+// What linear_nll_scale takes, dense, and its output.
+struct Scaling {
+  Tensor grad_nll, gradient, targets, out;
+  LinearNllScaleParams params;
+
+  Scaling(const Tensor& given_grad_nll, const Tensor& given_gradient, const Tensor& given_targets,
+          int64_t ignore_index) {
+    LONGROPE_EXPECT(given_gradient.dim() == 2 && given_gradient.layout() == at::kStrided,
+                    "gradient", "[T, E] on " + given_gradient.device().str(),
+                    on_device(given_gradient));
+    const DType dtype = dtype_of("gradient", given_gradient);
+    const int64_t rows = given_gradient.size(0), embed = given_gradient.size(1);
+    check("grad_nll", given_grad_nll, real_type(given_gradient), {rows}, given_gradient);
+    check("targets", given_targets, at::kLong, {rows}, given_gradient);
+    grad_nll = given_grad_nll.contiguous();
+    gradient = given_gradient.contiguous();
+    targets = given_targets.contiguous();
+    out = at::empty(gradient.sizes(), gradient.options());
+    params = {dtype,
+              gradient.const_data_ptr(),
+              grad_nll.const_data_ptr(),
+              targets.const_data_ptr<int64_t>(),
+              rows,
+              embed,
+              ignore_index,
+              out.mutable_data_ptr()};
+  }
+};
+
 }  // namespace longrope::perplexity_bindings

@@ -1,5 +1,5 @@
-// linear_nll and its backward on CUDA: the loops over chunks of rows and of the vocabulary, and the
-// matrix products (cuBLAS, as torch has it). Nothing here waits for the device.
+// linear_nll and its gradients on CUDA: the loops over chunks of rows and of the vocabulary, and
+// the matrix products (cuBLAS, as torch has it). Nothing here waits for the device.
 //
 // Whoever includes this declares on_device_of first: bindings/cuda.h, or the tests, which run these
 // functions over the emulated kernels (tests/emulation/perplexity_host.cpp).
@@ -15,13 +15,20 @@
 
 namespace longrope {
 
-// Rows and columns of the logits that exist at a time. 4096 x 1024 floats are 16 MiB, and their
-// gradient in 16 bits 8 MiB: together less than the half of a second-level cache of 50 MiB (H100)
-// or 40 MiB (A100) that lies next to a multiprocessor. As a product, 128 tiles of 128 x 256 are one
-// wave over the 132 multiprocessors of an H100. Chosen by these figures, not measured.
+// Rows and columns of the logits that exist at a time: 4096 x 8192 floats are 128 MiB, their
+// exponentials or gradient in 16 bits 64 MiB. Measured on an H100 (bench_perplexity.py --chunk):
+// the sums of a gradient in float32 are read and written once for every chunk, so wide chunks gain
+// more than logits that stay in the second-level cache; 8192 x 8192 would be some 4% faster for
+// twice the memory, 4096 x 1024 takes a third more time with a frozen head.
 struct NllChunks {
-  int64_t rows = 4096, columns = 1024;
+  int64_t rows = 4096, columns = 8192;
 };
+
+// Those in use, which benchmarks change.
+inline NllChunks& nll_chunks() {
+  static NllChunks chunks;
+  return chunks;
+}
 
 namespace perplexity_bindings {
 
@@ -87,6 +94,53 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_by_chunks(
   };
   perplexity_bindings::for_chunks(p, size, hidden, weight, reduce);
   return {nll, stats};
+}
+
+// longrope::linear_nll_with_gradient for tensors on a CUDA device.
+inline std::tuple<at::Tensor, at::Tensor> linear_nll_with_gradient_by_chunks(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+    int64_t ignore_index, std::optional<double> softcap, NllChunks size) {
+  using perplexity_bindings::multiply;
+  const at::Tensor held = targets.contiguous();
+  const LinearNllParams p =
+      perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  const auto wide = hidden.options().dtype(at::kFloat);
+  const int64_t height = std::min(p.rows, size.rows);
+  const at::Tensor nll = at::empty({p.rows}, wide), state = at::empty({3, height}, wide);
+  const at::Tensor gradient = at::empty(hidden.sizes(), hidden.options());
+  const at::Tensor sums = at::empty({height, p.embed}, wide);
+  const at::Tensor room = at::empty({height, size.columns}, hidden.options());
+  float* const largest = state.mutable_data_ptr<float>();
+  const auto add = [&](const LogitsChunk& chunk, int64_t row, void* stream) {
+    float* const others = largest + height;
+    float* const target_logit = others + height;
+    linear_nll_gradient_chunk_cuda(
+        {chunk, largest, others, target_logit, p.dtype, room.mutable_data_ptr(), size.columns,
+         sums.mutable_data_ptr<float>(), p.embed},
+        stream);
+    if (chunk.columns > 0) {
+      multiply(sums.narrow(0, 0, chunk.rows),
+               room.narrow(0, 0, chunk.rows).narrow(1, 0, chunk.columns),
+               weight.narrow(0, chunk.first, chunk.columns), chunk.first > 0);
+    }
+    if (chunk.first + chunk.columns < p.vocab) return;
+    linear_nll_gradient_cuda(
+        {chunk.targets, chunk.rows, p.embed, p.vocab, p.ignore_index, p.softcap, p.dtype, p.weight,
+         largest, others, target_logit, sums.const_data_ptr<float>(),
+         nll.mutable_data_ptr<float>() + row,
+         static_cast<char*>(gradient.mutable_data_ptr()) + row * p.embed * hidden.element_size()},
+        stream);
+  };
+  perplexity_bindings::for_chunks(p, size, hidden, weight, add);
+  return {nll, gradient};
+}
+
+// longrope::linear_nll_scale for tensors on a CUDA device.
+inline at::Tensor linear_nll_scaled(const at::Tensor& grad_nll, const at::Tensor& gradient,
+                                    const at::Tensor& targets, int64_t ignore_index) {
+  const perplexity_bindings::Scaling scaling(grad_nll, gradient, targets, ignore_index);
+  on_device_of(gradient, [&](void* stream) { linear_nll_scale_cuda(scaling.params, stream); });
+  return scaling.out;
 }
 
 // longrope::linear_nll_backward for tensors on a CUDA device.

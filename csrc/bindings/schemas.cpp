@@ -80,7 +80,7 @@ TORCH_LIBRARY(longrope, m) {
       "linear_nll_backward(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor targets, "
       "Tensor stats, int ignore_index, float? softcap, bool need_hidden, bool need_weight) -> "
       "(Tensor grad_hidden, Tensor grad_weight)");
-  // CPU, for a frozen head: nll, and its gradient for each row's hidden state, which the backward
+  // For a frozen head: nll, and its gradient for each row's hidden state, which the backward
   // scales. `edge` is a piece of hidden without elements: it ties the result to hidden's graph.
   m.def(
       "linear_nll_with_gradient(Tensor hidden, Tensor weight, Tensor targets, Tensor edge, "

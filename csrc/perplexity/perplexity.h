@@ -113,6 +113,34 @@ struct NllBackwardChunkParams {
   int64_t grad_row_stride;
 };
 
+// The forward with the gradient of a frozen head. To be called for the chunks of the vocabulary in
+// order; after each the caller adds exponentials * weight of the chunk to `sums` (after the first
+// one it writes them).
+struct NllGradientChunkParams {
+  LogitsChunk chunk;
+  // [rows], kept between the chunks: the largest logit but the target's, the sum of exponentials
+  // relative to it of all but the target, and the target's logit.
+  float *largest, *others, *target_logit;
+  DType dtype;
+  void* exponentials;  // [rows, columns] of dtype, contiguous but for exponentials_row_stride:
+  int64_t exponentials_row_stride;  // times the softcap's slope; 0 for the target
+  float* sums;                      // [rows, embed], scaled here where `largest` grows
+  int64_t embed;
+};
+
+// After the last chunk: nll and its gradient for a grad_nll of 1.
+struct NllGradientParams {
+  const int64_t* targets;  // [rows]
+  int64_t rows, embed, vocab, ignore_index;
+  double softcap;
+  DType dtype;
+  MatrixView weight;                             // [vocab, embed]
+  const float *largest, *others, *target_logit;  // [rows]
+  const float* sums;                             // [rows, embed]
+  float* nll;                                    // [rows]
+  void* gradient;                                // [rows, embed], contiguous
+};
+
 // candidate_sums on the device; a candidate out of range counts nowhere.
 struct CandidateSumsParams {
   const float* nll;                    // [rows]
@@ -124,6 +152,9 @@ struct CandidateSumsParams {
 
 void linear_nll_chunk_cuda(const NllChunkParams& params, void* stream);
 void linear_nll_backward_chunk_cuda(const NllBackwardChunkParams& params, void* stream);
+void linear_nll_gradient_chunk_cuda(const NllGradientChunkParams& params, void* stream);
+void linear_nll_gradient_cuda(const NllGradientParams& params, void* stream);
+void linear_nll_scale_cuda(const LinearNllScaleParams& params, void* stream);
 void candidate_sums_cuda(const CandidateSumsParams& params, void* stream);
 
 }  // namespace longrope

@@ -9,7 +9,7 @@ from typing import Any
 
 from longrope.checkpoints import source
 from longrope.checkpoints.measured import Measured
-from longrope.checkpoints.plan import Plan
+from longrope.checkpoints.plan import Plan, set_for_readers
 from longrope.factors import RescaleFactors
 from longrope.factors.heads import span
 
@@ -96,7 +96,8 @@ def _of_their_own(plan: Plan) -> dict[str, str]:
         return {}
     layers, heads = plan.tiers[-1].heads
     what = f"of {layers} layers" + f" and {heads} heads each" * (heads > 1)
-    return {"factors of their own": f"{what}, in `longrope.json` alone; readers get their mean"}
+    readers = set_for_readers(plan.tiers[-1])
+    return {"factors of their own": f"{what}, in `longrope.json` alone; readers get {readers}"}
 
 
 def _factors(plan: Plan, found: Mapping[str, Any] | None) -> str:

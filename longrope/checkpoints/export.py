@@ -56,8 +56,9 @@ def export(
     factors
         One set, or tiers, whose last is the long factors. A single set comes back from
         `longrope.load` as the last tier of `factors.ladder()`. Of factors by layer and head readers
-        get the mean: they know one set for all layers (llama.cpp's file too, whose tensor of
-        factors has no layer in its name).
+        get one set for all, which is what they know (llama.cpp's file too, whose tensor of factors
+        has no layer in its name): the one that their search began with (`RescaleFactors.shared`,
+        which files keep), and the mean where that is not known.
     short
         `"long"`: the long factors for every length, so that nothing changes when a sequence grows.
         `"none"`: the model as loaded for sequences within its window, that of its own scaling

@@ -160,7 +160,7 @@ def about(plan: Plan, config: Mapping[str, Any], found: Mapping | None) -> dict[
         "dropped_start_tokens": plan.start_tokens,
     }
     return {
-        "tiers": [tier.as_fields() for tier in plan.tiers],
+        "tiers": [files.with_shared(tier) for tier in plan.tiers],
         "about": {
             "longrope": sys.modules["longrope"].__version__,
             "exported": exported,

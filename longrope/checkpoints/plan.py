@@ -91,10 +91,9 @@ def plan_export(
     if last.per_head:
         warn(
             "layers or heads have factors of their own, and readers know one set for all: the "
-            "export holds their mean, longrope.load gives back the tiers, and "
-            "longrope.measure_export says what readers lose",
+            f"export holds {set_for_readers(last)}; longrope.load gives back the tiers",
         )
-    plan = Plan(settings, tiers, *_two(settings, last.mean(), short), last.start_tokens)
+    plan = Plan(settings, tiers, *_two(settings, last.one_set(), short), last.start_tokens)
     check_windows(decoder(model), plan.rule)
     if last.start_tokens and not switch("drop_start_tokens", drop_start_tokens):
         raise ValueError(
@@ -108,6 +107,17 @@ def plan_export(
             'its max_model_len); short="long" has no such crossing',
         )
     return plan
+
+
+def set_for_readers(factors: RescaleFactors) -> str:
+    """Say which one set stands for factors by layer and head, and what it costs where measured."""
+    if factors.shared is None:
+        return (
+            "their mean, which was never measured and can be worse than what a search for all "
+            "heads alike finds (longrope.measure_export says)"
+        )
+    cost = factors.shared.cost
+    return "the set that their search began with" + f", {cost}" * bool(cost)
 
 
 def _tiers(settings: RopeSettings, factors: Any) -> Tiers:
@@ -134,7 +144,7 @@ def _two(
     """Return the short factors, the long ones, and what `short` asked for."""
     long = last.replace(start_tokens=0)
     if isinstance(short, RescaleFactors):
-        found, choice = short.mean(), "factors"
+        found, choice = short.one_set(), "factors"
         check_fit(settings, Tiers([short]))
     elif short == "long":
         found, choice = long.replace(target_length=settings.original_length), "long"

@@ -107,19 +107,19 @@ def _facts_of_factors(path: str | Path) -> dict[str, Any]:
     if len(tiers) > 1:
         return {f"tier {number}": line for number, line in enumerate(repr(tiers).split("\n")[2:])}
     factors = tiers[0]
-    mean, of = factors.mean(), ""
+    one, of = factors.one_set(), ""
     own = {}
     if factors.per_head:
         layers, heads = factors.heads
         own["of their own"] = f"{layers} layers" + f", {heads} heads each" * (heads > 1)
-        of = ", their mean"
+        of = ", their mean" if factors.shared is None else ", of the set that they began with"
     return {
         "original length": factors.original_length,
         "target length": factors.target_length,
         "start tokens": factors.start_tokens,
         **own,
-        f"attention factor{of}": f"{mean.attention_factor:.6g}",
+        f"attention factor{of}": f"{one.attention_factor:.6g}",
         "rope theta": factors.rope_theta,
         "rotary dim": factors.rotary_dim,
-        f"lambdas{of}": " ".join(f"{v:g}" for v in mean.lambdas),
+        f"lambdas{of}": " ".join(f"{v:g}" for v in one.lambdas),
     }

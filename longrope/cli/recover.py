@@ -22,6 +22,7 @@ from longrope.cli.inputs import (
     load_documents,
     load_extended,
     load_model,
+    whole_numbers,
 )
 from longrope.cli.options import takes
 from longrope.extension.config import RecoverOptions
@@ -33,7 +34,8 @@ def recover(
     model: Annotated[str, typer.Argument(help="Folder of a model that longrope exported.")],
     data: Data,
     lengths: Annotated[
-        list[int], typer.Option(help="End of a short tier, in tokens (repeatable, growing).")
+        list[str],
+        typer.Option(help="Ends of short tiers in tokens, growing, as in 4096,8192 (repeatable)."),
     ],
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")],
     options: RecoverOptions,
@@ -56,6 +58,7 @@ def recover(
     import longrope
 
     device = choose_device(device)
+    wanted = [length for text in lengths for length in whole_numbers("--lengths", text)]
     if not has_tiers(model):
         raise ValueError(
             f"MODEL: expected a folder that longrope extend or export wrote, got {model!r}"
@@ -66,11 +69,11 @@ def recover(
     }  # fmt: skip
     judged = None
     if test:
-        judged = load_documents("--test", test, tokenizer, lengths[-1], **reading)
+        judged = load_documents("--test", test, tokenizer, wanted[-1], **reading)
     result = longrope.recover(
         network,
-        load_documents("DATA", data, tokenizer, lengths[-1], **reading),
-        lengths=lengths,
+        load_documents("DATA", data, tokenizer, wanted[-1], **reading),
+        lengths=wanted,
         original=None
         if original is None
         else load_model(original, device, dtype, out if resume else None)[0],

@@ -103,10 +103,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def tied(self) -> Iterator[None]:
-        """Declare that inside a `with` block all ranks work on one thing by `pass_on`.
+        """Declare that inside a `with` block all ranks work on one thing, and wait for one another.
 
         The others reach no further exchange if a rank fails there: it closes its connections, and
-        they end with `LostRankError`.
+        they end with `LostRankError`, at the latest when its process does.
         """
         yield
 
@@ -160,8 +160,9 @@ class JobRanks(Ranks):
     def tied(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            if not _of_another_rank(error):  # or the next exchange finds out which one is gone
+                self.close()
             raise
 
     def fail(self, error: Exception) -> None:
@@ -212,6 +213,13 @@ def timeout() -> datetime.timedelta:
         raise ValueError(
             f"{TIMEOUT}: expected a number of seconds above 0, got {given!r}"
         ) from None
+
+
+def _of_another_rank(error: BaseException) -> bool:
+    """Say whether an error of a collective means that another rank has left it."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)  # which has no kind of its own
 
 
 def _packed(error: Exception | None) -> tuple[int, str] | None:

@@ -17,7 +17,7 @@ from longrope.distributed import ranks
 from longrope.evaluation.memory import plan_backward
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token, without_bos
-from longrope.extension import checkpoint
+from longrope.extension import checkpoint, sharding
 from longrope.extension.config import FinetuneConfig
 from longrope.extension.data import TrainingRows, check_enough, eos_token
 from longrope.extension.plan import FinetuneStage
@@ -31,8 +31,6 @@ from longrope.runs.progress import bar
 
 #: How it goes through the model, which a resumed stage has to adopt.
 NOTES = "notes.json"
-#: How accelerate is told to cut weights into shards.
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 #: What transformers seeds, numpy's older generator among it, takes numbers below this.
 _SEEDS = 2**32
 
@@ -54,12 +52,7 @@ def check_trainable(model: nn.Module, config: FinetuneConfig, processes: int = 1
             "not the attention of tiers, got PARALLELISM_CONFIG_CP_SIZE="
             f"{os.environ['PARALLELISM_CONFIG_CP_SIZE']}"
         )
-    for name in _SHARDING:
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
-            raise ValueError(
-                "finetune: expected whole weights on every rank (data parallelism alone), got "
-                f"{name}={os.environ[name]}"
-            )
+    sharding.check(model, config)
     if config.batch_size % (config.rows_per_pass * processes):
         raise ValueError(
             f"batch_size: expected a multiple of rows_per_pass ({config.rows_per_pass}) times the "
@@ -128,7 +121,7 @@ def finetune(
     progress: bool = True,
     first: int = 0,
 ) -> nn.Module:
-    """Train a model's weights in place under factors; a killed stage goes on where it was.
+    """Train a model's weights under factors, in place; a killed stage goes on where it was.
 
     Parameters
     ----------
@@ -150,7 +143,8 @@ def finetune(
     Returns
     -------
     nn.Module
-        The model, in eval mode and its own dtype, the factors taken out.
+        The model, in eval mode and its own dtype, the factors taken out. Trained in shards
+        (`sharding`) it is a copy, and the given one of no more use.
 
     Raises
     ------
@@ -161,8 +155,13 @@ def finetune(
     rows = rows_of(model, documents, stage, bos_token(config.bos, model, documents), first)
     dtypes = [parameter.dtype for parameter in model.parameters()]
     trained = _trainable(model, config)
-    with _factors(model, tiers, config.tiers), _own_precision():
+    in_shards = sharding.shards(ranks.current().size)
+    whole = sharding.without_weights(model) if in_shards else model
+    with _factors(model, tiers, config.tiers), _own_precision(), sharding.configured(in_shards):
         _train(trained, model, rows, stage, out, progress)
+        if in_shards:
+            sharding.fill(whole, model)
+    model = whole
     if config.lora_rank:
         trained.merge_and_unload()
         if hasattr(model, "peft_config"):  # or the next adapters would be a second set
@@ -239,6 +238,7 @@ def _train(
     job = ranks.current()
     out.mkdir(parents=True, exist_ok=True)
     last = job.by_first(lambda: checkpoint.last_complete(out))
+    sharding.check_checkpoint(last, sharding.shards(job.size))
     cpu = device_of(model).type == "cpu"
     recomputed = job.by_first(lambda: _recomputes(model, stage, out))
     _checkpoint_activations(model, recomputed)
@@ -272,6 +272,8 @@ def _train(
         trainer = RowTrainer(
             trained, arguments, train_dataset=rows, name=stage.name, keep=config.keep
         )
+        if sharding.shards(job.size):
+            sharding.set_precision(trainer.accelerator, bf16)
         _quiet(trainer)
         trainer.add_callback(GradientGuard(trainer))
         if progress and job.first:

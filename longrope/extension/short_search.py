@@ -75,7 +75,7 @@ class ShortSearch:
         if any(tier.per_head for tier in had):
             raise ValueError(
                 "model: expected factors for all layers and heads alike to recover the short "
-                "context of, got those of each; apply their mean() first"
+                "context of, got those of each; apply one_set() of them first"
             )
         self.model, self.documents, self.had, self.bos = model, documents, had, bos
         self.settings = DescentSettings(steps=steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ class RowTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict, *args: Any) -> torch.Tensor:
         """Do a pass forwards and backwards; raise `NotFiniteError` before anything is updated."""
-        loss = super().training_step(model, inputs, *args)
+        with ranks.current().tied():  # the others wait for this rank's gradients
+            loss = super().training_step(model, inputs, *args)
         losses = self.accelerator.gather(loss.detach().reshape(1))  # all ranks end together
         broken = losses[~torch.isfinite(losses)]
         if len(broken):
@@ -122,7 +124,14 @@ class RowTrainer(Trainer):
         folder = Path(self.args.output_dir)
         path = folder / f"checkpoint-{self.state.global_step}"
         job = ranks.current()
-        with self._writing(path), exporting():  # the run has the factors
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._writing(path))
+            stack.enter_context(exporting())  # the run has the factors
+            if self.is_fsdp_enabled and self.args.should_save:
+                stack.enter_context(job.tied())  # the others wait for the rank that writes
+            stack.enter_context(warnings.catch_warnings())
+            # Said where transformers looks for tied weights among those in shards.
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             super()._save_checkpoint(model, trial)
         job.gather(None)  # an error of one rank ends all of them, here and behind the marker
         if self.args.should_save:

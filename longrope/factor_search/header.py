@@ -36,7 +36,8 @@ def header(
     """Return the header; the first difference from that of a journal is what a refusal names.
 
     `model` and the values of `data` are hashes; `ranks` is the number of processes; `ladder` says
-    which tiers are searched above which.
+    which tiers are searched above which. `per` is not in it: layers and heads go on from the
+    search for all of them (`longrope.factor_search.heads.check_goes_on`).
     """
     asked: dict[str, Any] = {}
     if options.method == "evolution" and not options.ladder:  # `options.limits` may grow
@@ -45,8 +46,6 @@ def header(
         asked["descent"] = vars(options.descent)
     if options.method == "hybrid" or (options.ladder and not options.has_steps):
         asked["sizes"] = {**vars(options.sizes), "max_evaluations": options.max_evaluations}
-    if options.per != "model":
-        asked["per"] = options.per
     return {
         "method": options.method,
         "objective": options.objective,

@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope.errors import JournalError
 from longrope.factor_search.descent import HeadDescent, Point
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.methods import ATTENTION_DIGITS, SLOWER, Task
 from longrope.factor_search.space import STEPS
-from longrope.factors import RescaleFactors, Tiers
+from longrope.factors import RescaleFactors, Shared, Tiers
 from longrope.patching.families import decoder
 from longrope.patching.layers import layers_and_heads
+from longrope.runs.journal import Replay
 
 #: How far towards each head's own factors the mixtures go, in log lambda.
 SHARES = (0.25, 0.5, 0.75)
@@ -86,6 +88,16 @@ class HeadSearch:
         )  # fmt: skip
         if not gains:  # tiers that gain for themselves can cost those above
             return result
+        measured = (
+            (shared.perplexity, perplexity[Role.SEARCH])
+            if held_out is None else (shared.validation_perplexity, held_out)
+        )  # fmt: skip
+        if not all(map(math.isfinite, measured)):
+            measured = None, None
+        found = [
+            own.replace(shared=Shared(start, *measured)) if start is not own and own.per_head
+            else own for own, start in zip(found, several, strict=True)
+        ]  # fmt: skip
         return dataclasses.replace(
             result,
             factors=found[-1],
@@ -260,6 +272,21 @@ def heads_of(model: nn.Module, per: str) -> tuple[int, int]:
     """Return how many layers have factors of their own, and how many heads of each."""
     layers, heads = layers_and_heads(decoder(model))
     return layers, heads if per == "head" else 1
+
+
+def check_goes_on(journal: Replay, model: nn.Module, per: str) -> None:
+    """Raise `JournalError` where a journal has gone on from the shared factors in another way.
+
+    That of a search for all layers and heads alike may go on in any.
+    """
+    begun = next((tuple(e["heads"]) for e in journal.pending if "heads" in e), None)
+    if begun is None or (per != "model" and begun == heads_of(model, per)):
+        return
+    there = "layer" if begun[1] == 1 else "head"
+    raise JournalError(
+        f"out: {journal.path} is the journal of another search (per: {there!r} there, {per!r} "
+        "here); choose another folder, or resume=False (--no-resume) to start again"
+    )
 
 
 def most_evaluations(options: Any, held_out: bool) -> int:

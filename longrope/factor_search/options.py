@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from longrope import _validation
@@ -23,6 +24,7 @@ from longrope._validation import (
 )
 from longrope.factor_search.descent import DescentSettings
 from longrope.factor_search.evolution import EvolutionSettings
+from longrope.factor_search.history import Evaluation
 from longrope.factor_search.space import BOUND_OVER_RATIO, START_TOKENS, STEPS, TOP
 from longrope.runs.options import Options, about
 
@@ -289,3 +291,21 @@ class SearchOptions(Options):
                 raise ValueError(
                     f"{name}: expected None with {setting}, got {getattr(self, name)!r}"
                 )
+
+
+def _progress(name: str, value: Any) -> bool | Callable[[Sequence[Evaluation]], None]:
+    if not callable(value) and value not in (True, False):
+        raise ValueError(f"{name}: expected True, False or a function, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments(SearchOptions):
+    """The keyword arguments of `search`: its options, and where and how it runs."""
+
+    validation: Iterable[Any] | None = None
+    out: str | Path | None = None
+    resume: bool = field(default=True, metadata=about(switch))
+    progress: bool | Callable[[Sequence[Evaluation]], None] = field(
+        default=True, metadata=about(_progress)
+    )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from longrope._validation import switch
 from longrope.distributed import ranks
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
@@ -27,13 +24,13 @@ from longrope.factor_search import as_loaded, folder
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
-from longrope.factor_search.heads import HeadSearch, heads_of
+from longrope.factor_search.heads import HeadSearch, check_goes_on, heads_of
 from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.ladder import Ladder, LadderSearch
 from longrope.factor_search.measurer import Measurer
 from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task, most_evaluations
-from longrope.factor_search.options import SearchOptions
+from longrope.factor_search.options import SearchArguments, SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
@@ -50,25 +47,7 @@ from longrope.patching.wrappers import (
 )
 from longrope.runs.folder import JOURNAL, write_config
 from longrope.runs.journal import Journal, Replay
-from longrope.runs.options import about, from_keywords
-
-
-def _progress(name: str, value: Any) -> bool | Callable[[Sequence[Evaluation]], None]:
-    if not callable(value) and value not in (True, False):
-        raise ValueError(f"{name}: expected True, False or a function, got {value!r}")
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchArguments(SearchOptions):
-    """The keyword arguments of `search`: its options, and where and how it runs."""
-
-    validation: Iterable[Any] | None = None
-    out: str | Path | None = None
-    resume: bool = field(default=True, metadata=about(switch))
-    progress: bool | Callable[[Sequence[Evaluation]], None] = field(
-        default=True, metadata=about(_progress)
-    )
+from longrope.runs.options import from_keywords
 
 
 @ranks.on_all_ranks
@@ -130,7 +109,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         `"layer"` or `"head"`: every layer, or every key/value head with its query heads, gets
         factors of its own, by a second descent from the shared ones on, of as many steps. The
         held-out windows choose among points on its way, the shared factors, and mixtures of the two
-        (`longrope.factor_search.heads`). Not with `"evolution"` or `critical_dimension`.
+        (`longrope.factor_search.heads`). A folder `out` of the same search for all heads, finished
+        or not, goes on. Not with `"evolution"` or `critical_dimension`.
     scaling
         `"compose"`: on top of what the model has; `"ignore"`: from the base alone, in a window of
         `original_length`.
@@ -205,9 +185,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     resume
         Continue from the journal in `out`: after a kill at any moment, the same call ends with the
         factors and the history of an uninterrupted run, to the bit. With `"evolution"`,
-        `iterations` and `max_evaluations` may be larger than before, but for a ladder; any other
-        difference is refused and named. False: move an earlier search to a folder `previous-1` (and
-        so on) of `out`, and start again.
+        `iterations` and `max_evaluations` may be larger than before, but for a ladder, and a `per`
+        may follow on `"model"`; any other difference is refused and named. False: move an earlier
+        search to a folder `previous-1` (and so on) of `out`, and start again.
     progress
         True: show a progress bar, in logs and notebooks without widgets a line every half minute;
         or a function that is called with the new evaluations after every batch, including those
@@ -279,6 +259,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
             journal = stack.enter_context(
                 Journal(out / JOURNAL, head, notes, kind=folder.KIND, explain=explain)
             )
+            check_goes_on(journal, model, options.per)
             notes = journal.notes
             config = getattr(language_model(model), "config", None)
             name = getattr(config, "_name_or_path", "")

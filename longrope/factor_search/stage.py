@@ -39,7 +39,7 @@ def stage_of(tiers: Tiers) -> RescaleFactors | None:
     if last.per_head:
         raise ValueError(
             "model: expected factors for all layers and heads alike to search on top of, got those "
-            "of each; apply their mean(), or give scaling='ignore'"
+            "of each; apply one_set() of them, or give scaling='ignore'"
         )
     if np.all(last.lambdas == 1) and last.attention_factor == 1:
         return None

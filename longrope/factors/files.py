@@ -5,25 +5,49 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longrope._files import replacing, strict_json
+
+if TYPE_CHECKING:
+    from longrope.factors.rescale import RescaleFactors
 
 FACTORS, TIERS, VERSION = "longrope-factors", "longrope-tiers", 1
 _FIELDS = {
     "lambdas", "start_tokens", "attention_factor", "original_length", "target_length",
     "rope_theta", "rotary_dim",
 }  # fmt: skip
+_SHARED = {"factors", "perplexity", "own_perplexity"}
 
 #: A line of one number with a decimal comma, or of several that spaces or semicolons separate. (A
 #: line of two whole numbers would be a layer of four rotated channels, which no model has.)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+(?:[;\s]+[+-]?\d+(?:,\d+)?)*$")
 
 
+def with_shared(factors: RescaleFactors) -> dict:
+    """Return the fields of factors as files hold them, those of `shared` among them if known."""
+    fields, shared = factors.as_fields(), factors.shared
+    if shared is None:
+        return fields
+    return fields | {
+        "shared": {
+            "factors": shared.factors.as_fields(),
+            "perplexity": shared.perplexity,
+            "own_perplexity": shared.own_perplexity,
+        }
+    }
+
+
 def write_json(path: Path, form: str, content: dict) -> None:
     """Write `content` so that `path` holds either what it held or all of the new.
 
-    `form` is `FACTORS` or `TIERS`; factors are what `RescaleFactors.as_fields` returns.
+    `form` is `FACTORS` or `TIERS`; factors are what `with_shared` returns.
     """
+    if path.suffix.lower() == ".csv":
+        raise ValueError(
+            f"path: expected the name of a JSON file, got {str(path)!r}: a CSV file has no place "
+            "for lengths and attention factors"
+        )
     content = {"format": form, "version": VERSION} | content
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     try:
@@ -75,8 +99,15 @@ def _parse_json(path: Path, text: str) -> list[dict]:
     return [_fields(path, tier) for tier in tiers]
 
 
-def _fields(path: Path, content: object) -> dict:
+def _fields(path: Path, content: object, may_share: bool = True) -> dict:
     found = set(content) if isinstance(content, dict) else set()
+    if "shared" in found and may_share:  # beside factors by layer and head
+        shared = content["shared"]
+        if not isinstance(shared, dict) or set(shared) != _SHARED:
+            raise ValueError(f'{path}: expected an object "shared" of {", ".join(sorted(_SHARED))}')
+        rest = {key: value for key, value in content.items() if key != "shared"}
+        within = shared | {"factors": _fields(path, shared["factors"], may_share=False)}
+        return _fields(path, rest) | {"shared": within}
     for what, names in (("missing", _FIELDS - found), ("unknown", found - _FIELDS)):
         if names:
             raise ValueError(f"{path}: expected the fields of rescale factors, "

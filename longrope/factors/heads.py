@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longrope._validation import positive
+from longrope._validation import positive, real_array
 
 if TYPE_CHECKING:
     from longrope.factors.rescale import RescaleFactors
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One set for all layers and heads, beside factors of their own that a search found from it.
+
+    Attributes
+    ----------
+    factors
+        The set, for the same lengths.
+    perplexity, own_perplexity
+        What the search measured with such sets, in a ladder with those of all tiers, and with the
+        factors by layer and head, on the windows that chose between them (the held-out ones if
+        there were any); None: not known.
+    """
+
+    factors: RescaleFactors
+    perplexity: float | None = None
+    own_perplexity: float | None = None
+
+    def __post_init__(self):
+        if getattr(self.factors, "per_head", True):  # other types have no such thing
+            raise ValueError(
+                "shared: expected factors for all layers and heads alike, got "
+                + ("those of each" if hasattr(self.factors, "per_head") else repr(self.factors))
+            )
+        for name in ("perplexity", "own_perplexity"):
+            if getattr(self, name) is not None:
+                positive(f"shared: {name}", getattr(self, name))
+
+    @property
+    def cost(self) -> str:
+        """What taking the set in the place of the others costs, in words; "" if not measured."""
+        if self.perplexity is None or self.own_perplexity is None:
+            return ""
+        more = 100 * (self.perplexity / self.own_perplexity - 1)
+        return (
+            f"with which that search measured a perplexity of {self.perplexity:.4f} instead of "
+            f"{self.own_perplexity:.4f}, {more:.1f} % more"
+        )
 
 
 class PerHead:
@@ -56,6 +97,14 @@ class PerHead:
             attention_factor=math.exp(np.log(self.attention_factor).mean()),
         )
 
+    def one_set(self) -> RescaleFactors:
+        """Return one set for all layers and heads: that of `shared` if known, else the mean.
+
+        The mean of factors that were searched apart was never measured, and can be worse than the
+        set that their search began with (docs/heads.md).
+        """
+        return self.mean() if self.shared is None else self.shared.factors
+
     def spread(self, layers: int, heads: int) -> RescaleFactors:
         """Return the same factors with lambdas `[layers, heads, R/2]`.
 
@@ -88,12 +137,7 @@ def attention_factors(value: Any, heads: tuple[int, ...] | None) -> float | np.n
             )
         return positive("attention_factor", value)
     expected = f"attention_factor: expected positive numbers {list(heads)}, as lambdas have them"
-    try:
-        if hasattr(value, "detach"):
-            value = value.detach().double().cpu().numpy()
-        array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{expected}, got {type(value).__name__} that is no array") from None
+    array = real_array(expected, value)
     if array.ndim == 0:
         array = np.full(heads, array)
     if array.shape != heads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longrope.factors.tiers import Tiers
 from longrope.factors import files, official
 from longrope.factors.baselines import Baselines
-from longrope.factors.heads import PerHead, attention_factors
+from longrope.factors.heads import PerHead, Shared, attention_factors
 from longrope.factors.rules import base_inv_freq
 
 
@@ -48,6 +48,10 @@ class RescaleFactors(PerHead, Baselines):
         Base of the original frequencies.
     rotary_dim
         `R`, the number of rotated channels of a head. Even.
+    shared
+        Beside lambdas by layer and head the set for all of them that their search began with
+        (`longrope.factors.Shared`), for readers that know one set: see `one_set`. It takes no part
+        in comparisons, and `replace` drops it.
 
     Raises
     ------
@@ -62,6 +66,7 @@ class RescaleFactors(PerHead, Baselines):
     target_length: int = 32768
     rope_theta: float = 10000.0
     rotary_dim: int = 128
+    shared: Shared | None = field(default=None, repr=False)
 
     def __post_init__(self):
         checked = {
@@ -74,8 +79,20 @@ class RescaleFactors(PerHead, Baselines):
         checked["lambdas"] = lambdas = lambda_array(self.lambdas, checked["rotary_dim"])
         heads = lambdas.shape[:2] if lambdas.ndim > 1 else None
         checked["attention_factor"] = attention_factors(self.attention_factor, heads)
+        if self.shared is not None:
+            self._check_shared(heads, checked)
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    def _check_shared(self, heads: tuple[int, ...] | None, checked: dict) -> None:
+        if not isinstance(self.shared, Shared):
+            raise ValueError(f"shared: expected a Shared or None, got {type(self.shared).__name__}")
+        if heads is None:
+            raise ValueError("shared: expected None beside lambdas for all layers and heads alike")
+        for name in ("original_length", "target_length", "rope_theta", "rotary_dim"):
+            found = getattr(self.shared.factors, name)
+            if found != checked[name]:
+                raise ValueError(f"shared: expected {name} {checked[name]}, got {found}")
 
     # --- what they are --------------------------------------------------------------------------
 
@@ -93,8 +110,11 @@ class RescaleFactors(PerHead, Baselines):
         return self.base_inv_freq() / self.lambdas
 
     def replace(self, **changes) -> RescaleFactors:
-        """Return a copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some fields changed, validated again.
+
+        `shared` stands beside the numbers as they were found: it is dropped unless it is given.
+        """
+        return dataclasses.replace(self, **{"shared": None} | changes)
 
     def __mul__(self, other: RescaleFactors) -> RescaleFactors:
         """Compose two stages: `f * g` extends by `f`, then by `g` (paper, section 3.3).
@@ -127,7 +147,7 @@ class RescaleFactors(PerHead, Baselines):
         )
 
     def _key(self) -> tuple:
-        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "shared")
         return tuple((v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for v in values)
 
     def __eq__(self, other: object) -> bool:
@@ -175,16 +195,18 @@ class RescaleFactors(PerHead, Baselines):
         """Write the factors to a JSON file, which `load` reads back to the bit.
 
         The file appears whole or not at all: an interrupted write leaves what was there before.
-        Raises `OSError` with one sentence where the file cannot be written.
+        Raises `OSError` with one sentence where the file cannot be written, and `ValueError` for a
+        name that says CSV.
         """
-        files.write_json(Path(path), files.FACTORS, self.as_fields())
+        files.write_json(Path(path), files.FACTORS, files.with_shared(self))
 
     def as_fields(self) -> dict:
-        """Return the fields as plain numbers and lists, as files hold them.
+        """Return the fields as plain numbers and lists, as files hold them; without `shared`.
 
         An infinite lambda, which JSON has no number for, is "inf".
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["shared"]
         if self.per_head:
             fields["attention_factor"] = self.attention_factor.tolist()
 
@@ -241,7 +263,15 @@ class RescaleFactors(PerHead, Baselines):
             raise ValueError(
                 f"{path}: expected one set of factors, got {len(content)} tiers (Tiers.load)"
             )
+        return cls.of_fields(path, content[0])
+
+    @classmethod
+    def of_fields(cls, path: str | Path, fields: dict) -> RescaleFactors:
+        """Return the factors whose fields a JSON file holds; `path` is what an error names."""
         try:
-            return cls(**content[0])
+            shared = fields.get("shared")
+            if shared is not None:
+                shared = Shared(**shared | {"factors": cls(**shared["factors"])})
+            return cls(**fields | {"shared": shared})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None

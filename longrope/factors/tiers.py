@@ -105,8 +105,11 @@ class Tiers(Sequence[RescaleFactors]):
         return tuple(tier.target_length for tier in self._tiers)
 
     def save(self, path: str | Path) -> None:
-        """Write the tiers to a JSON file (format "longrope-tiers"), whole or not at all."""
-        fields = [tier.as_fields() for tier in self._tiers]
+        """Write the tiers to a JSON file (format "longrope-tiers"), whole or not at all.
+
+        Raises as `RescaleFactors.save` does.
+        """
+        fields = [files.with_shared(tier) for tier in self._tiers]
         files.write_json(Path(path), files.TIERS, {"tiers": fields})
 
     @classmethod
@@ -133,8 +136,9 @@ class Tiers(Sequence[RescaleFactors]):
                 f"{next(iter(settings))}: expected no settings beside {path}, a JSON file that "
                 "states them itself"
             )
+        tiers = [RescaleFactors.of_fields(path, fields) for fields in content]
         try:
-            return cls([RescaleFactors(**fields) for fields in content])
+            return cls(tiers)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ class Rotation:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors among the fields, by name."""
-        return {n: a for n, a in vars(self).items() if isinstance(a, Tensor)}
+        named = {name: getattr(self, name) for name in _FIELDS}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def by_tier(self) -> tuple[Tensor, int | Tensor, float | Tensor]:
         """Return inv_freq, start_tokens and attention_factor in tiers: one without limits.
@@ -102,3 +103,7 @@ class Rotation:
         if isinstance(factors, Tensor):
             factors = factors.to(torch.float64)
         return inv_freq, starts, factors
+
+
+#: torch.compile of torch 2.11 traces neither `vars` nor `dataclasses.fields` of a frozen instance.
+_FIELDS = tuple(field.name for field in fields(Rotation))

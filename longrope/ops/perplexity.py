@@ -34,7 +34,7 @@ def linear_nll(
     computes the logits again. Rows that are ignored cost nothing. Under `torch.autocast` hidden and
     weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
 
-    On a CPU, where hidden asks for a gradient and weight does not, the forward computes that
+    Where hidden asks for a gradient and weight does not, the forward computes that
     gradient with the loss, for an upstream gradient of 1, and keeps it in place of hidden (`[T, E]`
     of its dtype): two matrix products, since the backward only scales. Of float16 what is below
     6e-8 of an upstream gradient of 1 is lost there, before a loss scale can save it. Where no
@@ -74,7 +74,7 @@ def linear_nll(
     hidden, weight = _as_autocast(hidden), _as_autocast(weight)
     frozen_head = (
         torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
-        and hidden.device.type == "cpu" and hidden.dim() == 2
+        and hidden.dim() == 2
     )  # fmt: skip
     if frozen_head:
         edge = hidden[:0].clone()
@@ -132,7 +132,7 @@ def candidate_sums(
 def _as_autocast(t: Tensor) -> Tensor:
     """Return a factor of a product in the dtype that `F.linear` takes it in under autocast."""
     device = t.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return t
     wide = t.dtype == torch.float64 or not t.is_floating_point()  # autocast leaves those alone
     return t if wide else t.to(torch.get_autocast_dtype(device))

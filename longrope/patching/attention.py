@@ -3,8 +3,8 @@
 transformers' attention layers look up the function that they run, and the mask that it gets, by the
 name in the model's `config._attn_implementation`. Ours are registered under two kinds of names:
 
-* `"longrope"` runs `ops.attention` (or another function) in every layer, for the time of a
-  `kernel_attention` block. No mask is made.
+* `"longrope"` runs `plain_attention.attend` (or another function) in every layer, for the time of
+  a `kernel_attention` block. No mask is made.
 * `"longrope_sdpa"`, `"longrope_eager"` and so on are a model under tiers by position: what is left
   to the model goes to its own implementation, named behind the underscore, with the mask that this
   one asks for; everything else goes to `tier_attention`.
@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longrope import ops
 from longrope._native import _C
-from longrope.patching import tier_compiled
+from longrope.patching import plain_attention, tier_compiled
 from longrope.patching.families import attention_layers, decoder, family_of, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
 from longrope.patching.tier_attention import Options, Unturned, attend
-from longrope.patching.tier_cache import stays_as_loaded
+from longrope.patching.tier_cache import Cached, stays_as_loaded
 from longrope.patching.tier_pass import PREFIX, arguments_of
 from longrope.patching.tiered import TieredRotaryEmbedding, module_of
 from longrope.patching.wrappers import device_of, dtype_of
@@ -46,7 +45,10 @@ _ATTEND = "_longrope_attend"
 def kernel_attention(
     model: nn.Module, attend: Callable[..., Tensor] | None = None
 ) -> Iterator[None]:
-    """Inside the block the model's attention layers run `attend`, `ops.attention` unless given.
+    """Inside the block the model's attention layers run `attend`.
+
+    Unless it is given they run `ops.attention`, on a GPU only where that is measured to be ahead of
+    torch's kernels or they cannot do the same (`longrope.patching.plain_attention`).
 
     A model whose device, dtype or head_dim the kernels do not take, or whose layers do not look
     their attention up in transformers' `AttentionInterface`, keeps its own
@@ -90,7 +92,7 @@ def kernel_attention(
             config._attn_implementation = NAME
         for layer in layers:
             # Not by setattr: a module given as `attend` would become a child of the layer.
-            layer.__dict__[_ATTEND] = ops.attention if attend is None else attend
+            layer.__dict__[_ATTEND] = plain_attention.attend if attend is None else attend
         yield
     finally:
         hook.remove()
@@ -145,7 +147,7 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    attend = module.__dict__.get(_ATTEND, ops.attention)
+    attend = module.__dict__.get(_ATTEND, plain_attention.attend)
     out = attend(
         query, key, value, causal=is_causal, window=sliding_window, scale=scaling, softcap=softcap
     )
@@ -261,7 +263,11 @@ def _tiered_forward(
             f"{kwargs['dropout']}"
         )
     options = Options(kwargs.get("scaling"), kwargs.get("sliding_window"), kwargs.get("softcap"))
-    if query.rotation.plan is None:
+    if query.rotation.plan is None and isinstance(key, Cached) and isinstance(key.start, int):
+        from longrope.patching import tier_outside  # which imports the compiler
+
+        out = tier_outside.attend(query, key, value, options, module.layer_idx)
+    elif query.rotation.plan is None:
         out = tier_compiled.attend(query, key, value, attention_mask, options, module.layer_idx)
     else:
         rotary = module_of(query.rotation.ticket)

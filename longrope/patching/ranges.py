@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longrope import ops
 from longrope.factors import RescaleFactors, Tiers
-from longrope.patching import layers
+from longrope.patching import layers, plain_attention
 from longrope.patching.apply import without_factors
 from longrope.patching.attention import kernel_attention
 from longrope.patching.embedding import bits
@@ -183,4 +182,4 @@ def _attend(query: Any, key: Any, value: Tensor, **options: Any) -> Tensor:
             query, key = query.rotation.turned(query, key)
         else:  # of a layer that stays as loaded
             query = query.turned_by_model()
-    return ops.attention(query, key, value, **options)
+    return plain_attention.attend(query, key, value, **options)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
+from longrope.patching import plain_attention
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
 from longrope.patching.tier_pass import Plan, Segment
@@ -365,14 +366,13 @@ class _Rows:
             return attend_by_torch(
                 query, keys, values, mask if mask is None else mask[rows, :end], o
             )
-        bounds = {}
-        if plan.key_start is not None:
-            for name in ("key_start", "key_length"):
-                found = [min(x, end) for x in getattr(plan, name)[rows]]
-                bounds[name] = torch.tensor(found, device=query.device)
-        return ops.attention(
-            query, keys, values, window=o.window, scale=o.scale, softcap=o.softcap, **bounds
-        )
+        options = {"window": o.window, "scale": o.scale, "softcap": o.softcap}
+        if plan.key_start is None:
+            return plain_attention.attend(query, keys, values, **options)
+        for name in ("key_start", "key_length"):
+            found = [min(x, end) for x in getattr(plan, name)[rows]]
+            options[name] = torch.tensor(found, device=query.device)
+        return ops.attention(query, keys, values, **options)
 
     def _mask_of_bounds(self, end: int) -> Tensor:
         """Return which of the first `end` keys exist, bool `[B, end]`."""

@@ -118,6 +118,8 @@ def layer_types() -> tuple[type, type]:
         """Keys and values `[B, Hk, n, D]` are views of the first places of larger rooms."""
 
         is_compileable = False
+        #: Its sizes change with every pass: outside the graphs of `torch.compile`.
+        update = torch.compiler.disable(TierMixin.update)
 
         def held(self) -> int:
             return 0 if self.keys is None or self.keys.dim() < 4 else self.keys.shape[2]

@@ -134,7 +134,7 @@ class TieredRotaryEmbedding(KeepsNumbers):
         kind = () if layer_type is None else (layer_type,)
         cos, sin = self.original(x, position_ids, *kind)
         stays = layer_type not in (None, "full_attention")
-        plan, shift = (None, None) if torch.compiler.is_compiling() else _passing(self)
+        plan, shift = (None, None) if torch.compiler.is_compiling() else passing(self)
         if stays or (plan is not None and plan.own):
             return cos, sin
         positions = position_ids.to(x.device).expand(x.shape[0], -1)
@@ -159,7 +159,8 @@ def _passes() -> dict[int, tuple[Plan, Tensor | None]]:
     return _THREAD.passes
 
 
-def _passing(rotary: TieredRotaryEmbedding) -> tuple[Plan | None, Tensor | None]:
+def passing(rotary: TieredRotaryEmbedding) -> tuple[Plan | None, Tensor | None]:
+    """Return the plan and the padding of the pass that a module is in; None outside of one."""
     return _passes().get(rotary.ticket, (None, None))
 
 
@@ -185,18 +186,32 @@ def loaded_tier(settings: RopeSettings, tiers: Tiers) -> bool:
 
 def _before(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Plan a pass, and make its cache one whose keys can follow."""
-    rotary = base.rotary_emb
-    if not isinstance(rotary, TieredRotaryEmbedding):
+    if not isinstance(base.rotary_emb, TieredRotaryEmbedding):
         return None
     if torch.compiler.is_compiling():
-        given = arguments_of(args, kwargs)
-        cache = given.get("cache")
-        if _will_cache(base, given) if cache is None else not tier_cache.is_ready(cache, rotary):
-            raise ValueError(
-                "cache: expected use_cache=False, or a StaticCache that has been through a pass "
-                "that was not compiled, under tiers by position inside torch.compile"
-            )
-        return None
+        if not _breaks_graph(base, args, kwargs):
+            return None
+        from longrope.patching import tier_outside  # which imports the compiler
+
+        return tier_outside.plan_pass(base, args, kwargs)
+    return plan_pass(base, args, kwargs)
+
+
+def _breaks_graph(base: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Say whether a compiled pass is planned, and attends, outside its graphs: by its cache.
+
+    Only a pass without one, or with one of fixed size that a pass has prepared, is a single graph.
+    """
+    given = arguments_of(args, kwargs)
+    cache = given.get("cache")
+    if cache is None:
+        return _will_cache(base, given)
+    return not tier_cache.is_ready(cache, base.rotary_emb)
+
+
+def plan_pass(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Do what `_before` does; returns the arguments where they change."""
+    rotary = base.rotary_emb
     if not (base.config._attn_implementation or "").startswith(PREFIX):
         from longrope.patching.attention import use_tiered_attention
 
@@ -225,9 +240,19 @@ def _before(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
 
 def _after(base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forget the plan; layers that run again have it in their arguments."""
-    rotary = base.rotary_emb
-    if torch.compiler.is_compiling() or not isinstance(rotary, TieredRotaryEmbedding):
+    if not isinstance(base.rotary_emb, TieredRotaryEmbedding):
         return
+    if not torch.compiler.is_compiling():
+        forget_pass(base, args, kwargs)
+    elif _breaks_graph(base, args, kwargs):
+        from longrope.patching import tier_outside
+
+        tier_outside.forget_pass(base, args, kwargs)
+
+
+def forget_pass(base: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Do what `_after` does."""
+    rotary = base.rotary_emb
     plan, _ = _passes().pop(rotary.ticket, (None, None))
     if plan is not None and not plan.own:
         return

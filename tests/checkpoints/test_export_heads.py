@@ -1,8 +1,9 @@
-"""Exports of factors by layer and head: readers get the mean, `longrope.load` the tiers."""
+"""Exports of factors by layer and head: readers get one set, `longrope.load` the tiers."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from support import tiny_models
 from support.tiny_models import tokens
 
 import longrope
+from longrope.checkpoints import plan_export
+from longrope.factors import Shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +40,52 @@ def test_readers_get_the_mean_and_load_the_tiers(own, tmp_path):
     longrope.apply(model, own.ladder())
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_readers_get_the_set_that_the_search_began_with(own, tmp_path):
+    """From the factors, and from their file; the warning and the card say what it costs."""
+    shared = tiny_models.factors("ntk", attention_factor=1.1)
+    own.replace(shared=Shared(shared, 2.75, 2.5)).save(tmp_path / "own.json")
+    own = longrope.RescaleFactors.load(tmp_path / "own.json")
+    cost = r"began with, .* a perplexity of 2\.7500 instead of 2\.5000, 10\.0 % more"
+    with pytest.warns(UserWarning, match=f"the export holds the set that their search {cost}"):
+        longrope.export(tiny_models.build(), tmp_path / "own", own)
+    longrope.export(tiny_models.build(), tmp_path / "shared", shared)
+    said, expected = (
+        json.loads((tmp_path / name / "config.json").read_text())["rope_parameters"]
+        for name in ("own", "shared")
+    )
+    assert said == expected
+    assert re.search(cost, (tmp_path / "own" / "README.md").read_text())
+    again, _ = longrope.load(tmp_path / "own")
+    last = again.model.rotary_emb.tiers[-1]
+    assert last == own
+    assert last.shared == own.shared
+
+
+def test_gguf_holds_the_set_that_the_search_began_with(own, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    shared = tiny_models.factors("ntk", attention_factor=1.1)
+    with pytest.warns(UserWarning, match="the set that their search began with; longrope"):
+        longrope.export(
+            tiny_models.build(), tmp_path / "g", own.replace(shared=Shared(shared)), format="gguf"
+        )
+    reader = gguf.GGUFReader(tmp_path / "g" / "model.gguf")
+    long = next(t.data for t in reader.tensors if t.name == "rope_factors_long.weight")
+    np.testing.assert_allclose(long, shared.lambdas, rtol=1e-6)
+
+
+def test_the_short_set_is_chosen_alike(own):
+    short = own.replace(target_length=tiny_models.ORIGINAL + 2)
+    began = tiny_models.factors("ntk").replace(target_length=short.target_length)
+    long = tiny_models.factors("yarn")
+    model = tiny_models.build()
+    for given, expected in (
+        (short, short.mean()), (short.replace(shared=Shared(began)), began)
+    ):  # fmt: skip
+        with pytest.warns(UserWarning, match="a reader changes the factors"):
+            plan = plan_export(model, long, given)
+        np.testing.assert_array_equal(plan.short.lambdas, expected.lambdas)
 
 
 def test_what_readers_lose_is_measured(own):

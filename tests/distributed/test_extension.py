@@ -53,6 +53,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(found):
         assert "rows 0 to 1 (" in rank["not finite"]
 
 
+def test_an_error_of_one_rank_in_a_step_does_not_keep_the_others_waiting(ranks):
+    other, failed = ranks("extension_broken", 2)
+    assert failed == {"error": "batch: broken on one rank", "kind": "ValueError"}
+    assert other["kind"] == "LostRankError"
+    assert other["error"] == (
+        "a rank of the job is gone or does not answer, seen by rank 0; the same command resumes"
+    )
+
+
 def test_what_a_job_refuses(found):
     for rank in found:
         assert rank["batch"] == (

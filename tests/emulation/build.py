@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "emulation"
-RUNTIME = (HERE / "fiber.cpp", HERE / "runtime.cpp")
+RUNTIME = (HERE / "fiber.cpp", HERE / "runtime.cpp", HERE / "warpgroup.cpp")
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -96,7 +96,9 @@ def build(
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes build once
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             more = (*flags, *torch_flags()) if host else ()
-            jobs = [pool.submit(_object, s, flags) for s in (*RUNTIME, *sources)]
+            # The products of a warpgroup take their time without vectors.
+            jobs = [pool.submit(_object, s, (*flags, "-O3")) for s in RUNTIME]
+            jobs += [pool.submit(_object, s, flags) for s in sources]
             jobs += [pool.submit(_object, s, more) for s in host]
             objects = [job.result() for job in jobs]
         key = hashlib.sha256("\0".join(map(str, objects)).encode()).hexdigest()[:20]
@@ -119,10 +121,15 @@ class Runtime:
 
     def __init__(self, path: Path):
         self.library = ctypes.CDLL(str(path))
+        self.library.emulation_last_kernel.restype = ctypes.c_char_p
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """Run threads and blocks `"forward"`, `"reverse"` or in a random order from now on."""
         self.library.emulation_set_order(self.ORDERS.index(order), ctypes.c_uint(seed))
+
+    def last_kernel(self) -> str:
+        """Name the kernel that ran last."""
+        return self.library.emulation_last_kernel().decode()
 
     @contextmanager
     def capability(self, capability: int) -> Iterator[None]:

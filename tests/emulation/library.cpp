@@ -46,6 +46,10 @@ const char* emulated_attention(const longrope::AttentionParams* params, void* wo
   return guarded([&] { longrope::attention_cuda(*params, workspace, nullptr); });
 }
 
+const char* emulated_set_attention_kernel(const char* name) {
+  return guarded([&] { longrope::set_attention_cuda_kernel(name); });
+}
+
 int64_t emulated_attention_backward_workspace(const longrope::AttentionBackwardParams* params) {
   return static_cast<int64_t>(longrope::attention_backward_cuda_workspace(*params));
 }

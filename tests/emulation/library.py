@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from functools import cache
 
@@ -26,8 +28,22 @@ calls = 0
 @cache
 def runtime() -> Runtime:
     """Build (once) and load the emulated kernels."""
-    kernels = tuple(sorted((ROOT / "csrc").glob("*/cuda/*.cu")))
+    kernels = tuple(sorted((ROOT / "csrc").glob("*/cuda/**/*.cu")))
     return Runtime(build("kernels", (*kernels, HERE / "library.cpp")))
+
+
+@contextmanager
+def attention_kernel(name: str, capability: int = 90) -> Iterator[None]:
+    """Attend on a device of that capability by `"wgmma"` wherever it can, `"mma"` or `"auto"`."""
+    choose = runtime().library.emulated_set_attention_kernel
+    choose.restype = ctypes.c_char_p
+    if error := choose(name.encode()):
+        raise ValueError(error.decode())
+    try:
+        with runtime().capability(capability):
+            yield
+    finally:
+        choose(b"auto")
 
 
 def call(

@@ -49,7 +49,8 @@ def in_every_order(name: str, *arguments) -> tuple[torch.Tensor, ...]:
         host().set_order(order)
         # Memory that torch hands out is NaN first, as anything may be on a device.
         with uninitialized_is_nan(), products_of_16_bits():
-            runs.append(getattr(torch.ops.longrope_emulated, name)(*arguments, ROWS, COLUMNS))
+            run = getattr(torch.ops.longrope_emulated, name)(*arguments, ROWS, COLUMNS)
+        runs.append(run if isinstance(run, tuple) else (run,))
         for first, now in zip(runs[0], runs[-1], strict=True):
             same = torch.equal(first.view(torch.uint8), now.view(torch.uint8))
             assert same, f"{name}: the result depends on the order of threads ({order})"
@@ -97,6 +98,18 @@ def linear_nll_backward(*arguments):
     return in_every_order("linear_nll_backward", *arguments)
 
 
+def linear_nll_with_gradient(hidden, weight, targets, edge, ignore_index=-100, softcap=None):
+    """longrope::linear_nll_with_gradient."""
+    return in_every_order(
+        "linear_nll_with_gradient", hidden, weight, targets, ignore_index, softcap
+    )
+
+
+def linear_nll_scale(grad_nll, gradient, targets, edge, ignore_index):
+    """longrope::linear_nll_scale."""
+    return in_every_order("linear_nll_scale", grad_nll, gradient, targets, ignore_index)[0]
+
+
 def candidate_sums(nll, targets, candidate, candidates, ignore_index=-100):
     """longrope::candidate_sums."""
     held = [t.contiguous() for t in (nll, targets, candidate)]
@@ -110,4 +123,9 @@ def candidate_sums(nll, targets, candidate, candidates, ignore_index=-100):
     return sums, counts
 
 
-IMPLEMENTATIONS = {f.__name__: f for f in (linear_nll, linear_nll_backward, candidate_sums)}
+IMPLEMENTATIONS = {
+    f.__name__: f
+    for f in (
+        linear_nll, linear_nll_backward, linear_nll_with_gradient, linear_nll_scale, candidate_sums
+    )
+}  # fmt: skip

@@ -38,6 +38,20 @@ std::tuple<Tensor, Tensor> linear_nll_backward(const Tensor& grad_nll, const Ten
                                                  {rows, columns});
 }
 
+std::tuple<Tensor, Tensor> linear_nll_with_gradient(const Tensor& hidden, const Tensor& weight,
+                                                    const Tensor& targets, int64_t ignore_index,
+                                                    std::optional<double> softcap, int64_t rows,
+                                                    int64_t columns) {
+  return longrope::linear_nll_with_gradient_by_chunks(hidden, weight, targets, ignore_index,
+                                                      softcap, {rows, columns});
+}
+
+Tensor linear_nll_scale(const Tensor& grad_nll, const Tensor& gradient, const Tensor& targets,
+                        int64_t ignore_index, int64_t rows, int64_t columns) {
+  (void)rows, (void)columns;  // it has no chunks
+  return longrope::linear_nll_scaled(grad_nll, gradient, targets, ignore_index);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(longrope_emulated, m) {
@@ -50,4 +64,12 @@ TORCH_LIBRARY(longrope_emulated, m) {
       "stats, int ignore_index, float? softcap, bool need_hidden, bool need_weight, int rows, int "
       "columns) -> (Tensor, Tensor)",
       &linear_nll_backward);
+  m.def(
+      "linear_nll_with_gradient(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, "
+      "float? softcap, int rows, int columns) -> (Tensor, Tensor)",
+      &linear_nll_with_gradient);
+  m.def(
+      "linear_nll_scale(Tensor grad_nll, Tensor gradient, Tensor targets, int ignore_index, int "
+      "rows, int columns) -> Tensor",
+      &linear_nll_scale);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulation/fiber.h"
+#include "emulation/warpgroup.h"
 
 emulation::Index3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -102,6 +103,7 @@ struct State_ {
   unsigned seed = 0;
   int capability = 86;  // the least shared memory
   const Launch* launch = nullptr;
+  std::string last;  // kernel that was launched
   const std::function<void()>* body = nullptr;
   Context scheduler;
   std::vector<std::unique_ptr<Thread>> threads;  // of the running block; reused
@@ -134,10 +136,6 @@ std::string text(Site site) {
 
 bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
-
-std::string where() {
-  return std::string("kernel ") + g().launch->kernel + ", block " + text(blockIdx) + ": ";
-}
 
 void wake(Thread& thread) { thread.state = State::kReady; }
 
@@ -202,7 +200,7 @@ bool run(Thread& thread) {
 
 [[noreturn]] void report_deadlock() {
   State_& s = g();
-  std::string report = where() + "deadlock";
+  std::string report = block_text() + "deadlock";
   std::vector<std::pair<Thread*, int>> groups;  // threads that wait at the same place
   for (int i = 0; i < s.count; ++i) {
     Thread* t = s.threads[i].get();
@@ -273,6 +271,7 @@ void run_block() {
     t.groups.clear();
     t.fiber.start(thread_main);
   }
+  begin_block();
   while (s.alive > 0) {
     bool progress = false;
     if (s.order == Order::kShuffle) {
@@ -286,6 +285,13 @@ void run_block() {
     }
     if (!progress) report_deadlock();
   }
+  for (const Barrier& barrier : s.barriers) {
+    if (barrier.arrived > 0) {
+      throw std::runtime_error(block_text() + barrier.primitive + " (" + text(barrier.site) +
+                               "): nobody waited for it");
+    }
+  }
+  end_block();
 }
 
 void check_launch(const Launch& launch) {
@@ -312,7 +318,9 @@ void set_order(Order order, unsigned seed) {
   g().seed = seed;
 }
 
+const char* last_kernel() { return g().last.c_str(); }
 void set_capability(int capability) { g().capability = capability; }
+int capability() { return g().capability; }
 std::size_t most_shared_bytes() { return shared_bytes_of(g().capability); }
 
 void run_grid(const Launch& launch, const std::function<void()>& body) {
@@ -320,6 +328,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(s.mutex);
   check_launch(launch);
   s.launch = &launch;
+  s.last = launch.kernel;
   s.body = &body;
   s.random.seed(s.seed + 1);
   gridDim = launch.grid;
@@ -339,7 +348,7 @@ void run_grid(const Launch& launch, const std::function<void()>& body) {
 
 void fail(const std::string& what, Site site) {
   State_& s = g();
-  s.error = where() + "thread " + text(s.current->index) + " (" + text(site) + "): " + what;
+  s.error = block_text() + "thread " + text(s.current->index) + " (" + text(site) + "): " + what;
   switch_context(s.current->fiber.context(), s.scheduler);
   std::abort();  // never resumed
 }
@@ -455,9 +464,17 @@ void check_shared(const void* pointer, int bytes, const char* primitive, Site si
 }
 
 int lane() { return g().current->number % kWarp; }
+int thread_number() { return g().current->number; }
+void sleep_thread(const char* primitive, Site site) { sleep(*g().current, primitive, site); }
+void wake_thread(int number) { wake(*g().threads[static_cast<std::size_t>(number)]); }
+
+std::string block_text() {
+  return std::string("kernel ") + g().launch->kernel + ", block " + text(blockIdx) + ": ";
+}
 
 }  // namespace emulation
 
+extern "C" const char* emulation_last_kernel() { return emulation::last_kernel(); }
 extern "C" void emulation_set_capability(int capability) { emulation::set_capability(capability); }
 
 extern "C" void emulation_set_order(int order, unsigned seed) {

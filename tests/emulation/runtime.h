@@ -35,6 +35,7 @@ void set_order(Order order, unsigned seed);
 // The compute capability whose shared memory launches get, 10 times major plus minor. The first one
 // is 86, whose blocks get the least of all that are supported.
 void set_capability(int capability);
+int capability();
 std::size_t most_shared_bytes();
 
 struct Launch {
@@ -46,6 +47,9 @@ struct Launch {
 // Runs `body` once for every thread of the grid. Throws std::runtime_error with the report when the
 // launch is invalid, deadlocks or misuses a primitive.
 void run_grid(const Launch& launch, const std::function<void()>& body);
+
+// The name of the kernel that ran last.
+const char* last_kernel();
 
 // --- for the twins; each is called by a running kernel thread ------------------------------------
 
@@ -75,8 +79,16 @@ void* dynamic_shared();
 void check_aligned(const void* pointer, int bytes, const char* primitive, Site site);
 void check_shared(const void* pointer, int bytes, const char* primitive, Site site);
 
-// The lane of the calling thread in its warp.
+// The lane of the calling thread in its warp, and its number in the block.
 int lane();
+int thread_number();
+
+// Gives the processor back until another thread wakes the calling one, which waits at `primitive`.
+void sleep_thread(const char* primitive, Site site);
+void wake_thread(int number);
+
+// "kernel <name>, block <index>: ", as reports begin.
+std::string block_text();
 
 // What unwritten shared memory holds: NaN in every floating-point type.
 constexpr int kPoisonByte = 0xFF;

@@ -93,6 +93,12 @@ __global__ void deadlock(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x];
 }
 
+// Warp 1 does not come for what warp 0 announces.
+__global__ void left_arrival(const float* in, float* out) {
+  if (threadIdx.x < 32) bar_arrive(1, 64);
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
 // Two groups of 32 x 16 bytes, used after waits that leave kPending groups under way.
 template <int kFirst, int kSecond>
 __device__ void copy_groups(const float* in, float* out) {
@@ -243,6 +249,7 @@ constexpr Entry kEntries[] = {
     {"divergent_barrier", divergent_barrier, 1, 64, 0},
     {"named_barriers", named_barriers, 1, 64, 0},
     {"deadlock", deadlock, 1, 64, 0},
+    {"left_arrival", left_arrival, 1, 64, 0},
     {"async_copies", async_copies, 1, 32, 0},
     {"async_missing_wait", async_missing_wait, 1, 32, 0},
     {"stale_shared", stale_shared, 3, 32, 128},

@@ -184,6 +184,7 @@ def test_an_order_repeats(runtime, numbers):
     ("kernel", "expected"),
     [
         ("misaligned", "load: address not aligned to 16 bytes"),
+        ("left_arrival", "bar.arrive (selftest.cu:"),
         ("beyond_shared", "cp.async: address outside shared memory"),
         ("too_many_threads", "block (1056, 1, 1) is not within 1024 threads"),
         (

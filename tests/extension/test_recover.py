@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from support import tiny_models
+from support.commands import call, write_letters
 from support.extension_runs import documents
 from support.tiny_search import build_model
 
@@ -135,3 +137,15 @@ def test_what_is_refused(changes, message):
 def test_a_model_without_factors_is_refused():
     with pytest.raises(ValueError, match="expected a model with factors applied"):
         longrope.recover(build_model(), documents(), **OPTIONS)
+
+
+def test_the_command_takes_lengths_with_commas_and_the_flag_again(tmp_path):
+    model = tiny_models.build(vocab_size=256, pad_token_id=None, max_position_embeddings=16)
+    rope = longrope.rope_settings(model)
+    longrope.export(model, tmp_path / "model", longrope.RescaleFactors.pi(**rope.lengths(64)))
+    text = write_letters(tmp_path / "text.txt")
+    command = ["recover", tmp_path / "model", text, "--device", "cpu", "--out", tmp_path / "run"]
+    call(*command, "--lengths", "8,16", "--lengths", 32, "--steps", 1, "--samples", 1)
+    assert longrope.Tiers.load(tmp_path / "run" / "tiers.json").limits == (8, 16, 32, 64)
+    error = call(*command, "--lengths", "8;16", code=2).stderr
+    assert error == "longrope: --lengths: expected numbers like 512,1024, got '8;16'\n"

@@ -55,6 +55,13 @@ def test_search(model, texts, per, ladder, no_margin):
     every = [own for own in every if own.per_head]  # a tier may stay with the shared ones
     assert {own.heads for own in every} == {(2, 2 if per == "head" else 1)}
     assert found.validation_perplexity <= shared.validation_perplexity
+    began = [shared.factors] if shared.tiers is None else list(shared.tiers)[1:]
+    every_tier = [found.factors] if found.tiers is None else list(found.tiers)[1:]
+    for own, start in zip(every_tier, began, strict=True):
+        if own.per_head:  # what exports hold, and its cost
+            assert own.shared.factors == start
+            assert own.shared.perplexity == shared.validation_perplexity
+            assert own.shared.own_perplexity == found.validation_perplexity
     for own in every:
         assert (np.diff(own.lambdas, axis=-1) >= 0).all()
         assert own.lambdas.min() >= 1
@@ -86,11 +93,28 @@ def test_resumes_to_the_bit(model, texts, tmp_path, ladder, no_margin):
         assert again.tiers == whole.tiers
         assert values(again.history) == values(whole.history)
         assert journal.read_text().splitlines(keepends=True)[1:] == lines[1:]
-    assert longrope.RescaleFactors.load(tmp_path / "run" / "factors.json") == whole.factors
+    again = longrope.RescaleFactors.load(tmp_path / "run" / "factors.json")
+    assert (again, again.shared) == (whole.factors, whole.factors.shared)
     report.write(tmp_path / "run")
     assert (tmp_path / "run" / "plots" / "heads.png").exists() == whole.factors.per_head
-    with pytest.raises(JournalError, match="per"):
-        longrope.search(model, texts, out=tmp_path / "run", **(options | {"per": "layer"}))
+    for per in ("layer", "model"):
+        with pytest.raises(JournalError, match=rf"\(per: 'head' there, '{per}' here\); choose"):
+            longrope.search(model, texts, out=tmp_path / "run", **(options | {"per": per}))
+
+
+@pytest.mark.parametrize("ladder", [False, True])
+def test_a_search_for_all_heads_goes_on(model, texts, tmp_path, ladder, no_margin):
+    """A folder of `per="model"` goes on to the bits of a search that began with `per="head"`."""
+    options = SMALL | {"ladder": ladder}
+    whole = longrope.search(model, texts, out=tmp_path / "whole", per="head", **options)
+    shared = longrope.search(model, texts, out=tmp_path / "run", **options)
+    before = (tmp_path / "run" / "journal.jsonl").read_text()
+    found = longrope.search(model, texts, out=tmp_path / "run", per="head", **options)
+    assert found.shared.factors == shared.factors
+    assert (found.factors, found.tiers) == (whole.factors, whole.tiers)
+    assert values(found.history) == values(whole.history)
+    after = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert after.startswith(before) and len(after) > len(before)
 
 
 def test_the_gradient_is_that_of_every_head(model, texts):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longrope import RescaleFactors, Tiers
+from longrope.factors import Shared
 
 SIZES = {"original_length": 256, "target_length": 2048, "rotary_dim": 16}
 SHARED = RescaleFactors.yarn(**SIZES)
@@ -108,6 +109,100 @@ def test_files(tmp_path):
         RescaleFactors.load(tmp_path / "factors.json")
 
 
+def test_the_set_that_a_search_began_with(tmp_path):
+    """It stands beside the factors, in files too, and goes where they change."""
+    plain = own()
+    beside = Shared(SHARED, 2.75, 2.5)
+    made = plain.replace(shared=beside)
+    assert made == plain
+    assert hash(made) == hash(plain)
+    assert made.one_set() is SHARED
+    assert plain.one_set() == plain.mean()
+    assert SHARED.one_set() is SHARED
+    assert beside.cost.endswith("a perplexity of 2.7500 instead of 2.5000, 10.0 % more")
+    assert Shared(SHARED).cost == ""
+    tiers = Tiers([RescaleFactors.none(original_length=256, rotary_dim=16), made])
+    made.save(tmp_path / "factors.json")
+    tiers.save(tmp_path / "tiers.json")
+    for again in (
+        RescaleFactors.load(tmp_path / "factors.json"),
+        Tiers.load(tmp_path / "tiers.json")[-1],
+        pickle.loads(pickle.dumps(made)),
+    ):
+        assert again == made
+        assert again.shared == beside
+    for changed in (made.mean(), made.layer(0), made.spread(3, 2), made.replace(start_tokens=1)):
+        assert changed.shared is None
+    for product in (made * SHARED, made.ladder()[1]):
+        assert product.shared is None
+
+
+@pytest.mark.parametrize(
+    ("factors", "shared", "message"),
+    [
+        (SHARED, Shared(SHARED), "shared: expected None beside lambdas for all layers and heads"),
+        (own(), SHARED, "shared: expected a Shared or None, got RescaleFactors"),
+        (own(), Shared(SHARED.replace(target_length=512)), "shared: expected target_length 2048"),
+    ],
+)
+def test_a_set_that_does_not_belong(factors, shared, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        factors.replace(shared=shared)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"factors": own()}, "shared: expected factors for all layers and heads alike, got those"),
+        ({"factors": None}, "shared: expected factors for all layers and heads alike, got None"),
+        ({"factors": SHARED, "perplexity": "2"}, "shared: perplexity: expected a finite number"),
+        ({"factors": SHARED, "own_perplexity": float("nan")}, "shared: own_perplexity: expected"),
+    ],
+)
+def test_no_set_of_that_kind(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Shared(**fields)
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        (3, 'expected an object "shared" of factors, own_perplexity, perplexity'),
+        ({"factors": 1}, 'expected an object "shared" of factors'),
+        ({"factors": {}, "perplexity": 2, "own_perplexity": 2}, "expected the fields of rescale"),
+        ({"factors": None, "perplexity": 2, "own_perplexity": 2}, "expected the fields of rescale"),
+        (
+            {
+                "factors": SHARED.as_fields() | {"shared": None},
+                "perplexity": 2,
+                "own_perplexity": 2,
+            },
+            "unknown: shared",
+        ),
+        ({"factors": SHARED.as_fields(), "perplexity": "2", "own_perplexity": 2}, "shared: perpl"),
+        ({"factors": own().as_fields(), "perplexity": 2, "own_perplexity": 2}, "shared: expected"),
+    ],
+)
+def test_a_hostile_set_in_a_file_gets_one_sentence(tmp_path, shared, message):
+    file = tmp_path / "factors.json"
+    own().save(file)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shared": shared}))
+    for load in (RescaleFactors.load, Tiers.load):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(file)
+        assert str(caught.value).startswith(str(file))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.CSV"])
+def test_no_json_under_the_name_of_a_csv_file(tmp_path, name):
+    tiers = Tiers([RescaleFactors.none(original_length=256, rotary_dim=16), own()])
+    for made in (own(), SHARED, tiers):
+        with pytest.raises(ValueError, match=r"^path: expected the name of a JSON file, got "):
+            made.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_ladder():
     made = own()
     ladder = made.ladder()
@@ -133,6 +228,28 @@ def test_a_ladder():
             "attention_factor: expected positive numbers .* got -1.0",
         ),
         ({"lambdas": np.ones((1, 1, 8)), "attention_factor": "x"}, "attention_factor: expected"),
+        *(
+            ({"lambdas": np.ones((1, 2, 8)), "attention_factor": value}, f"attention_factor: {end}")
+            for value, end in (
+                ([["1.5", 1.0]], r".* got '1.5'$"),
+                ([[True, 1.0]], ".* got True$"),
+                (True, ".* got True$"),
+                (np.ones((1, 2), bool), ".* got True$"),
+                (torch.ones(1, 2, dtype=torch.bool), ".* got True$"),
+                ([[1.0, float("nan")]], ".* got nan$"),
+                ([[1.0, None]], ".* got list that is no array$"),
+                (np.ones((1, 2), complex), ".* got ndarray that is no array$"),
+                ([[10**400, 1.0]], ".* overflows float64$"),
+            )
+        ),
+        ({"lambdas": ["1"] * 8}, "lambdas: .* got '1'$"),
+        ({"lambdas": [True] * 8}, "lambdas: .* got True$"),
+        ({"lambdas": np.array(["1"] * 8)}, "lambdas: .* got '1'$"),
+        ({"lambdas": [[["1"] * 8]]}, "lambdas: .* got '1'$"),
+        ({"lambdas": [float("nan")] * 8}, "lambdas: .* got nan at index 0$"),
+        ({"target_length": "2048"}, "target_length: expected an integer"),
+        ({"target_length": True}, "target_length: expected an integer"),
+        ({"original_length": 2.0}, "original_length: expected an integer"),
     ],
 )
 def test_refusals(fields, message):

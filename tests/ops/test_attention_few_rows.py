@@ -34,6 +34,8 @@ def on(device, arguments):
     def there(a):
         if isinstance(a, ops.Rotation):
             return ops.Rotation(**{n: there(x) for n, x in vars(a).items()})
+        if isinstance(a, tuple):
+            return tuple(there(x) for x in a)
         return a.to(device) if torch.is_tensor(a) else a
 
     return {n: there(a) for n, a in arguments.items()}

@@ -48,10 +48,12 @@ def value_and_gradients(function, hidden, weight, targets, grad, device="cpu", *
     return nll.detach().cpu(), *(g.cpu() for g in grads)
 
 
-def with_frozen_head(hidden, weight, targets, grad, **keywords):
+def with_frozen_head(hidden, weight, targets, grad, device="cpu", **keywords):
     """The value, and the gradient of the hidden states alone."""
-    nll = ops.linear_nll(hidden, weight.detach(), targets, **keywords)
-    return nll.detach(), *torch.autograd.grad(nll, hidden, grad.to(nll))
+    there = (t.to(device) for t in (hidden, weight.detach(), targets))
+    nll = ops.linear_nll(*there, **keywords)
+    (gradient,) = torch.autograd.grad(nll, hidden, grad.to(nll))
+    return nll.detach().cpu(), gradient.cpu()
 
 
 def assert_accurate(hidden, weight, targets, softcap=None, device="cpu"):
@@ -71,10 +73,8 @@ def assert_accurate(hidden, weight, targets, softcap=None, device="cpu"):
     logits = hidden.detach().double() @ weight.detach().double().T
     rounding = 4 * torch.finfo(torch.float32).eps * logits.abs().max().clamp(min=1)
     assert_as_accurate(got[0], low[0], exact[0], floor=rounding, name="nll")
-    frozen = got[:2]
-    if device == "cpu":  # where a frozen head has a way of its own
-        frozen = with_frozen_head(hidden, weight, targets, grad, softcap=softcap)
-        assert_as_accurate(frozen[0], low[0], exact[0], floor=rounding, name="nll, frozen head")
+    frozen = with_frozen_head(hidden, weight, targets, grad, device, softcap=softcap)
+    assert_as_accurate(frozen[0], low[0], exact[0], floor=rounding, name="nll, frozen head")
     for i, one, name in ((1, got, "grad_hidden"), (2, got, "grad_weight"), (1, frozen, "frozen")):
         result = 2 * torch.finfo(hidden.dtype).eps * exact[i].flatten().abs()
         floor = result + rounding * exact[i].abs().max()
@@ -187,7 +187,7 @@ def test_infinities_and_nan(backend, vocab):
         targets = torch.tensor([2, 0, 1, 1])
         expected = value_and_gradients(naive, h, w, targets, torch.ones(4))
         got = value_and_gradients(ops.linear_nll, h, w, targets, torch.ones(4), backend.device)
-        got += with_frozen_head(h, w, targets, torch.ones(4))[1:]
+        got += with_frozen_head(h, w, targets, torch.ones(4), backend.device)[1:]
         for a, b in zip(got, (*expected, expected[1]), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
     there = (t.to(backend.device) for t in (hidden, weight, torch.tensor([2, 0, 1, 1])))
@@ -246,13 +246,13 @@ def test_only_the_wanted_gradient():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_frozen_head_and_tokens_that_are_all_but_certain(isa, dtype):
+def test_a_frozen_head_and_tokens_that_are_all_but_certain(backend, dtype):
     """p - 1 keeps its digits, where p alone would have none left in 16 bits."""
     weight = torch.eye(64).to(dtype)
     targets = torch.arange(64) % 50
     for logit in (2, 8, 12):
         hidden = (logit * weight[targets]).requires_grad_()
-        _, got = with_frozen_head(hidden, weight, targets, torch.ones(64))
+        _, got = with_frozen_head(hidden, weight, targets, torch.ones(64), backend.device)
         p = math.exp(logit) / (math.exp(logit) + 63)
         rest = (1 - p) / 63
         expected = torch.full((64, 64), rest).index_put(
@@ -262,16 +262,17 @@ def test_a_frozen_head_and_tokens_that_are_all_but_certain(isa, dtype):
         torch.testing.assert_close(got.float(), expected, rtol=2 * eps + 1e-5, atol=2**-24)
 
 
-def test_a_frozen_head_with_an_infinite_score_of_the_target(isa):
+def test_a_frozen_head_with_an_infinite_score_of_the_target(backend):
     """NaN, as without a gradient and in torch: a loss of 0 would pass for a perfect one."""
     hidden = torch.tensor([[1e30, 0.0]], requires_grad=True)
     weight = torch.tensor([[1e30, 0.0], [0.0, 1.0], [0.0, 2.0]])
     targets = torch.tensor([0])
-    nll, _ = with_frozen_head(hidden, weight, targets, torch.ones(1))
-    assert nll.isnan().all() and ops.linear_nll(hidden.detach(), weight, targets).isnan()
+    nll, _ = with_frozen_head(hidden, weight, targets, torch.ones(1), backend.device)
+    there = (t.to(backend.device) for t in (hidden.detach(), weight, targets))
+    assert nll.isnan().all() and ops.linear_nll(*there).isnan()
 
 
-def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(isa):
+def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(backend):
     """What is summed already is scaled: by 0, by little, and not where the largest stays."""
     vocab = 3300  # four blocks
     hidden = torch.ones(3, 1, requires_grad=True)
@@ -285,7 +286,7 @@ def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(isa):
             exact = hidden.detach().double().requires_grad_()
             nll = naive(exact, weight.double(), targets)
             expected = nll.detach(), *torch.autograd.grad(nll.sum(), exact)
-            got = with_frozen_head(hidden, weight, targets, torch.ones(3))
+            got = with_frozen_head(hidden, weight, targets, torch.ones(3), backend.device)
             torch.testing.assert_close(got[0].double(), expected[0], rtol=1e-5, atol=1e-5)
             if math.isfinite(first):
                 torch.testing.assert_close(got[1].double(), expected[1], rtol=1e-4, atol=1e-4)
@@ -294,21 +295,25 @@ def test_a_frozen_head_whose_maxima_grow_and_begin_at_minus_infinity(isa):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_a_frozen_head_under_any_upstream_gradient(isa, dtype):
+def test_a_frozen_head_under_any_upstream_gradient(backend, dtype):
     """Each row is scaled by its own; ignored rows give 0 whatever comes."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"no {dtype} on {backend.name}")
+    device = backend.device
     hidden, weight, targets = problem(300, 37, 50, dtype)
     kept = targets != IGNORED
-    _, ones = with_frozen_head(hidden, weight, targets, torch.ones(300))
+    _, ones = with_frozen_head(hidden, weight, targets, torch.ones(300), device)
     grad = torch.randn(300, dtype=torch.float64)
     grad[~kept] = float("nan")
-    _, got = with_frozen_head(hidden, weight, targets, grad)
+    _, got = with_frozen_head(hidden, weight, targets, grad, device)
     assert (got[~kept] == 0).all()
     wide = torch.promote_types(dtype, torch.float32)
     expected = (ones.to(wide) * grad.to(wide)[:, None]).to(dtype)
     assert torch.equal(got[kept], expected[kept])
-    columns = torch.randn(300, 2)[:, 0].expand_as(grad)  # no stride of 1
-    _, got = with_frozen_head(hidden, weight, targets, columns)
-    assert torch.equal(got, (ones.to(wide) * columns.to(wide)[:, None]).to(dtype))
+    columns = torch.randn(300, 2, device=device, dtype=wide)[:, 0].expand_as(grad)
+    assert columns.stride() == (2,)
+    _, got = with_frozen_head(hidden, weight, targets, columns, device)
+    assert torch.equal(got, (ones.to(wide) * columns.cpu()[:, None]).to(dtype))
 
 
 def test_population(backend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -197,6 +198,36 @@ def test_a_cache_given_by_position_as_none(model):
     assert apart(model.lm_head(hidden).detach(), whole(model, ids)) < 1e-4
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Compile anew: frames that were compiled too often by then would run as they are."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_with_a_growing_cache():
+    """Prefill, tokens across both crossings, gradients; it breaks into graphs by itself."""
+    ladder = longrope.Tiers([LADDER[0], *(tier.spread(2, 2) for tier in LADDER[1:])])
+    model, ids = longrope.apply(build(), ladder), tokens(2, 70)
+    expected = whole(model, ids)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert apart(compiled(ids).logits, expected) < 1e-4
+        cache = compiled(ids[:, :20], use_cache=True).past_key_values
+        for begin, end in itertools.pairwise([20, 32, 33, 64, 70]):
+            logits = compiled(ids[:, begin:end], past_key_values=cache).logits
+            assert apart(logits, expected[:, begin:end]) < 1e-4
+    compiled(ids).logits.square().mean().backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(ids).logits.square().mean().backward()
+    for one, other in zip(ours, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_pass_with_a_cache_that_is_not_prepared_says_so(model):
     compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
     with torch.no_grad(), pytest.raises(Exception, match="expected use_cache=False, or a Static"):

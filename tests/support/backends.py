@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -30,7 +30,8 @@ class Backend:
     Parameters
     ----------
     name
-        `"cpu-<isa>"`, `"emulated"` or `"cuda"`.
+        `"cpu-<isa>"`, `"emulated"` or `"cuda"`; with `"-wgmma"` behind one of the last two, the
+        kernel of compute capability 9.0 attends wherever it can.
     place
         The device of its tensors, which test bodies read as `device`.
     """
@@ -54,7 +55,7 @@ class Backend:
     @property
     def is_emulated(self) -> bool:
         """Whether the CUDA kernels answer on the CPU (slow: keep shapes small)."""
-        return self.name == "emulated"
+        return self.name.startswith("emulated")
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -70,12 +71,23 @@ def names() -> list[str]:
     return [*cpu, "emulated", *gpu]
 
 
+def wgmma_names() -> list[str]:
+    """Every backend of this machine with the attention kernel of compute capability 9.0."""
+    has = "cuda" in names() and torch.cuda.get_device_capability() == (9, 0)
+    return ["emulated-wgmma", *(["cuda-wgmma"] if has else [])]
+
+
 @contextmanager
 def use(name: str) -> Iterator[Backend]:
     """Make the ops run on the backend `name`."""
     kind, _, detail = name.partition("-")
     if kind == "cuda":
-        yield Backend(name, "cuda", launches(name))
+        before = _C.cuda_attention()
+        _C.set_cuda_attention(detail or before)
+        try:
+            yield Backend(name, "cuda", launches(name))
+        finally:
+            _C.set_cuda_attention(before)
     elif kind == "cpu":
         before = _C.isa()
         _C.set_isa(detail)
@@ -85,14 +97,17 @@ def use(name: str) -> Iterator[Backend]:
             _C.set_isa(before)
     else:
         with _emulation():
-            yield Backend(name, "cpu", launches(name))
+            from emulation import library
+
+            with library.attention_kernel(detail) if detail else nullcontext():
+                yield Backend(name, "cpu", launches(name))
 
 
 def launches(name: str) -> int | None:
     """Return how many of our CUDA kernels a backend has started so far; None where it has none."""
-    if name == "cuda":
+    if name.startswith("cuda"):
         return _C.cuda_launches()
-    if name == "emulated":
+    if name.startswith("emulated"):
         from emulation import library
 
         return library.calls

@@ -35,6 +35,20 @@ def assert_as_accurate(actual, low_precision, exact, *, factor=2.0, floor=None, 
     )
 
 
+def gradient_floor(exact, dtype, lse):
+    """Return the roundings of a gradient of attention that are luck, `[number of finite values]`.
+
+    Its sums pass through values as large as the largest, in any order, and its weights are
+    `exp(score - lse)` of a log-sum-exp that is kept in float32: a rounding of that moves a row.
+    """
+    finite = exact.isfinite()
+    size = exact.masked_fill(~finite, 0).abs()
+    largest_lse = lse.masked_fill(~lse.isfinite(), 0).abs().max().clamp(min=1)
+    of_lse = torch.finfo(torch.float32).eps * largest_lse
+    eps = torch.finfo(dtype).eps
+    return (2 * eps * size + (eps + of_lse) * size.max())[finite]
+
+
 def assert_nonzero_gradient(*tensors):
     """Assert that every tensor has a finite gradient that is not all zero."""
     for index, tensor in enumerate(tensors):

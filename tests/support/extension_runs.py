@@ -38,12 +38,12 @@ def documents(count=12, length=150):
     return list(torch.randint(40, (count, length), generator=generator))
 
 
-def run(out, **changes):
-    """Run the plan on the tiny model."""
+def run(out, model=build_model, **changes):
+    """Run the plan on the tiny model, or on what `model()` returns."""
     import longrope
 
     arguments = {"target_length": TARGET, "stages": STAGES, "progress": False, "test_windows": 2}
-    return longrope.extend(build_model(), documents(), out=out, **arguments | changes)
+    return longrope.extend(model(), documents(), out=out, **arguments | changes)
 
 
 def _die_after(events: int) -> None:

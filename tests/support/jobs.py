@@ -19,7 +19,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from support import tiny_search
+from support import shards, tiny_search
 from support.processes import environment
 
 #: In batches of two candidates.
@@ -171,6 +171,26 @@ def extension(rank: int, size: int, folder: Path) -> dict:
     return found
 
 
+def extension_broken(rank: int, size: int, folder: Path) -> dict:
+    """Rank 1 fails in a step of fine-tuning, while the other waits for its gradients."""
+    from longrope.extension import trainer
+    from support import extension_runs
+
+    own_loss = trainer.RowTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        if rank == 1 and self.state.global_step == 1:
+            raise ValueError("batch: broken on one rank")
+        return own_loss(self, *args, **kwargs)
+
+    trainer.RowTrainer.compute_loss = broken
+    try:
+        extension_runs.run(folder / "run", stages=extension_runs.STAGES[:2], target_length=32)
+    except Exception as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    return {}
+
+
 def command(rank: int, size: int, folder: Path) -> dict:
     """`longrope search` as torchrun starts it."""
     return _command(folder)
@@ -216,6 +236,8 @@ SCENARIOS = [
     (killed, 4),
     (stopped, 2),
     (extension, 2),
+    (extension_broken, 2),
+    (shards.sharded, 2),
     (command, 2),
     (command_refused, 2),
     (command_killed, 2),
@@ -259,7 +281,7 @@ class Jobs:
             start_new_session=True,
         )
         try:
-            self.log, _ = process.communicate(timeout=240)
+            self.log, _ = process.communicate(timeout=360)
         except subprocess.TimeoutExpired:  # a rank that waits for ever
             os.killpg(process.pid, signal.SIGKILL)
             self.log = process.communicate()[0] + "\ntoo slow: ended"

@@ -1,11 +1,14 @@
 // The forward and the backward pass on a CUDA device: copy what is not aligned, turn q and k,
 // attend, join the parts. Which kernels run and how much workspace they need depends on the shapes
-// alone.
+// and strides, and on whether the device and the build have the kernels of 9.0.
 //
 // Why q and k turn apart from the attention kernel where there are many rows: every block of rows
 // would turn every key again, and keys are read by many blocks. The price is one pass over q and k.
 // A few queries read every key once (decode.cu) and turn it there. Rotations in tiers take a step
 // for each tier (tiers.cu); blocks of rows that have no part in a step leave at once.
+#include <atomic>
+#include <cstring>
+
 #include "attention/cuda/kernels.cuh"
 #include "attention/cuda/workspace.cuh"
 
@@ -13,15 +16,70 @@ namespace longrope {
 namespace cuda {
 namespace {
 
+constexpr const char* kChoices[] = {"auto", "mma", "wgmma"};
+std::atomic<int> choice{0};
+
+// Which kernel attends.
+enum class Kernel { kFloat, kManyRows, kFewRows, kSm90 };
+
+// Whether this build and the device at hand have sm90/forward.cu.
+bool has_sm90() {
+#if defined(LONGROPE_SM90) || !defined(__CUDACC__)
+  return capability() == 90;
+#else
+  return false;
+#endif
+}
+
+// Whether its blocks, which take 128 queries of one head, are filled, and enough of them to keep
+// half of the 132 multiprocessors of an H100 busy: beyond that it gains more than parts of the keys
+// for all of them would.
+bool fills_sm90(const AttentionParams& p) {
+  return p.queries >= 128 && ceil_div<int64_t>(p.queries, 128) * p.heads * p.batch >= 66;
+}
+
+// Whether to take the kernels of 9.0, whose blocks the shapes fill or not.
+bool takes_sm90(const AttentionParams& p, bool fills) {
+  const std::string chosen = kChoices[choice];
+  return chosen != "mma" && p.keys > 0 && has_sm90() && (chosen == "wgmma" || fills);
+}
+
+Kernel kernel_for(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat32) return Kernel::kFloat;
+  if (takes_sm90(p, fills_sm90(p))) return Kernel::kSm90;
+  const int64_t rows = p.queries * (p.heads / p.kv_heads);
+  return rows <= kDecodeRows ? Kernel::kFewRows : Kernel::kManyRows;
+}
+
+// Whether the blocks of sm90/grad_keys.cu are filled, which take 128 keys of one key/value head and
+// 64 queries of one head at a time, and enough of them as above.
+bool fills_sm90_grads(const AttentionParams& p) {
+  return p.queries >= 64 && ceil_div<int64_t>(p.keys, 128) * p.kv_heads * p.batch >= 66;
+}
+
+// Which kernels differentiate: those of 9.0 hold head_dim to 128.
+Kernel grad_kernel_for(const AttentionParams& p) {
+  if (p.dtype == DType::kFloat32) return Kernel::kFloat;
+  return p.head_dim <= 128 && takes_sm90(p, fills_sm90_grads(p)) ? Kernel::kSm90
+                                                                 : Kernel::kManyRows;
+}
+
+// Whether tiles can be copied by a tensor map, which knows no elements that several places share.
+bool is_apart(const AttentionTensor& x, const AttentionParams& p, int64_t heads, int64_t tokens) {
+  return (x.batch_stride != 0 || p.batch == 1) && (x.head_stride != 0 || heads == 1) &&
+         (x.token_stride != 0 || tokens == 1);
+}
+
 // Lays out the workspace and, unless `run` is false, launches what fills it.
 class Preparation {
  public:
-  Preparation(const AttentionParams& p, void* memory, cudaStream_t stream, bool run)
-      : workspace(memory), p_(p), stream_(stream), run_(run) {}
+  Preparation(const AttentionParams& p, Kernel kernel, void* memory, cudaStream_t stream, bool run)
+      : workspace(memory), p_(p), kernel_(kernel), stream_(stream), run_(run) {}
 
   // `x` aligned as the kernels read it.
   AttentionTensor aligned(const AttentionTensor& x, int64_t heads, int64_t tokens) {
-    if (reads_as_is(x, p_)) return x;
+    const bool apart = kernel_ != Kernel::kSm90 || is_apart(x, p_, heads, tokens);
+    if (reads_as_is(x, p_) && apart) return x;
     const AttentionTensor out = workspace.heads(p_, heads, tokens);
     if (run_) copy({x, out, p_.batch, heads, tokens, p_.head_dim, read_columns(p_)}, stream_);
     return out;
@@ -43,6 +101,7 @@ class Preparation {
 
  private:
   const AttentionParams& p_;
+  Kernel kernel_;
   cudaStream_t stream_;
   bool run_;
 };
@@ -60,17 +119,9 @@ void turn(RopeParams rope, const AttentionTensor& out, cudaStream_t stream) {
   rope_cuda(rope, stream);
 }
 
-// Which kernel attends.
-enum class Kernel { kFloat, kManyRows, kFewRows };
-
-Kernel kernel_for(const AttentionParams& p) {
-  if (p.dtype == DType::kFloat32) return Kernel::kFloat;
-  const int64_t rows = p.queries * (p.heads / p.kv_heads);
-  return rows <= kDecodeRows ? Kernel::kFewRows : Kernel::kManyRows;
-}
-
 int splits_for(Kernel kernel, const AttentionParams& p) {
   if (kernel == Kernel::kFloat) return forward_float_splits(p);
+  if (kernel == Kernel::kSm90) return 1;
   return kernel == Kernel::kFewRows ? decode_splits(p) : forward_16_bit_splits(p);
 }
 
@@ -79,15 +130,33 @@ void attend(Kernel kernel, const AttentionParams& p, const Splits& splits, const
   if (kernel == Kernel::kFloat) forward_float(p, splits, stream);
   if (kernel == Kernel::kManyRows) forward_16_bit(p, splits, stream);
   if (kernel == Kernel::kFewRows) decode(p, splits, table, stream);
+#if defined(LONGROPE_SM90) || !defined(__CUDACC__)
+  if (kernel == Kernel::kSm90) forward_sm90(p, stream);
+#endif
   if (splits.count > 1) merge_splits(p, splits, stream);
+}
+
+void differentiate(Kernel kernel, const AttentionBackwardParams& g, const RowTerms& terms,
+                   cudaStream_t stream) {
+  if (kernel == Kernel::kFloat) grad_float(g, terms, stream);
+  if (kernel == Kernel::kManyRows) {
+    grad_keys_16_bit(g, terms, stream);
+    grad_queries_16_bit(g, terms, stream);
+  }
+#if defined(LONGROPE_SM90) || !defined(__CUDACC__)
+  if (kernel == Kernel::kSm90) {
+    grad_keys_sm90(g, terms, stream);
+    grad_queries_sm90(g, terms, stream);
+  }
+#endif
 }
 
 // Both return the bytes of the workspace.
 size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
   const AttentionParams given = p;
-  Preparation prepare(given, memory, stream, run);
-  Workspace& workspace = prepare.workspace;
   const Kernel kernel = kernel_for(p);
+  Preparation prepare(given, kernel, memory, stream, run);
+  Workspace& workspace = prepare.workspace;
   // Eight pairs turn at once where the keys are read.
   const bool turns_inside =
       p.rotation && kernel == Kernel::kFewRows && p.rotation->k.pairs % 8 == 0;
@@ -134,7 +203,8 @@ size_t forward(AttentionParams p, void* memory, cudaStream_t stream, bool run) {
 size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bool run) {
   const AttentionBackwardParams given = g;
   const AttentionParams& p = given.forward;
-  Preparation prepare(p, memory, stream, run);
+  const Kernel kernel = grad_kernel_for(p);
+  Preparation prepare(p, kernel, memory, stream, run);
   g.forward.q = prepare.aligned(p.q, p.heads, p.queries);
   g.forward.k = prepare.aligned(p.k, p.kv_heads, p.keys);
   g.forward.v = prepare.aligned(p.v, p.kv_heads, p.keys);
@@ -145,18 +215,26 @@ size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bo
   terms.delta = prepare.workspace.take<float>(rows);
   if (run) {
     row_terms(g, terms, stream);
-    if (p.dtype == DType::kFloat32) {
-      grad_float(g, terms, stream);
-    } else {
-      grad_keys_16_bit(g, terms, stream);
-      grad_queries_16_bit(g, terms, stream);
-    }
+    differentiate(kernel, g, terms, stream);
   }
   return prepare.workspace.bytes();
 }
 
 }  // namespace
 }  // namespace cuda
+
+const char* attention_cuda_kernel() { return cuda::kChoices[cuda::choice]; }
+
+void set_attention_cuda_kernel(const char* name) {
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(name, cuda::kChoices[i]) == 0) {
+      cuda::choice = i;
+      return;
+    }
+  }
+  throw std::invalid_argument(std::string("kernel: expected auto, mma or wgmma, got \"") + name +
+                              "\"");
+}
 
 size_t attention_cuda_workspace(const AttentionParams& p) {
   cuda::check_sizes(p);

@@ -90,7 +90,8 @@ __device__ __forceinline__ void write_row(float* row, const float (&c)[kFloatCol
   }
 }
 
-// The power of two that a product q . k stands for.
+// The score that a product q . k stands for. Natural units and expf: powers of two would round each
+// score once more, and exp2f is off by 2 ulp where expf is by 1.
 struct FloatScore {
   float scale, cap;
 
@@ -99,7 +100,7 @@ struct FloatScore {
 
   __device__ __forceinline__ float of(float product) const {
     const float x = scale * product;
-    return kLog2E * (cap != 0.0f ? cap * tanhf(x / cap) : x);
+    return cap != 0.0f ? cap * tanhf(x / cap) : x;
   }
 };
 

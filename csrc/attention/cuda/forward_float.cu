@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kFloatThreads)
       const float x = key >= seen.begin && key < seen.end ? score.of(s[r]) : -INFINITY;
       const float most = warp_max(x > largest[r] ? x : largest[r]);
       const float shift = most == -INFINITY ? 0.0f : most;
-      const float weight = exp2f(x - shift);
-      before[r] = exp2f(largest[r] - shift);
+      const float weight = expf(x - shift);
+      before[r] = expf(largest[r] - shift);
       largest[r] = most;
       sum[r] = sum[r] * before[r] + weight;
       weights[(warp_row + r) * kFloatKeys + lane] = weight;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kFloatThreads)
     if (lane != 0) continue;
     const float shift = largest[r] == -INFINITY ? 0.0f : largest[r];
     (whole ? static_cast<float*>(p.lse) : splits.lse)[at] =
-        largest[r] == INFINITY ? largest[r] : kLn2 * shift + logf(total);
+        largest[r] == INFINITY ? largest[r] : shift + logf(total);
   }
 }
 

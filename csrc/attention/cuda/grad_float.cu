@@ -16,9 +16,9 @@ namespace {
 // The gradient of the product of a row and a key (without scale) in the place of that of the weight
 // (dP), and the weight.
 __device__ __forceinline__ float weigh(const FloatScore& score, float product, float& grad,
-                                       bool is_seen, float log2_sum, float delta) {
-  const float x = score.of(product), t = score.cap != 0.0f ? x / (score.cap * kLog2E) : 0.0f;
-  const float weight = is_seen ? exp2f(x - log2_sum) : 0.0f;
+                                       bool is_seen, float lse, float delta) {
+  const float x = score.of(product), t = score.cap != 0.0f ? x / score.cap : 0.0f;
+  const float weight = is_seen && lse != -INFINITY ? expf(x - lse) : 0.0f;
   grad = is_seen ? weight * (grad - delta) * (1.0f - t * t) : 0.0f;
   return weight;
 }
@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kFloatThreads)
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kRowsOfWarp;
   const int first = work.first_row + warp_row;
   const FloatScore score(p);
+  const float* const lse = static_cast<const float*>(p.lse);
 
   const auto row_at = [&](const AttentionTensor& x, int r) {
     r += work.first_row;
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kFloatThreads)
       const int key = begin + lane;
       const bool is_seen = first + r < head.rows && key >= seen.begin && key < seen.end;
       const int64_t at = is_seen ? head.flat(p, first + r) : 0;
-      weigh(score, s[r], ds[r], is_seen, terms.log2_sum[at], terms.delta[at]);
+      weigh(score, s[r], ds[r], is_seen, lse[at], terms.delta[at]);
       weights[(warp_row + r) * kFloatKeys + lane] = ds[r];
     }
     sync_warp();
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kFloatThreads)
   const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * kRowsOfWarp;
   const int first_key = block_key + warp_key;
   const FloatScore score(p);
+  const float* const lse = static_cast<const float*>(p.lse);
 
   // Keys that some query of the row of the batch sees, and the rows that see keys of this block:
   // what nobody sees, and rows that see nothing, may hold anything.
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kFloatThreads)
     for (int r = 0; r < kRowsOfWarp; ++r) {
       const int key = first_key + r;
       const bool is_seen = begin + lane < end && key >= seen.begin && key < seen.end;
-      const float weight = weigh(score, s[r], ds[r], is_seen, terms.log2_sum[at], terms.delta[at]);
+      const float weight = weigh(score, s[r], ds[r], is_seen, lse[at], terms.delta[at]);
       weights[(warp_key + r) * kFloatKeys + lane] = weight;
     }
     sync_warp();

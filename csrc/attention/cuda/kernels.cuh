@@ -28,6 +28,10 @@ int forward_16_bit_splits(const AttentionParams& p);
 void forward_float(const AttentionParams& p, const Splits& splits, cudaStream_t stream);
 int forward_float_splits(const AttentionParams& p);
 
+// The same for 16-bit elements on compute capability 9.0, where dimensions of q, k and v with more
+// than one element have strides other than 0 (sm90/forward.cu).
+void forward_sm90(const AttentionParams& p, cudaStream_t stream);
+
 // The same for a few rows of 16-bit elements over many keys. With a table k comes un-rotated and
 // turns there.
 constexpr int kDecodeRows = 16;  // queries times heads that share keys, at most
@@ -81,6 +85,11 @@ void row_terms(const AttentionBackwardParams& g, const RowTerms& terms, cudaStre
 void grad_keys_16_bit(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 void grad_queries_16_bit(const AttentionBackwardParams& g, const RowTerms& terms,
                          cudaStream_t stream);
+// The same on compute capability 9.0 for head_dim to 128, where dimensions of q, k, v and grad_out
+// with more than one element have strides other than 0 (sm90/grad_keys.cu, sm90/grad_queries.cu).
+void grad_keys_sm90(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
+void grad_queries_sm90(const AttentionBackwardParams& g, const RowTerms& terms,
+                       cudaStream_t stream);
 void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t stream);
 
 }  // namespace longrope::cuda

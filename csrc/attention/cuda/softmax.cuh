@@ -51,10 +51,17 @@ struct Score {
 
   template <int kM, int kN>
   __device__ __forceinline__ void apply(float (&s)[kM][kN][4]) const {
+    auto each = [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < kM * kN * 4; ++i) {
-      float& x = s[i / (4 * kN)][i / 4 % kN][i % 4];
-      x = apply(x);
+      for (int i = 0; i < kM * kN * 4; ++i) {
+        float& x = s[i / (4 * kN)][i / 4 % kN][i % 4];
+        x = f(x);
+      }
+    };
+    if (outer != 0.0f) {
+      each([&](float x) { return outer * tanh_of(x); });
+    } else {
+      each([&](float x) { return inner * x; });
     }
   }
 };
@@ -78,24 +85,23 @@ struct Softmax {
     return largest == -INFINITY ? 0.0f : largest * unit;
   }
 
-  // Turns scores into weights relative to the largest so far, and o along with them: most tiles
-  // bring no larger score to any row of the warp, and then o stays as it is.
-  template <int kN, int kColumns>
-  __device__ __forceinline__ void add(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4],
-                                      float unit) {
-    float before[kM][2];  // what weights relative to the last largest score are worth now
+  // Turns scores into weights relative to the largest so far. `before` is what weights relative to
+  // the last largest are worth now; says whether that is not 1 for a row of this lane.
+  template <int kN>
+  __device__ __forceinline__ bool weigh(float (&s)[kM][kN][4], float (&before)[kM][2], float unit) {
     bool grows = false;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = largest[i][half];
+        // Two chains: one waits for the result of the instruction before it.
+        float even = largest[i][half], odd = s[i][0][2 * half + 1];
 #pragma unroll
-        for (int e = 0; e < 2 * kN; ++e) {
-          const float x = s[i][e / 2][2 * half + e % 2];
-          most = fmaxf(most, x);
+        for (int j = 0; j < kN; ++j) {
+          even = fmaxf(even, s[i][j][2 * half]);
+          odd = fmaxf(odd, s[i][j][2 * half + 1]);
         }
-        most = warp_max(most, 4);
+        const float most = warp_max(fmaxf(even, odd), 4);
         const float shift = shift_of(most, unit);
         // Exactly 1 where nothing grows: a power of a rounding error, once a tile, would add up.
         const bool more = most > largest[i][half];
@@ -112,12 +118,26 @@ struct Softmax {
         sum[i][half] = sum[i][half] * before[i][half] + total;
       }
     }
-    if (!any(kAllLanes, grows)) return;
+    return grows;
+  }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void rescale(float (&o)[kM][kColumns][4],
+                                                 const float (&before)[kM][2]) {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int e = 0; e < 4 * kColumns; ++e) o[i][e / 4][e % 4] *= before[i][e % 4 / 2];
     }
+  }
+
+  // Turns scores into weights and o along with them: most tiles bring no larger score to any row of
+  // the warp, and then o stays as it is.
+  template <int kN, int kColumns>
+  __device__ __forceinline__ void add(float (&s)[kM][kN][4], float (&o)[kM][kColumns][4],
+                                      float unit) {
+    float before[kM][2];
+    if (any(kAllLanes, weigh(s, before, unit))) rescale(o, before);
   }
 
   // The factors of o that make it the output, and the log-sum-exps: 0 and -inf for rows without a

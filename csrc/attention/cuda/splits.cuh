@@ -52,15 +52,17 @@ inline int64_t row_tiles(const AttentionParams& p, int rows) {
   return ceil_div<int64_t>(p.queries * (p.heads / p.kv_heads), rows) * p.kv_heads * p.batch;
 }
 
+constexpr int kMaxSplits = 264;
+
 // As many parts as make two blocks for every multiprocessor of a large GPU (132 on H100 and H200),
 // but none of less than two steps. The number depends on the shapes alone, not on the device: how
 // sums are cut is no reason for devices to differ.
 inline int split_count(const AttentionParams& p, int rows, int keys_at_once) {
-  constexpr int64_t kBlocks = 264;
   const int64_t window = std::min(p.window, p.keys);
   const int64_t seen = p.causal && window ? std::min(p.keys, p.queries + window) : p.keys;
   const int64_t steps = ceil_div<int64_t>(seen, keys_at_once);
-  return static_cast<int>(std::max<int64_t>(1, std::min(kBlocks / row_tiles(p, rows), steps / 2)));
+  return static_cast<int>(
+      std::max<int64_t>(1, std::min(kMaxSplits / row_tiles(p, rows), steps / 2)));
 }
 
 }  // namespace longrope::cuda

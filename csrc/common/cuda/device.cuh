@@ -1,6 +1,7 @@
 // What every kernel uses: 16-byte memory accesses, conversions, reductions, shared arrays, launch.
 #pragma once
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -124,6 +125,27 @@ inline size_t most_shared_bytes() {
   return static_cast<size_t>(bytes);
 #else
   return emulation::most_shared_bytes();
+#endif
+}
+
+// Ten times the major compute capability of the device at hand, plus the minor.
+inline int capability() {
+#ifdef __CUDACC__
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  int found = device < kDevices ? known[device].load() : 0;
+  int major = 0, minor = 0;
+  if (found == 0 &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess) {
+    found = 10 * major + minor;
+    if (device < kDevices) known[device] = found;
+  }
+  return found;
+#else
+  return emulation::capability();
 #endif
 }
 

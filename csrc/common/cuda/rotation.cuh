@@ -18,7 +18,7 @@ __device__ __forceinline__ void cos_sin(uint64_t phase, float& cos, float& sin) 
   // sin(2 pi t) with 2 pi in two parts, and cos(2 pi t), minimax on [-1/8, 1/8].
   const float s_low =
       ((-75.4533964115f * z + 81.5939369558f) * z - 41.3416731616f) * z - 1.74845560e-7f;
-  const float s = t * 6.28318548f + t * s_low;
+  const float s = fmaf(t, 6.28318548f, t * s_low);
   const float c =
       (((59.2459642889f * z - 85.4437417324f) * z + 64.9393264717f) * z - 19.7392086937f) * z +
       1.0f;
@@ -53,7 +53,8 @@ __device__ __forceinline__ float& two_of(float (&x)[kCount], float (&y)[kCount],
   return y[j];
 }
 
-// Turns the pairs of a unit.
+// Turns the pairs of a unit. Each fused product is written out: of a difference of two products a
+// compiler may round either first, and packed and unpacked rows would differ in their last bits.
 template <bool kInterleaved, typename T, int kCount>
 __device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& second,
                                        const float (&cos)[kCount], const float (&sin)[kCount]) {
@@ -64,8 +65,8 @@ __device__ __forceinline__ void rotate(Pack<T, kCount>& first, Pack<T, kCount>& 
   for (int j = 0; j < kCount; ++j) {
     float& one = one_of<kInterleaved>(x, y, j);
     float& two = two_of<kInterleaved>(x, y, j);
-    const float turned = one * cos[j] - two * sin[j];
-    two = two * cos[j] + one * sin[j];
+    const float turned = fmaf(one, cos[j], -(two * sin[j]));
+    two = fmaf(two, cos[j], one * sin[j]);
     one = turned;
   }
   first = pack<T>(x);

@@ -7,8 +7,7 @@
 // with 16-byte accesses. Its sums over tokens are in slots of shared memory that no other thread
 // touches until the end, when one thread a pair adds the slots in the order of tokens:
 // deterministic, without atomics. Bytes moved: 2 (H + Hk) N R elements (inputs and gradients, each
-// once), and 8 (R
-// + 1) bytes out a block.
+// once), and 8 (R + 1) bytes out a block.
 #include <algorithm>
 
 #include "common/cuda/device.cuh"

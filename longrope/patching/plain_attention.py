@@ -1,0 +1,79 @@
+"""Attention of queries and keys that are turned already: by our kernels, or by torch's.
+
+On a GPU a model goes through the kernel that is measured to be faster. `AHEAD` says where that is
+ours; elsewhere `torch.nn.functional.scaled_dot_product_attention` attends wherever it computes the
+same. What it cannot do (a window, a softcap, rows with bounds, rotation inside) is ours everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longrope import ops
+from longrope.patching.torch_attention import HALVES, attend_unmasked
+
+
+class Measured(NamedTuple):
+    """Up to which head_dim our kernels are ahead of what torch runs, forward and with gradients.
+
+    Of a whole tile of queries; for fewer torch's are.
+    """
+
+    forward: int
+    with_gradients: int
+
+
+#: By compute capability, in 16 bits: rows of `benchmarks/bench_attention.py` in
+#: `benchmarks/results/nvidia-h100-80gb-hbm3.csv`: forward 1.07 to 1.14 times as fast as what torch
+#: chooses (cuDNN), with gradients 0.34 to 0.94 times. In float32 our CUDA kernels are correct and
+#: plain, not fast.
+AHEAD = {(9, 0): Measured(forward=256, with_gradients=0)}
+#: Queries that fill a tile of `csrc/attention/cuda/sm90/forward.cu`.
+TILE = 128
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend as `ops.attention` does, whose arguments these are, by whichever kernel is faster.
+
+    Queries `[B, H, N, D]` are the last `N` of the positions of keys and values `[B, Hk, M, D]`;
+    returns `[B, H, N, D]`.
+    """
+    torch_can = query.is_cuda and window is None and softcap is None
+    if torch_can and _is_plain(query, key, causal) and not _is_ahead(query, key, value):
+        return attend_unmasked(query, key, value, causal, scale)
+    return ops.attention(
+        query, key, value, causal=causal, window=window, scale=scale, softcap=softcap
+    )
+
+
+def _is_plain(query: Tensor, key: Tensor, causal: bool) -> bool:
+    """Say whether torch computes the same without a mask in memory, which shuts its kernels out.
+
+    Compiled it needs one for some queries on a cache (`attend_unmasked`); queries that stand before
+    the first key are NaN there and 0 here.
+    """
+    count, total = query.shape[-2], key.shape[-2]
+    if not causal or count == 1 or count == total:
+        return True
+    return count < total and not torch.compiler.is_compiling()
+
+
+def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether our kernel is measured to be faster for these."""
+    if query.dtype not in HALVES or query.shape[-2] < TILE:
+        return False
+    ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), Measured(0, 0))
+    asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return query.shape[-1] <= (ahead.with_gradients if asks else ahead.forward)
