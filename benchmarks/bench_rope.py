@@ -1,7 +1,8 @@
-"""ops.rope and ops.rope_ beside clones, copies and the transformers implementation.
+"""ops.rope, ops.rope_ and ops.rerotate beside clones, copies and transformers' implementation.
 
 The floor of an op that returns fresh tensors is `(q.clone(), k.clone())`; of one that works in
-place, `copy_` of the same bytes. Rates count the bytes that must move: q and k read and written.
+place, `copy_` of the same bytes. Rates count the bytes that must move, read and written: q and k,
+or the keys alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from harness import compare, parser
 
-from longrope import ops
+from longrope import RescaleFactors, ops
 
 
 def hugging_face(q, k, cos, sin):
@@ -62,20 +63,54 @@ def check(q, k, positions, inv_freq, implementations):
             torch.testing.assert_close(got[:, :, some], right, rtol=tolerance, atol=tolerance)
 
 
+def rerotation(heads, tokens, head_dim, dtype, device):
+    """Return named implementations of keys that go from one set of factors to another."""
+    sizes = {"original_length": 4096, "target_length": 32768, "rope_theta": 1e4}
+    pi, yarn = (
+        make(**sizes, rotary_dim=head_dim) for make in (RescaleFactors.pi, RescaleFactors.yarn)
+    )
+    k = torch.randn(1, heads, tokens, head_dim, device=device).to(dtype)
+    out, turned = torch.empty_like(k), k.clone()
+    positions = torch.arange(tokens, device=device)
+    expected = ops.reference.rerotate(k[:, :, :64], positions[:64], pi, yarn)
+    tolerance = 8 * torch.finfo(dtype).eps
+    for got in (ops.rerotate(k, positions, pi, yarn),
+                ops.rerotate(turned, positions, pi, yarn, out=turned)):  # fmt: skip
+        torch.testing.assert_close(got[:, :, :64], expected, rtol=tolerance, atol=tolerance)
+    there_and_back = [(pi, yarn), (yarn, pi)]  # its attention factor would grow without end
+
+    def in_place():
+        there_and_back.reverse()
+        return ops.rerotate(turned, positions, *there_and_back[0], out=turned)
+
+    implementations = {
+        "copy_": lambda: out.copy_(k),
+        "k.clone()": lambda: k.clone(),
+        "ops.rerotate": lambda: ops.rerotate(k, positions, pi, yarn),
+        "ops.rerotate in place": in_place,
+    }
+    return implementations, 2 * k.nbytes / 1e9
+
+
 def main():
     """Time every shape."""
     p = parser(__doc__)
+    p.add_argument("--only", choices=["rope", "rerotate"])
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
     p.add_argument("--tokens", type=int, default=8192)
     args = p.parse_args()
     tokens = 512 if args.quick else args.tokens
     for name in args.dtype or ["float32", "bfloat16"]:
         dtype = getattr(torch, name)
-        for token_major in (False, True):
+        for token_major in (False, True) if args.only != "rerotate" else ():
             order = "B,N,H,D" if token_major else "B,H,N,D"
             implementations, gigabytes = setup(32, 8, tokens, 128, dtype, args.device, token_major)
             case = f"q[1,32,{tokens},128] k[1,8,{tokens},128] {order}"
             compare("rope", case, name, implementations, args, gigabytes, "GB/s")
+        if args.only != "rope":
+            implementations, gigabytes = rerotation(8, 2 * tokens, 128, dtype, args.device)
+            case = f"k[1,8,{2 * tokens},128] B,H,N,D"
+            compare("rerotate", case, name, implementations, args, gigabytes, "GB/s")
 
 
 if __name__ == "__main__":

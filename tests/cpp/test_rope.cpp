@@ -1,6 +1,7 @@
 // The CPU rope kernels without torch: against the definition in double, over odd sizes, strides,
 // splits of the work and every element type.
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -18,6 +19,7 @@ struct Case {
   int64_t batch, heads, key_heads, tokens, head_dim, pairs;
   bool interleaved, rows, token_major;
   int64_t start_tokens;
+  bool consecutive = false;  // positions
 };
 
 // A tensor with a margin behind every token, which must stay as it was.
@@ -67,7 +69,9 @@ class Problem {
       base_.push_back(std::pow(10000.0, -static_cast<double>(i % c.pairs) / c.pairs));
       inv_freq_.push_back(base_.back() / (1.0 + 0.37 * i));
     }
-    for (int64_t t = 0; t < c.tokens; ++t) positions.push_back(t < 3 ? t - 1 : t * 40009);
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      positions.push_back(c.consecutive ? t - 2 : t < 3 ? t - 1 : t * 40009);
+    }
     for (int64_t b = 0; b < c.batch; ++b) {
       factors_.push_back(1.0 + 0.25 * b);
       start_rows_.push_back(c.start_tokens + b);
@@ -222,6 +226,39 @@ void run(const Case& c) {
   gradients(problem);
 }
 
+// Phases of consecutive tokens are sums of frequencies: the same bits as each token's by itself,
+// also where positions pass zero and the lower words carry.
+void runs() {
+  constexpr int64_t kTokens = 40, kPairs = 70;
+  std::vector<double> inv_freq(kPairs);
+  for (int64_t i = 0; i < kPairs; ++i)
+    inv_freq[i] = std::pow(1e4, -static_cast<double>(i) / kPairs);
+  for (int64_t from : {int64_t{-7}, int64_t{1} << 40, std::numeric_limits<int64_t>::max() - 20}) {
+    std::vector<int64_t> positions(kTokens);
+    for (int64_t t = 0; t < kTokens; ++t) {
+      positions[t] = static_cast<int64_t>(static_cast<uint64_t>(from) + static_cast<uint64_t>(t));
+    }
+    longrope::RopeParams p{};
+    p.dtype = DType::kFloat32;
+    p.batch = 1;
+    p.tokens = kTokens;
+    p.pairs = kPairs;
+    p.head_dim = 2 * kPairs;
+    p.positions = positions.data();
+    p.positions_token_stride = 1;
+    p.turn.inv_freq = inv_freq.data();
+    p.turn.tiers = 1;
+    p.attention_factor = 1;
+    std::vector<float> cos(kTokens * kPairs), sin(cos), cos_alone(cos), sin_alone(cos);
+    longrope::rope_table_cpu(p, 0, kTokens, cos.data(), sin.data());
+    for (int64_t t = 0; t < kTokens; ++t) {
+      longrope::rope_table_cpu(p, t, t + 1, &cos_alone[t * kPairs], &sin_alone[t * kPairs]);
+    }
+    CHECK(cos == cos_alone);
+    CHECK(sin == sin_alone);
+  }
+}
+
 // inv_freq of one turn per 2^k tokens is exact in fixed point up to the rounding of the double.
 void phases() {
   const double two_pi = 6.283185307179586476925;
@@ -241,12 +278,15 @@ int main() {
   phases();
   const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   check::for_each_isa([&] {
+    runs();
     for (DType dtype : dtypes) {
       for (bool interleaved : {false, true}) {
         //         batch, heads, of keys, tokens, head_dim, pairs
         run({dtype, 1, 1, 1, 1, 2, 1, interleaved, false, false, 0});
         run({dtype, 2, 3, 1, 37, 24, 9, interleaved, false, true, 0});   // partial, token major
         run({dtype, 3, 2, 2, 19, 40, 17, interleaved, true, false, 2});  // per row, start tokens
+        run({dtype, 1, 2, 1, 37, 160, 80, interleaved, false, false, 3, true});  // runs
+        run({dtype, 1, 2, 1, 37, 64, 32, interleaved, false, true, 3, true});
       }
     }
   });

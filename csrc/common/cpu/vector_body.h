@@ -76,6 +76,15 @@ inline void store_pairs(BFloat16* y, Floats first, Floats second) {
   store_as(y, low | high);
 }
 
+// The lower 16 bits of one and the upper ones of the other, in every word.
+template <typename V>
+inline V with_upper_halves(V low, V high) {
+#if LONGROPE_ISA_BYTES == 32
+  if constexpr (sizeof(V) == 32) return (V)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
+#endif
+  return (low & 0xffffu) | (high & 0xffff0000u);
+}
+
 template <typename Real>
 inline VectorOf<Real> broadcast(Real x) {
   return x - VectorOf<Real>{};
@@ -146,8 +155,9 @@ inline V in_register(V value) {
   return value;
 }
 
-// Fetches what is about to be read.
-inline void prefetch_row(const void* row, int64_t bytes) {
+// Fetches what is about to be read. Always inlined: of a function that does nothing but fetch, GCC
+// may take a call for one without effect, and drop it.
+inline __attribute__((always_inline)) void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLine) {
     __builtin_prefetch(static_cast<const char*>(row) + i);
   }
@@ -155,9 +165,11 @@ inline void prefetch_row(const void* row, int64_t bytes) {
 
 // Fetches into the second-level cache what is read a while later. More lines can be on their way
 // there than to the first level: on Zen 4, decoding by it reads 1.3 times as many bytes a second.
-inline void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+inline __attribute__((always_inline)) void fetch(const void* line) {
+  __builtin_prefetch(line, 0, 2);
+}
 
-inline void fetch_row(const void* row, int64_t bytes) {
+inline __attribute__((always_inline)) void fetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLine) fetch(static_cast<const char*>(row) + i);
 }
 

@@ -5,23 +5,30 @@
 // read once and each output byte written once.
 
 // Calls visit(head, token, ahead) for the heads and the tokens [0, count), along memory. `ahead` is
-// the offset of a row to come: far enough to be fetched in time, also where the next head begins,
-// which the processor's own prefetchers do not foresee.
+// the offset of a row to come, also where the next head begins, which the processor's own
+// prefetchers do not foresee.
 template <typename Visit>
-void for_heads_and_tokens(const RopeTensor& t, int64_t count, const Visit& visit) {
-  constexpr int64_t kAhead = 8;
+inline __attribute__((always_inline)) void for_heads_and_tokens(const RopeTensor& t, int64_t count,
+                                                                int64_t row_bytes,
+                                                                const Visit& visit) {
+  // Into the second-level cache. In place, 8 heads of 16384 tokens on one core of Zen 3: 8 rows
+  // ahead into the first level took 1.2 times as long in float32, 4 to 16 KiB ahead the same.
+  constexpr int64_t kAheadBytes = 8192;
   const bool token_major = t.head_stride < t.token_stride;
   const int64_t outer_count = token_major ? count : t.heads;
   const int64_t inner_count = token_major ? t.heads : count;
   const int64_t outer_stride = token_major ? t.token_stride : t.head_stride;
   const int64_t inner_stride = token_major ? t.head_stride : t.token_stride;
+  if (outer_count == 0 || inner_count == 0 || row_bytes == 0) return;
+  const int64_t rows_ahead = ceil_div(kAheadBytes, row_bytes);
+  const int64_t outer_ahead = rows_ahead / inner_count, inner_ahead = rows_ahead % inner_count;
   for (int64_t outer = 0; outer < outer_count; ++outer) {
     for (int64_t inner = 0; inner < inner_count; ++inner) {
-      const bool here = inner + kAhead < inner_count;
-      const int64_t next = here || outer + 1 == outer_count ? outer : outer + 1;
-      const int64_t within = here ? inner + kAhead : (inner + kAhead) % inner_count;
+      int64_t to_outer = outer + outer_ahead, to_inner = inner + inner_ahead;
+      if (to_inner >= inner_count) to_inner -= inner_count, ++to_outer;
+      if (to_outer >= outer_count) to_outer = outer_count - 1;
       visit(token_major ? inner : outer, token_major ? outer : inner,
-            next * outer_stride + within * inner_stride);
+            to_outer * outer_stride + to_inner * inner_stride);
     }
   }
 }
@@ -76,22 +83,27 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
   const int64_t rest = p.head_dim - 2 * pairs;
   const int64_t bytes = p.head_dim * sizeof(T);
   const bool streamed = rope_streams(p, in, out, sizeof(T));
-  for_heads_and_tokens(in, count, [&](int64_t head, int64_t token, int64_t ahead) {
-    prefetch_row(x0 + ahead, bytes);
-    const T* x = x0 + head * in.head_stride + token * in.token_stride;
-    T* const result = y0 + head * out.head_stride + token * out.token_stride;
-    const int64_t at = table_row(p, in, head, token, count) * pairs;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (streamed && rest == 0 && pairs % 32 == 0) {
-        rotate_row<kInterleaved, true>(x, result, cos + at, sin + at, pairs, scratch.row);
-        return;
-      }
-    }
-    T* y = streamed ? scratch.turned : result;
-    rotate_row<kInterleaved>(x, y, cos + at, sin + at, pairs, scratch.row);
-    if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
-    if (streamed) stream_row(y, result, bytes);
-  });
+  // Copies, since rows of any type could be where the parameters are.
+  const int64_t in_head = in.head_stride, in_token = in.token_stride;
+  const int64_t out_head = out.head_stride, out_token = out.token_stride;
+  for_heads_and_tokens(
+      in, count, bytes,
+      [&](int64_t head, int64_t token, int64_t ahead) __attribute__((always_inline)) {
+        fetch_row(x0 + ahead, bytes);
+        const T* x = x0 + head * in_head + token * in_token;
+        T* const result = y0 + head * out_head + token * out_token;
+        const int64_t at = table_row(p, in, head, token, count) * pairs;
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          if (streamed && rest == 0 && pairs % 32 == 0) {
+            rotate_row<kInterleaved, true>(x, result, cos + at, sin + at, pairs, scratch.row);
+            return;
+          }
+        }
+        T* y = streamed ? scratch.turned : result;
+        rotate_row<kInterleaved>(x, y, cos + at, sin + at, pairs, scratch.row);
+        if (rest > 0 && x != y) __builtin_memcpy(y + 2 * pairs, x + 2 * pairs, rest * sizeof(T));
+        if (streamed) stream_row(y, result, bytes);
+      });
 }
 
 // Whether all rows of the batch turn alike.

@@ -39,13 +39,31 @@ void rotate_row(const T* x, T* y, const Value* cos, const Value* sin, int64_t pa
   rotate_pairs<kInterleaved>(x, y, cos, sin, 0, pairs);
 }
 
-// float16 goes through floats.
+inline Floats load_floats(const Float16* x) {
+  Floats y;
+  load_row(x, reinterpret_cast<float*>(&y), kLanes);
+  return y;
+}
+
+inline void store_floats(Floats x, Float16* y) {
+  store_row(reinterpret_cast<const float*>(&x), y, kLanes);
+}
+
+// float16 goes through floats: in registers, or where these do not divide a row through `row`.
 template <bool kInterleaved>
 void rotate_row(const Float16* x, Float16* y, const float* cos, const float* sin, int64_t pairs,
                 float* row) {
-  load_row(x, row, 2 * pairs);
-  rotate_pairs<kInterleaved>(row, row, cos, sin, 0, pairs);
-  store_row(row, y, 2 * pairs);
+  if (kInterleaved || pairs % kLanes) {
+    load_row(x, row, 2 * pairs);
+    rotate_pairs<kInterleaved>(row, row, cos, sin, 0, pairs);
+    return store_row(row, y, 2 * pairs);
+  }
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    const Floats x1 = load_floats(x + i), x2 = load_floats(x + i + pairs);
+    const Floats c = load_vector(cos + i), s = load_vector(sin + i);
+    store_floats(x1 * c - x2 * s, y + i);
+    store_floats(x2 * c + x1 * s, y + i + pairs);
+  }
 }
 
 template <typename V>
@@ -67,7 +85,7 @@ inline auto rounded(V values) {
 
 template <typename V>
 inline auto rounded_words(V even, V odd) {
-  return rounded(even) >> 16 | (rounded(odd) & 0xffff0000u);
+  return with_upper_halves(rounded(even) >> 16, rounded(odd));
 }
 
 // kWidth interleaved pairs.

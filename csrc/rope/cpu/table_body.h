@@ -1,15 +1,23 @@
 // Cosines and sines of phases, for one instruction set (no include guard: part of a body).
 
+// x, negated where the first bit of a word is set.
+inline float with_sign(float x, uint32_t word) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  bits ^= word & uint32_t{1} << 31;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 // cos and sin of a phase in fixed point turns, to float32 rounding: within 1.2 ulp at every phase.
-inline void cos_sin(uint64_t phase, float& cos, float& sin) {
-  // The nearest quarter turn, and the rest in [-1/8, 1/8) turns as a float with all its bits: the
-  // upper word alone would lose small angles.
-  const uint64_t rounded = phase + (uint64_t{1} << 61);
-  const int32_t quadrant = static_cast<int32_t>(rounded >> 62);
-  const int64_t rest = static_cast<int64_t>(phase - (rounded & uint64_t{3} << 62));
-  const int32_t upper = static_cast<int32_t>(rest >> 32);
-  const int32_t lower = static_cast<int32_t>(static_cast<uint32_t>(rest) >> 1);
-  const float t = static_cast<float>(upper) * 0x1p-32f + static_cast<float>(lower) * 0x1p-63f;
+// The two words of the phase apart, so that nothing here is wider than the floats beside it.
+inline void cos_sin(uint32_t upper, uint32_t lower, float& cos, float& sin) {
+  // The nearest quarter turn, in the two first bits, and the rest in [-1/8, 1/8) turns as a float
+  // with all its bits: the upper word alone would lose small angles.
+  const uint32_t quarters = upper + (uint32_t{1} << 29);
+  const int32_t rest = static_cast<int32_t>(upper << 2) >> 2;
+  const float t = static_cast<float>(rest) * 0x1p-32f +
+                  static_cast<float>(static_cast<int32_t>(lower >> 1)) * 0x1p-63f;
   // Minimax polynomials on [-1/8, 1/8] (Remez): sin(2 pi t) to 3.6e-9 relative, with 2 pi in two
   // parts, and cos(2 pi t) to 5.4e-11.
   const float z = t * t;
@@ -20,10 +28,14 @@ inline void cos_sin(uint64_t phase, float& cos, float& sin) {
       (((59.2459642889f * z - 85.4437417324f) * z + 64.9393264717f) * z - 19.7392086937f) * z +
       1.0f;
   // Quarter turns swap the two and set signs.
-  const float x = quadrant & 1 ? s : c;
-  const float y = quadrant & 1 ? c : s;
-  cos = (quadrant + 1) & 2 ? -x : x;
-  sin = quadrant & 2 ? -y : y;
+  const bool swapped = quarters & uint32_t{1} << 30;
+  const float x = swapped ? s : c, y = swapped ? c : s;
+  cos = with_sign(x, quarters + (uint32_t{1} << 30));
+  sin = with_sign(y, quarters);
+}
+
+inline void cos_sin(uint64_t phase, float& cos, float& sin) {
+  cos_sin(static_cast<uint32_t>(phase >> 32), static_cast<uint32_t>(phase), cos, sin);
 }
 
 // The same to double rounding (libm).
@@ -32,6 +44,10 @@ inline void cos_sin(uint64_t phase, double& cos, double& sin) {
   const double angle = static_cast<double>(static_cast<int64_t>(phase)) * (0x1p-64 * kTwoPi);
   cos = std::cos(angle);
   sin = std::sin(angle);
+}
+
+inline void cos_sin(uint32_t upper, uint32_t lower, double& cos, double& sin) {
+  cos_sin(static_cast<uint64_t>(upper) << 32 | lower, cos, sin);
 }
 
 // Adds or subtracts the fixed point frequencies of one row, [pairs], pair i at slot(pairs, i).
@@ -64,6 +80,40 @@ void row_frequencies(const RopeParams& p, int64_t row, const Slot& slot, uint64_
   }
 }
 
+// cos and sin [count, pairs] of tokens at consecutive positions, times a factor. Each phase is the
+// one before it and the frequency: exact, and an addition where a processor has no product of 64
+// bits.
+template <typename Value>
+void fill_run(uint64_t position, int64_t count, int64_t pairs, Value factor,
+              const uint64_t* frequencies, Value* cos, Value* sin) {
+  constexpr int64_t kChunk = 64;
+  uint32_t upper[kChunk], lower[kChunk], upper_step[kChunk], lower_step[kChunk];
+  for (int64_t first = 0; first < pairs; first += kChunk) {
+    const int64_t chunk = pairs - first < kChunk ? pairs - first : kChunk;
+    for (int64_t i = 0; i < chunk; ++i) {
+      const uint64_t step = frequencies[first + i], phase = position * step;
+      upper[i] = static_cast<uint32_t>(phase >> 32);
+      lower[i] = static_cast<uint32_t>(phase);
+      upper_step[i] = static_cast<uint32_t>(step >> 32);
+      lower_step[i] = static_cast<uint32_t>(step);
+    }
+    for (int64_t token = 0; token < count; ++token) {
+      Value *const cos_row = cos + token * pairs + first, *const sin_row =
+                                                              sin + token * pairs + first;
+#pragma omp simd
+      for (int64_t i = 0; i < chunk; ++i) {
+        Value c, s;
+        cos_sin(upper[i], lower[i], c, s);
+        cos_row[i] = factor * c;
+        sin_row[i] = factor * s;
+        const uint32_t sum = lower[i] + lower_step[i];
+        upper[i] += upper_step[i] + (sum < lower_step[i]);
+        lower[i] = sum;
+      }
+    }
+  }
+}
+
 // cos and sin [end - begin, pairs] of the tokens [begin, end) of a row, times its factor if asked.
 template <typename Value>
 void fill_table(const RopeParams& p, int64_t row, int64_t begin, int64_t end, Value factor,
@@ -71,16 +121,23 @@ void fill_table(const RopeParams& p, int64_t row, int64_t begin, int64_t end, Va
   const RowTiers tiers = tiers_of(p, row);
   const int64_t turn_start = start_tokens_of(p.turn, row, tiers.turn);
   const int64_t undo_start = start_tokens_of(p.undo, row, tiers.undo);
-  for (int64_t token = begin; token < end; ++token, cos += p.pairs, sin += p.pairs) {
-    const int64_t position = position_of(p, row, token);
-    const int set = is_below(turn_start, position) + 2 * is_below(undo_start, position);
-    const uint64_t* net = frequencies + set * p.pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < p.pairs; ++i) {
-      Value c, s;
-      cos_sin(static_cast<uint64_t>(position) * net[i], c, s);
-      cos[i] = factor * c;
-      sin[i] = factor * s;
+  const auto set_of = [&](int64_t position) {
+    return is_below(turn_start, position) + 2 * is_below(undo_start, position);
+  };
+  for (int64_t token = begin; token < end;) {
+    const int64_t position = position_of(p, row, token), set = set_of(position);
+    int64_t stop = token + 1;
+    const auto follows = [&](int64_t next) {
+      return static_cast<uint64_t>(next) - static_cast<uint64_t>(position) ==
+             static_cast<uint64_t>(stop - token);
+    };
+    while (stop < end && follows(position_of(p, row, stop)) &&
+           set_of(position_of(p, row, stop)) == set) {
+      ++stop;
     }
+    const int64_t at = (token - begin) * p.pairs;
+    fill_run(static_cast<uint64_t>(position), stop - token, p.pairs, factor,
+             frequencies + set * p.pairs, cos + at, sin + at);
+    token = stop;
   }
 }
