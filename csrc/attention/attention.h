@@ -177,6 +177,8 @@ void attention_merge_cuda(const AttentionMergeParams& params, void* stream);
 // wherever device, build, dtype and (gradients: to 128) head_dim allow, "mma" never those, "auto"
 // (at first) those where they are expected to be faster. Throws std::invalid_argument for others.
 const char* attention_cuda_kernel();
+// Whether this build has the kernels of compute capability 9.0 at all.
+bool attention_cuda_has_wgmma();
 void set_attention_cuda_kernel(const char* name);
 
 }  // namespace longrope

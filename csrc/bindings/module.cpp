@@ -29,8 +29,10 @@ pybind11::dict build_info() {
 #endif
 #ifdef LONGROPE_CUDA
   info["cuda"] = LONGROPE_CUDA;
+  info["wgmma"] = longrope::attention_cuda_has_wgmma();
 #else
   info["cuda"] = pybind11::none();
+  info["wgmma"] = false;
 #endif
   info["isa"] = longrope::isa_name(longrope::isa());
   return info;
@@ -42,7 +44,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_HEAD_DIM") = longrope::kMaxHeadDim;  // of attention
   m.def("build_info", &build_info,
         "What this extension was built from and for: version, torch, compiler, openmp, cuda "
-        "(toolkit version or None), and isa, the CPU instruction set in use.");
+        "(toolkit version or None), wgmma (whether it has the attention kernels of compute "
+        "capability 9.0), and isa, the CPU instruction set in use.");
   m.def(
       "cuda_launches",
       [] {

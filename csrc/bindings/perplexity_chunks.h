@@ -22,6 +22,11 @@ namespace longrope {
 // twice the memory, 4096 x 1024 takes a third more time with a frozen head.
 struct NllChunks {
   int64_t rows = 4096, columns = 8192;
+
+  // For a vocabulary that is smaller; rows of logits stay aligned.
+  NllChunks within(int64_t vocab) const {
+    return {rows, std::min(columns, (std::max<int64_t>(vocab, 1) + 7) / 8 * 8)};
+  }
 };
 
 // Those in use, which benchmarks change.
@@ -83,6 +88,7 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_by_chunks(
   const at::Tensor held = targets.contiguous();
   const LinearNllParams p =
       perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  size = size.within(p.vocab);
   const auto wide = hidden.options().dtype(at::kFloat);
   at::Tensor nll = at::empty({p.rows}, wide), stats = at::empty({2, p.rows}, wide);
   const at::Tensor target_logit = at::empty({p.rows}, wide);
@@ -104,6 +110,7 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_with_gradient_by_chunks(
   const at::Tensor held = targets.contiguous();
   const LinearNllParams p =
       perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  size = size.within(p.vocab);
   const auto wide = hidden.options().dtype(at::kFloat);
   const int64_t height = std::min(p.rows, size.rows);
   const at::Tensor nll = at::empty({p.rows}, wide), state = at::empty({3, height}, wide);
@@ -152,6 +159,7 @@ inline std::tuple<at::Tensor, at::Tensor> linear_nll_backward_by_chunks(
   const at::Tensor held = targets.contiguous();
   const LinearNllParams p =
       perplexity_bindings::params_for(hidden, weight, held, ignore_index, softcap);
+  size = size.within(p.vocab);
   perplexity_bindings::check("grad_nll", grad_nll, at::kFloat, {p.rows}, hidden);
   perplexity_bindings::check("stats", stats, at::kFloat, {2, p.rows}, hidden);
   const at::Tensor grad = grad_nll.contiguous(), saved = stats.contiguous();

@@ -31,8 +31,8 @@ def linear_nll(
     In plain torch: `F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none",
     ignore_index=ignore_index)`. Logits are accumulated, kept and summed in float32 for every dtype;
     memory is `O(T E)` and no `[T, V]` tensor exists, neither here nor in the backward, which
-    computes the logits again. Rows that are ignored cost nothing. Under `torch.autocast` hidden and
-    weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
+    computes the logits again. On a CPU rows that are ignored cost nothing. Under `torch.autocast`
+    hidden and weight are taken in its dtype, as by `F.linear`; the result is float32 as ever.
 
     Where hidden asks for a gradient and weight does not, the forward computes that
     gradient with the loss, for an upstream gradient of 1, and keeps it in place of hidden (`[T, E]`

@@ -7,12 +7,14 @@ same. What it cannot do (a window, a softcap, rows with bounds, rotation inside)
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longrope import ops
+from longrope._native import _C
 from longrope.patching.torch_attention import HALVES, attend_unmasked
 
 
@@ -31,8 +33,9 @@ class Measured(NamedTuple):
 #: chooses (cuDNN), with gradients 0.34 to 0.94 times. In float32 our CUDA kernels are correct and
 #: plain, not fast.
 AHEAD = {(9, 0): Measured(forward=256, with_gradients=0)}
-#: Queries that fill a tile of `csrc/attention/cuda/sm90/forward.cu`.
-TILE = 128
+#: What `csrc/attention/cuda/attention.cu` takes its kernel of 9.0 for: queries that fill a tile,
+#: and tiles that fill half of the chip.
+TILE, TILES = 128, 66
 
 
 def attend(
@@ -71,9 +74,19 @@ def _is_plain(query: Tensor, key: Tensor, causal: bool) -> bool:
 
 
 def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Say whether our kernel is measured to be faster for these."""
-    if query.dtype not in HALVES or query.shape[-2] < TILE:
+    """Say whether to take our kernel for these: it is measured to be faster, or reads far less."""
+    batch, heads, count, head_dim = query.shape
+    if query.dtype not in HALVES:
+        # torch copies keys that heads share, ours reads them once: what a few queries wait for.
+        return count < TILE and heads > key.shape[1]
+    if count < TILE or batch * heads * -(-count // TILE) < TILES or not _has_wgmma():
         return False
     ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), Measured(0, 0))
     asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return query.shape[-1] <= (ahead.with_gradients if asks else ahead.forward)
+    return head_dim <= (ahead.with_gradients if asks else ahead.forward)
+
+
+@functools.cache
+def _has_wgmma() -> bool:
+    """Say whether this build has the kernels of compute capability 9.0."""
+    return _C.build_info()["wgmma"]

@@ -39,15 +39,26 @@ def test_torch_computes_the_same(heads, kv_heads, queries, keys, causal):
 def test_ours_where_it_is_measured_to_be_ahead(monkeypatch, dtype, capability, head_dim):
     """Not with gradients, not for a few queries, and never in float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    plain = torch.zeros(1, 1, 128, head_dim, dtype=dtype)
+    monkeypatch.setattr(plain_attention, "_has_wgmma", lambda: True)
+    plain = torch.zeros(1, 66, 128, head_dim, dtype=dtype)
     asks = plain.clone().requires_grad_()
     ahead = dtype != torch.float32 and capability == (9, 0)
     assert _is_ahead(plain, plain, plain) is ahead
     assert not _is_ahead(plain[:, :, :1], plain, plain)
+    assert not _is_ahead(plain[:, :65], plain, plain)  # blocks that leave half of the chip idle
     for tensors in ((asks, plain, plain), (plain, asks, plain), (plain, plain, asks)):
         assert not _is_ahead(*tensors)
         with torch.no_grad():
             assert _is_ahead(*tensors) is ahead
+    monkeypatch.setattr(plain_attention, "_has_wgmma", lambda: False)
+    assert not _is_ahead(plain, plain, plain)
+
+
+def test_few_queries_in_float32_on_keys_that_heads_share_are_ours():
+    """Torch would copy the keys for every head."""
+    query, shared, own = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 9, 8), torch.zeros(1, 4, 9, 8)
+    assert _is_ahead(query, shared, shared) and not _is_ahead(query, own, own)
+    assert not _is_ahead(query.bfloat16(), shared.bfloat16(), shared.bfloat16())
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"softcap": 2.0}, {}])

@@ -22,14 +22,14 @@ std::atomic<int> choice{0};
 // Which kernel attends.
 enum class Kernel { kFloat, kManyRows, kFewRows, kSm90 };
 
-// Whether this build and the device at hand have sm90/forward.cu.
-bool has_sm90() {
 #if defined(LONGROPE_SM90) || !defined(__CUDACC__)
-  return capability() == 90;
+constexpr bool kHasSm90 = true;
 #else
-  return false;
+constexpr bool kHasSm90 = false;
 #endif
-}
+
+// Whether this build and the device at hand have sm90/forward.cu.
+bool has_sm90() { return kHasSm90 && capability() == 90; }
 
 // Whether its blocks, which take 128 queries of one head, are filled, and enough of them to keep
 // half of the 132 multiprocessors of an H100 busy: beyond that it gains more than parts of the keys
@@ -222,6 +222,8 @@ size_t backward(AttentionBackwardParams g, void* memory, cudaStream_t stream, bo
 
 }  // namespace
 }  // namespace cuda
+
+bool attention_cuda_has_wgmma() { return cuda::kHasSm90; }
 
 const char* attention_cuda_kernel() { return cuda::kChoices[cuda::choice]; }
 

@@ -54,13 +54,15 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
 
   const float before = is_first ? -INFINITY : p.largest[row];
   float largest = before;
-  for_columns<kFlight>(chunk, row, packed && !ignored, [&](int column, float (&x)[4], int count) {
+  if (!ignored) {
+    for_columns<kFlight>(chunk, row, packed, [&](int column, float (&x)[4], int count) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float logit = Capped(x[i], cap).logit;
-      if (i < count && column + i != hit && logit > largest) largest = logit;
-    }
-  });
+      for (int i = 0; i < 4; ++i) {
+        const float logit = Capped(x[i], cap).logit;
+        if (i < count && column + i != hit && logit > largest) largest = logit;
+      }
+    });
+  }
   largest = warp_max(largest);
 
   const float base = base_of(largest);
