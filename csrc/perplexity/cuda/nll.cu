@@ -44,10 +44,8 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
   LogSum mine{-INFINITY, 0.0f};
   for_columns<kFlight>(chunk, row, packed, [&](int column, float (&x)[4], int count) {
     (void)column;
-    if (cap != 0.0f) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = cap * tanhf(x[i] / cap);
-    }
+    for (int i = 0; i < 4; ++i) x[i] = Capped(x[i], cap).logit;
     const float before = mine.largest;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -75,8 +73,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
   total.join(mine);
   float target_logit = is_first ? 0.0f : p.target_logit[row];
   if (target >= chunk.first && target < chunk.first + chunk.columns) {
-    target_logit = chunk.logits[row * chunk.row_stride + (target - chunk.first)];
-    if (cap != 0.0f) target_logit = cap * tanhf(target_logit / cap);
+    target_logit = Capped(chunk.logits[row * chunk.row_stride + (target - chunk.first)], cap).logit;
   }
   if (is_last) {
     const bool known = target >= 0 && target < chunk.vocab;
@@ -96,9 +93,8 @@ LONGROPE_MAX_REGISTERS(nll_chunk_kernel, 64)
 void linear_nll_chunk_cuda(const NllChunkParams& params, void* stream) {
   const LogitsChunk& chunk = params.chunk;
   if (chunk.rows == 0) return;
-  cuda::launch("linear_nll", cuda::nll_chunk_kernel, cuda::blocks_of_rows(chunk.rows),
-               dim3(32 * cuda::kRowsPerBlock), 0, static_cast<cudaStream_t>(stream), params,
-               cuda::rows_are_packed(chunk.logits, chunk.row_stride));
+  cuda::launch_rows("linear_nll", cuda::nll_chunk_kernel, chunk.rows, stream, params,
+                    cuda::rows_are_packed(chunk.logits, chunk.row_stride));
 }
 
 }  // namespace longrope

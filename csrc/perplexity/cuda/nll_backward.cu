@@ -29,20 +29,12 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
   for_columns<kFlight>(chunk, row, packed, [&](int column, float (&x)[4], int count) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float slope = 1.0f;
-      if (cap != 0.0f) {
-        const float t = tanhf(x[i] / cap);
-        x[i] = cap * t;
-        slope = 1.0f - t * t;
-      }
-      const float probability = expf((x[i] - largest) - log_sum);
-      x[i] = ignored ? 0.0f : (probability - (column + i == hit ? 1.0f : 0.0f)) * grad * slope;
+      const Capped capped(x[i], cap);
+      const float probability = expf((capped.logit - largest) - log_sum);
+      const float error = probability - (column + i == hit ? 1.0f : 0.0f);
+      x[i] = ignored ? 0.0f : error * grad * capped.slope;
     }
-    if (packed && count == 4) {
-      store(out + column, pack<T>(x));
-    } else {
-      for (int i = 0; i < count; ++i) out[column + i] = from_float<T>(x[i]);
-    }
+    store_columns(out + column, x, count, packed);
   });
 }
 
@@ -57,11 +49,9 @@ void linear_nll_backward_chunk_cuda(const NllBackwardChunkParams& params, void* 
   cuda::for_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool packed = cuda::rows_are_packed(chunk.logits, chunk.row_stride) &&
-                        reinterpret_cast<uintptr_t>(params.grad_logits) % 16 == 0 &&
-                        params.grad_row_stride % 4 == 0;
-    cuda::launch("linear_nll_backward", cuda::nll_backward_chunk_kernel<T>,
-                 cuda::blocks_of_rows(chunk.rows), dim3(32 * cuda::kRowsPerBlock), 0,
-                 static_cast<cudaStream_t>(stream), params, packed);
+                        cuda::rows_are_packed(params.grad_logits, params.grad_row_stride);
+    cuda::launch_rows("linear_nll_backward", cuda::nll_backward_chunk_kernel<T>, chunk.rows, stream,
+                      params, packed);
   });
 }
 

@@ -27,18 +27,6 @@ __device__ __forceinline__ float base_of(float largest) {
   return largest == -INFINITY ? 0.0f : largest;
 }
 
-// A logit after the softcap, and the softcap's slope there.
-struct Capped {
-  float logit, slope;
-
-  __device__ __forceinline__ Capped(float x, float cap) : logit(x), slope(1.0f) {
-    if (cap == 0.0f) return;
-    const float t = tanhf(x / cap);
-    logit = cap * t;
-    slope = 1.0f - t * t;
-  }
-};
-
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowsPerBlock)
     nll_gradient_chunk_kernel(NllGradientChunkParams p, bool packed) {
@@ -77,11 +65,7 @@ __global__ void __launch_bounds__(32 * kRowsPerBlock)
       sum += exponential;
       x[i] = other ? exponential * capped.slope : 0.0f;
     }
-    if (packed && count == 4) {
-      store(out + column, pack<T>(x));
-    } else {
-      for (int i = 0; i < count; ++i) out[column + i] = from_float<T>(x[i]);
-    }
+    store_columns(out + column, x, count, packed);
   });
   sum = warp_sum(sum);
 
@@ -176,20 +160,17 @@ void linear_nll_gradient_chunk_cuda(const NllGradientChunkParams& params, void* 
   cuda::for_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool packed = cuda::rows_are_packed(chunk.logits, chunk.row_stride) &&
-                        reinterpret_cast<uintptr_t>(params.exponentials) % 16 == 0 &&
-                        params.exponentials_row_stride % 4 == 0;
-    cuda::launch("linear_nll_with_gradient", cuda::nll_gradient_chunk_kernel<T>,
-                 cuda::blocks_of_rows(chunk.rows), dim3(32 * cuda::kRowsPerBlock), 0,
-                 static_cast<cudaStream_t>(stream), params, packed);
+                        cuda::rows_are_packed(params.exponentials, params.exponentials_row_stride);
+    cuda::launch_rows("linear_nll_with_gradient", cuda::nll_gradient_chunk_kernel<T>, chunk.rows,
+                      stream, params, packed);
   });
 }
 
 void linear_nll_gradient_cuda(const NllGradientParams& params, void* stream) {
   if (params.rows == 0) return;
   cuda::for_dtype(params.dtype, [&](auto zero) {
-    cuda::launch("linear_nll_with_gradient", cuda::nll_gradient_kernel<decltype(zero)>,
-                 cuda::blocks_of_rows(params.rows), dim3(32 * cuda::kRowsPerBlock), 0,
-                 static_cast<cudaStream_t>(stream), params);
+    cuda::launch_rows("linear_nll_with_gradient", cuda::nll_gradient_kernel<decltype(zero)>,
+                      params.rows, stream, params);
   });
 }
 
@@ -197,14 +178,10 @@ void linear_nll_scale_cuda(const LinearNllScaleParams& params, void* stream) {
   if (params.rows == 0) return;
   cuda::for_dtype(params.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto is_aligned = [&](const void* data) {
-      return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-    };
-    const bool packed = is_aligned(params.gradient) && is_aligned(params.grad_hidden) &&
+    const bool packed = cuda::is_aligned(params.gradient) && cuda::is_aligned(params.grad_hidden) &&
                         params.embed * sizeof(T) % 16 == 0;
-    cuda::launch("linear_nll_scale", cuda::nll_scale_kernel<T>, cuda::blocks_of_rows(params.rows),
-                 dim3(32 * cuda::kRowsPerBlock), 0, static_cast<cudaStream_t>(stream), params,
-                 packed);
+    cuda::launch_rows("linear_nll_scale", cuda::nll_scale_kernel<T>, params.rows, stream, params,
+                      packed);
   });
 }
 
