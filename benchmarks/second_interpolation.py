@@ -25,7 +25,8 @@ from training_comparison import LENGTH, SEARCH, factors, trained
 import longrope
 from longrope.demo import corpus
 from longrope.documents import as_documents
-from longrope.extension.table import excerpts, measure, ranges_of
+from longrope.extension.table import excerpts, measure
+from longrope.factors.tiers import ranges_of
 
 FILE = RESULTS / "second_interpolation.csv"
 START_TOKENS = (0, 4, 16, 64, 256)

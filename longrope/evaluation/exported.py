@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from longrope.checkpoints import Measured, Plan, plan_export
+from longrope.checkpoints import Measured, plan_export
 from longrope.checkpoints.measured import Row
 from longrope.documents import as_documents
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import Perplexity, perplexity
 from longrope.factors import RescaleFactors, Tiers
-from longrope.factors.tiers import ladder_targets
+from longrope.factors.tiers import ranges_of
 from longrope.patching import apply, remove
 from longrope.patching.apply import factors_kept
 from longrope.patching.families import family_of
@@ -60,7 +59,7 @@ def measure_export(
     plan = plan_export(model, factors, short, drop_start_tokens=True)
     length = plan.long.target_length
     tokens = as_documents(documents, min_length=length, vocab_size=vocabulary(model))
-    ranges = _ranges(plan)
+    ranges = ranges_of(plan.window, plan.long.target_length)
 
     def measure(name: str, of: Any = None, tiers: str = "position", window: int = length) -> Row:
         if of is None:
@@ -88,8 +87,3 @@ def measure_export(
         rule = "position" if family_of(model).tiers else "row"
         rows.append(measure(f"longrope, tiers by {rule}", plan.tiers, rule))
     return Measured(length, ranges, tuple(rows), len(tokens), scored[0].tokens, data)
-
-
-def _ranges(plan: Plan) -> tuple[tuple[int, int], ...]:
-    targets = ladder_targets(plan.window, plan.long.target_length)
-    return tuple(itertools.pairwise([0, plan.window, *targets]))

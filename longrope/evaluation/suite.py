@@ -26,7 +26,7 @@ from longrope.evaluation.prompts import PromptTokens, check_lengths
 from longrope.evaluation.ruler import check_ruler, ruler
 from longrope.evaluation.suite_report import AS_LOADED, Evaluation, Figure
 from longrope.factors import RescaleFactors, Tiers
-from longrope.factors.tiers import ladder_targets
+from longrope.factors.tiers import ranges_of
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.apply import factors_kept
 from longrope.patching.wrappers import dtype_note
@@ -253,8 +253,7 @@ def _applied(model: nn.Module, factors: Any, tiers: str) -> Iterator[None]:
 
 def _doublings(window: int, length: int) -> list[tuple[int, int]]:
     """Return ranges of positions: the original window, up to twice that, and so on to `length`."""
-    ends = [window, *ladder_targets(window, length)] if window < length else [length]
-    return list(itertools.pairwise([0, *ends]))
+    return list(ranges_of(window, length)) if window < length else [(0, length)]
 
 
 def _measure(

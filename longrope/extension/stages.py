@@ -18,9 +18,10 @@ from longrope.extension import checkpoint, folder
 from longrope.extension.finetune import finetune
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.extension.recover import recover
-from longrope.extension.table import measure, ranges_of
+from longrope.extension.table import measure
 from longrope.factor_search.run import search
 from longrope.factors import RescaleFactors, Tiers
+from longrope.factors.tiers import ranges_of
 from longrope.patching import apply, remove, rope_settings
 
 

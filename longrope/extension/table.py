@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,12 +12,6 @@ from torch import nn
 from longrope.checkpoints import Measured
 from longrope.checkpoints.measured import Row
 from longrope.evaluation.perplexity import perplexity
-from longrope.factors.tiers import ladder_targets
-
-
-def ranges_of(window: int, target: int) -> tuple[tuple[int, int], ...]:
-    """Return the model's window, then up to twice that, and so on to the target."""
-    return tuple(itertools.pairwise([0, window, *ladder_targets(window, target)]))
 
 
 def measure(

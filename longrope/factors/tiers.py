@@ -154,6 +154,11 @@ def ladder_targets(start: int, target: int, step: float = 2.0) -> list[int]:
             ends.append(end)
 
 
+def ranges_of(window: int, target: int) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of positions of a ladder: the window, then up to twice that, and so on."""
+    return tuple(itertools.pairwise([0, window, *ladder_targets(window, target)]))
+
+
 def ladder(factors: RescaleFactors, step: float, loaded: RescaleFactors | None) -> Tiers:
     """Return the tiers of `RescaleFactors.ladder`."""
     step = positive("step", step, above=1)
