@@ -30,9 +30,8 @@ namespace {
 // One warp copies.
 template <int kHeadDim>
 __device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
-                                           const ForwardWork<kHeadDim>& work, int kv_head,
-                                           const TensorMap& q, const TensorMap& k,
-                                           const TensorMap& v) {
+                                           const ForwardWork<kHeadDim>& work, const TensorMap& q,
+                                           const TensorMap& k, const TensorMap& v) {
   using Shared = ForwardShared<kHeadDim>;
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
@@ -47,10 +46,10 @@ __device__ __forceinline__ void copy_tiles(ForwardShared<kHeadDim>& shared,
     if (lane == 0) {
       wait_barrier(&shared.k_empty[at.stage], at.parity ^ 1);
       arrive_expecting(&shared.k_full[at.stage], Shared::KeyTile::kBytes);
-      shared.k[at.stage].copy(k, &shared.k_full[at.stage], key, kv_head, work.batch);
+      shared.k[at.stage].copy(k, &shared.k_full[at.stage], key, work.kv_head, work.batch);
       wait_barrier(&shared.v_empty[at.stage], at.parity ^ 1);
       arrive_expecting(v_full, Shared::KeyTile::kBytes);
-      shared.v[at.stage].copy(v, v_full, key, kv_head, work.batch);
+      shared.v[at.stage].copy(v, v_full, key, work.kv_head, work.batch);
     }
     if (!is_cut) continue;
     sync_warp();
@@ -256,10 +255,7 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, 1)
   sync_threads();
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<ForwardTile<kHeadDim>::kProducerRegisters>();
-    if (threadIdx.x < 32 && work.steps > 0) {
-      const int kv_head = work.head / static_cast<int>(p.heads / p.kv_heads);
-      copy_tiles<kHeadDim>(shared, work, kv_head, q, k, v);
-    }
+    if (threadIdx.x < 32 && work.steps > 0) copy_tiles<kHeadDim>(shared, work, q, k, v);
   } else {
     grow_registers<ForwardTile<kHeadDim>::kConsumerRegisters>();
     Rows<T, kHeadDim> rows(p, shared, work);

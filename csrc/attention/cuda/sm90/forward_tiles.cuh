@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention/cuda/sm90/panels.cuh"
-#include "attention/cuda/visible.cuh"
+#include "attention/cuda/sm90/query_block.cuh"
 
 namespace longrope::cuda::sm90 {
 
@@ -61,38 +61,19 @@ struct Place {
   }
 };
 
-// What a block does. Blocks run with the tiles of a head fastest, so that those at work at one time
-// share keys in the cache, and the last tile, which sees the most keys, first.
+// What a block does.
 template <int kHeadDim>
-struct ForwardWork {
-  static constexpr int kRows = ForwardTile<kHeadDim>::kRows, kKeys = ForwardTile<kHeadDim>::kKeys;
+struct ForwardWork : QueryBlock {
+  static constexpr int kKeys = ForwardTile<kHeadDim>::kKeys;
 
-  int batch, head, first_query, last_query;  // the last one of all
-  Visible visible;
-  Keys queries;  // of them those that attend, of all heads
-  Keys keys;     // that these see
-  int steps;     // tiles of them
+  int steps;       // tiles of keys
+  int last_query;  // of all
 
   __device__ __forceinline__ explicit ForwardWork(const AttentionParams& p)
-      : ForwardWork(p, static_cast<unsigned>(ceil_div<int64_t>(p.queries, kRows)),
-                    static_cast<unsigned>(p.heads)) {}
+      : QueryBlock(p, ForwardTile<kHeadDim>::kRows),
+        steps(tiles(kKeys)),
+        last_query(static_cast<int>(p.queries) - 1) {}
 
-  __device__ __forceinline__ ForwardWork(const AttentionParams& p, unsigned tiles, unsigned heads)
-      : batch(static_cast<int>(blockIdx.x / tiles / heads)),
-        head(static_cast<int>(blockIdx.x / tiles % heads)),
-        first_query(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * kRows),
-        last_query(static_cast<int>(p.queries) - 1),
-        visible(p, batch),
-        queries(attending(p, batch)) {
-    const int first = first_query > queries.begin ? first_query : queries.begin;
-    const int end = first_query + kRows < queries.end ? first_query + kRows : queries.end;
-    keys = first < end ? visible.keys(first, end - 1) : Keys{0, 0};
-    steps = keys.begin < keys.end ? ceil_div(keys.end - keys.begin, kKeys) : 0;
-  }
-
-  __device__ __forceinline__ bool is_idle() const {
-    return first_query >= queries.end || first_query + kRows <= queries.begin;
-  }
   __device__ __forceinline__ int first_key(int step) const { return keys.end - (step + 1) * kKeys; }
   __device__ __forceinline__ Keys keys_of(int query) const {
     return visible.keys(query < last_query ? query : last_query);

@@ -15,6 +15,7 @@
 // q, dOut and dQ once, k and v once for every 128 queries that see them (half of them where
 // causal), most of it from the second-level cache.
 #include "attention/cuda/sm90/grads.cuh"
+#include "attention/cuda/sm90/query_block.cuh"
 
 namespace longrope {
 namespace cuda {
@@ -60,33 +61,12 @@ struct Shared {
   }
 };
 
-// What a block does. Blocks run with the tiles of a head fastest, so that those at work at one time
-// share keys in the cache, and the last tile, which sees the most keys, first.
-struct Work {
-  int batch, head, kv_head, first_query;
-  Visible visible;
-  Keys queries;  // of the block those that attend
-  Keys keys;     // that these see
-  int steps;     // tiles of them
+// What a block does.
+struct Work : QueryBlock {
+  int steps;  // tiles of keys
 
   __device__ __forceinline__ Work(const AttentionParams& p, int rows)
-      : Work(p, rows, static_cast<unsigned>(ceil_div<int64_t>(p.queries, rows)),
-             static_cast<unsigned>(p.heads)) {}
-
-  __device__ __forceinline__ Work(const AttentionParams& p, int rows, unsigned tiles,
-                                  unsigned heads)
-      : batch(static_cast<int>(blockIdx.x / tiles / heads)),
-        head(static_cast<int>(blockIdx.x / tiles % heads)),
-        kv_head(head / static_cast<int>(p.heads / p.kv_heads)),
-        first_query(static_cast<int>(tiles - 1 - blockIdx.x % tiles) * rows),
-        visible(p, batch),
-        queries(attending(p, batch)) {
-    if (queries.begin < first_query) queries.begin = first_query;
-    if (queries.end > first_query + rows) queries.end = first_query + rows;
-    const bool is_idle = queries.begin >= queries.end;
-    keys = is_idle ? Keys{0, 0} : visible.keys(queries.begin, queries.end - 1);
-    steps = keys.begin < keys.end ? ceil_div(keys.end - keys.begin, kKeys) : 0;
-  }
+      : QueryBlock(p, rows), steps(tiles(kKeys)) {}
 };
 
 // One thread copies.
