@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from longrope.demo import corpus
+from longrope.evaluation.memory import processor_multiplies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +131,8 @@ def train(
             output_dir=str(out),
             max_steps=args.steps,
             per_device_train_batch_size=args.batch,
-            bf16=True,
+            # Elsewhere autocast costs a step several times its time in float32.
+            bf16=gpu or processor_multiplies(torch.bfloat16),
             use_cpu=not gpu,
             torch_compile=args.compile,
             logging_steps=50,

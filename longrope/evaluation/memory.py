@@ -31,6 +31,8 @@ _KEPT_OVER_HIDDEN = 8
 #: The same over the bytes of the inner activation: gate, its activation, up and their product.
 _KEPT_OVER_INNER = 4
 
+#: The parts of a processor, in torch's names, that multiply in a dtype of 16 bits.
+_UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("amx_fp16",)}
 
 #: Where Linux tells how much this process's control group may use (version 2, seen from inside).
 CGROUP = Path("/sys/fs/cgroup")
@@ -226,6 +228,12 @@ def _power_of_two(tokens: int) -> int:
     return 1 << max(0, max(0, tokens).bit_length() - 1)
 
 
+def processor_multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this processor has products of a dtype of 16 bits."""
+    has = torch.cpu.get_capabilities()
+    return any(has.get(unit) for unit in _UNITS[dtype])
+
+
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype in which a processor computes a model of 16 bits fastest, and loses nothing.
 
@@ -236,11 +244,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     float32 weights would take more than half of the free memory, the model stays as it is.
     """
     dtype = dtype_of(model)
-    if dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    units = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("amx_fp16",)}[dtype]
-    has = torch.cpu.get_capabilities()
-    if any(has.get(unit) for unit in units):
+    if dtype not in _UNITS or processor_multiplies(dtype):
         return dtype
     narrow = (p for p in model.parameters() if p.is_floating_point() and p.itemsize == 2)
     free = free_memory(torch.device("cpu"))

@@ -114,6 +114,42 @@ def test_the_bound_on_angles_holds_at_every_position(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, -40, 2**22 - 21, 2**62 + 5])
+def test_a_position_turns_alike_in_every_run(isa, dtype, first):
+    """Bit for bit: among its neighbours, out of their order, in pieces and alone."""
+    tokens, start = 83, 20
+    q = torch.randn(1, 3, tokens, 44).to(dtype)
+    positions = torch.arange(first, first + tokens)
+
+    def turned(which):
+        return ops.rope(
+            q[:, :, which], q[:, :1, which], positions[which],
+            inv_freq, torch.tensor([start]), base, 1.25,
+        )[0]  # fmt: skip
+
+    inv_freq, base = frequencies(19, 1), frequencies(19, 1)
+    whole = turned(torch.arange(tokens))
+    shuffled = torch.randperm(tokens)
+    assert torch.equal(turned(shuffled), whole[:, :, shuffled])
+    for size in (1, 3, 37):
+        pieces = [turned(piece) for piece in torch.arange(tokens).split(size)]
+        assert torch.equal(torch.cat(pieces, 2), whole)
+
+
+def test_cosines_of_float16_are_within_a_millionth(isa):
+    """Before they are rounded to float16: what is spared there is not seen."""
+    tokens, pairs = 200, 64
+    one = torch.zeros(1, 1, tokens, 2 * pairs, dtype=torch.float16)
+    one[..., :pairs] = 1
+    positions, inv_freq = torch.arange(2**20 + 3, 2**20 + 3 + tokens), frequencies(pairs)
+    cos, sin = ops.rope(one, one, positions, inv_freq)[0][0, 0].double().split(pairs, -1)
+    angle = phase_turns(positions, inv_freq).double() * (2 * math.pi / 2**64)
+    for got, exact in ((cos, angle.cos()), (sin, angle.sin())):
+        half_a_unit = 2.0 ** (torch.frexp(exact).exponent.clamp(min=-13) - 12)
+        assert ((got - exact).abs() <= half_a_unit + 4e-7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("token_major", [False, True])
 def test_strided_views_of_poisoned_memory(backend, dtype, token_major):
     """Nothing outside the views is read or, in place, written."""

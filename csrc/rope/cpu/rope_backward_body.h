@@ -20,9 +20,10 @@ void add_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& grad
   const T* x0 = static_cast<const T*>(in.data) + row * in.batch_stride + begin * in.token_stride;
   const T* g0 =
       static_cast<const T*>(grad.data) + row * grad.batch_stride + begin * grad.token_stride;
+  const TableRows table_row(p, in, count);
   for_heads_and_tokens(
       in, count, p.head_dim * sizeof(T), [&](int64_t head, int64_t token, int64_t) {
-        const int64_t at = table_row(p, in, head, token, count) * p.pairs;
+        const int64_t at = table_row(head, token) * p.pairs;
         add_products<kInterleaved>(x0 + head * in.head_stride + token * in.token_stride,
                                    g0 + head * grad.head_stride + token * grad.token_stride,
                                    scratch.cross + at, scratch.dot + at, p.pairs);
