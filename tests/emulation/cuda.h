@@ -17,11 +17,6 @@
 
 using cudaStream_t = void*;
 
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-
 // Threads take turns only at the primitives, so these are atomic as they stand.
 template <typename T>
 T atomicAdd(T* address, T value) {

@@ -235,7 +235,8 @@ using Kernel = void (*)(const float*, float*);
 struct Entry {
   const char* name;
   Kernel kernel;
-  unsigned grid, block;
+  int64_t grid;
+  int block;
   size_t shared;
 };
 
@@ -265,12 +266,13 @@ constexpr Entry kEntries[] = {
     {"beyond_shared", beyond_shared, 1, 32, 128},
     {"too_many_threads", early_return, 1, 1056, 0},
     {"too_much_shared", early_return, 1, 32, size_t{200} << 10},
+    {"too_many_blocks", early_return, int64_t{1} << 31, 32, 0},
 };
 
 void run(const std::string& name, const float* in, float* out) {
   for (const Entry& e : kEntries) {
     if (name == e.name) {
-      launch(e.name, e.kernel, dim3(e.grid), dim3(e.block), e.shared, nullptr, in, out);
+      launch(e.name, e.kernel, e.grid, e.block, e.shared, nullptr, in, out);
       return;
     }
   }
@@ -298,12 +300,12 @@ const char* selftest_run(const char* name, const float* in, float* out) {
 
 void selftest_to_float(int is_bf16, const uint16_t* in, float* out, int64_t count) {
   using namespace longrope::cuda;
-  launch("widen", selftest::widen, dim3(1), dim3(32), 0, nullptr, is_bf16 != 0, in, out, count);
+  launch("widen", selftest::widen, 1, 32, 0, nullptr, is_bf16 != 0, in, out, count);
 }
 
 void selftest_from_float(int is_bf16, const float* in, uint16_t* out, int64_t count) {
   using namespace longrope::cuda;
-  launch("narrow", selftest::narrow, dim3(1), dim3(32), 0, nullptr, is_bf16 != 0, in, out, count);
+  launch("narrow", selftest::narrow, 1, 32, 0, nullptr, is_bf16 != 0, in, out, count);
 }
 
 }  // extern "C"

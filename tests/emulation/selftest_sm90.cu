@@ -113,9 +113,8 @@ void run(const uint16_t* a, const uint16_t* b, const uint16_t* v, float* out) {
   auto map = [](const uint16_t* x, int64_t rows) {
     return tensor_map({x, {kDepth, rows, 1, 1}, {2 * kDepth, 2 * kDepth * rows, 16}}, kKeys);
   };
-  launch("multiply_twice", multiply_twice<T, kBug>, dim3(1), dim3(2 * kWarpgroup),
-         sizeof(Shared) + 1024, nullptr, map(a, kRows), map(b, kKeys * kSteps),
-         map(v, kKeys * kSteps), out);
+  launch("multiply_twice", multiply_twice<T, kBug>, 1, 2 * kWarpgroup, sizeof(Shared) + 1024,
+         nullptr, map(a, kRows), map(b, kKeys * kSteps), map(v, kKeys * kSteps), out);
 }
 
 template <Bug kBug>

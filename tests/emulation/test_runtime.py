@@ -192,6 +192,10 @@ def test_an_order_repeats(runtime, numbers):
             "too_much_shared: expected a device whose blocks get 204800 bytes of shared memory, "
             "got 101376",
         ),
+        (
+            "too_many_blocks",
+            "too_many_blocks: expected at most 2147483647 by 65535 blocks, got 2147483648 by 1",
+        ),
     ],
 )
 def test_misuse_is_refused(runtime, numbers, kernel, expected):

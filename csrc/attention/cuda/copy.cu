@@ -29,8 +29,7 @@ LONGROPE_MAX_REGISTERS(copy_kernel, 64)
 void copy(const Copy& c, cudaStream_t stream) {
   const int64_t rows = c.batch * c.heads * c.tokens;
   if (rows == 0) return;
-  launch("attention", copy_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps))),
-         dim3(32 * kWarps), 0, stream, c);
+  launch("attention", copy_kernel, ceil_div<int64_t>(rows, kWarps), 32 * kWarps, 0, stream, c);
 }
 
 }  // namespace cuda

@@ -216,9 +216,8 @@ void run(const AttentionParams& p, const Splits& splits, const KeyTable& table,
   constexpr size_t kPartBytes =
       sizeof(float) * kWarps<kHeadDim> * kDecodeRows * (2 + kPartStride<kHeadDim>);
   static_assert(kBytes <= kSharedBytesEverywhere && kPartBytes <= kBytes);
-  launch("attention", decode_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(row_tiles(p, kDecodeRows) * splits.count)),
-         dim3(32 * kWarps<kHeadDim>), kBytes, stream, p, splits, table);
+  launch("attention", decode_kernel<T, kHeadDim>, row_tiles(p, kDecodeRows) * splits.count,
+         32 * kWarps<kHeadDim>, kBytes, stream, p, splits, table);
 }
 
 }  // namespace

@@ -143,9 +143,8 @@ void run(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
   constexpr size_t kBytes =
       sizeof(T) * (kRows<kHeadDim> + 2 * kTileKeys<kHeadDim>)*kTileStride<kHeadDim>;
   static_assert(kBytes <= kSharedBytesEverywhere);
-  launch("attention", attention_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(row_tiles(p, kRows<kHeadDim>) * splits.count)), dim3(kThreads),
-         kBytes, stream, p, splits, is_packed(p.out, p));
+  launch("attention", attention_kernel<T, kHeadDim>, row_tiles(p, kRows<kHeadDim>) * splits.count,
+         kThreads, kBytes, stream, p, splits, is_packed(p.out, p));
 }
 
 }  // namespace

@@ -93,9 +93,8 @@ int forward_float_splits(const AttentionParams& p) {
 void forward_float(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
   const int stride = float_stride(static_cast<int>(p.head_dim));
   const size_t floats = (kFloatRows + 2 * kFloatKeys) * stride + kFloatRows * kFloatKeys;
-  launch("attention", attention_float_kernel,
-         dim3(static_cast<unsigned>(row_tiles(p, kFloatRows) * splits.count)), dim3(kFloatThreads),
-         sizeof(float) * floats, stream, p, splits);
+  launch("attention", attention_float_kernel, row_tiles(p, kFloatRows) * splits.count,
+         kFloatThreads, sizeof(float) * floats, stream, p, splits);
 }
 
 }  // namespace cuda

@@ -164,13 +164,11 @@ void grad_float(const AttentionBackwardParams& g, const RowTerms& terms, cudaStr
   // 98.4 KiB for head_dim 256: kSharedBytesEverywhere is what these tiles were chosen for.
   static_assert(float_bytes(kMaxHeadDim) <= kSharedBytesEverywhere);
   const size_t bytes = float_bytes(static_cast<int>(p.head_dim));
-  launch("attention_backward", grad_queries_float_kernel,
-         dim3(static_cast<unsigned>(row_tiles(p, kFloatRows))), dim3(kFloatThreads), bytes, stream,
-         g, terms);
+  launch("attention_backward", grad_queries_float_kernel, row_tiles(p, kFloatRows), kFloatThreads,
+         bytes, stream, g, terms);
   const int64_t tiles = ceil_div<int64_t>(p.keys, kFloatRows);
-  launch("attention_backward", grad_keys_float_kernel,
-         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kFloatThreads), bytes,
-         stream, g, terms);
+  launch("attention_backward", grad_keys_float_kernel, tiles * p.kv_heads * p.batch, kFloatThreads,
+         bytes, stream, g, terms);
 }
 
 }  // namespace cuda

@@ -146,9 +146,8 @@ void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t s
   constexpr size_t kBytes = sizeof(T) * (2 * kKeys + 4 * kTileRows<kHeadDim>)*kTileStride<kHeadDim>;
   static_assert(kBytes <= kSharedBytesEverywhere);
   const int64_t tiles = ceil_div<int64_t>(p.keys, kKeys) * (kHeadDim / kColumns<kHeadDim>);
-  launch("attention_backward", grad_keys_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(tiles * p.kv_heads * p.batch)), dim3(kThreads), kBytes, stream,
-         g, terms, is_packed(g.grad_k, p) && is_packed(g.grad_v, p));
+  launch("attention_backward", grad_keys_kernel<T, kHeadDim>, tiles * p.kv_heads * p.batch,
+         kThreads, kBytes, stream, g, terms, is_packed(g.grad_k, p) && is_packed(g.grad_v, p));
 }
 
 }  // namespace

@@ -108,9 +108,8 @@ void run(const AttentionBackwardParams& g, const RowTerms& terms, cudaStream_t s
   const AttentionParams& p = g.forward;
   constexpr size_t kBytes = sizeof(T) * (2 * kRows + 4 * kTileKeys<kHeadDim>)*kTileStride<kHeadDim>;
   static_assert(kBytes <= kSharedBytesEverywhere);
-  launch("attention_backward", grad_queries_kernel<T, kHeadDim>,
-         dim3(static_cast<unsigned>(row_tiles(p, kRows))), dim3(kThreads), kBytes, stream, g, terms,
-         is_packed(g.grad_q, p));
+  launch("attention_backward", grad_queries_kernel<T, kHeadDim>, row_tiles(p, kRows), kThreads,
+         kBytes, stream, g, terms, is_packed(g.grad_q, p));
 }
 
 }  // namespace

@@ -33,8 +33,7 @@ void write_idle(const AttentionParams& p, cudaStream_t stream) {
   if (every) return;
   for_dtype(p.dtype, [&](auto zero) {
     launch("attention", idle_kernel<decltype(zero)>,
-           dim3(static_cast<unsigned>(ceil_div<int64_t>(p.batch * p.heads * p.queries, kWarps))),
-           dim3(32 * kWarps), 0, stream, p);
+           ceil_div<int64_t>(p.batch * p.heads * p.queries, kWarps), 32 * kWarps, 0, stream, p);
   });
 }
 

@@ -45,9 +45,8 @@ LONGROPE_MAX_REGISTERS(key_table_kernel, 64)
 void fill_key_table(const RopeParams& k, const KeyTable& table, float* out, cudaStream_t stream) {
   const int64_t tiles = ceil_div<int64_t>(k.tokens, kTokens);
   if (tiles == 0) return;
-  launch("attention", key_table_kernel, dim3(static_cast<unsigned>(k.batch * tiles)),
-         dim3(kThreads), frequency_bytes(k), stream, k, table, out, frequency_sets(k),
-         static_cast<unsigned>(tiles));
+  launch("attention", key_table_kernel, k.batch * tiles, kThreads, frequency_bytes(k), stream, k,
+         table, out, frequency_sets(k), static_cast<unsigned>(tiles));
 }
 
 }  // namespace cuda

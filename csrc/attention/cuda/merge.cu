@@ -62,10 +62,8 @@ void run(const AttentionMergeParams& p, cudaStream_t stream) {
       static_cast<int>(std::clamp<int64_t>(ceil_div<int64_t>(p.head_dim, kCount), 1, kThreads));
   const int rows = static_cast<int>(std::min<int64_t>(kThreads / units, p.queries));
   const int64_t tiles = ceil_div<int64_t>(p.queries, rows);
-  launch("merge_attention", merge_kernel<T, kCount>,
-         dim3(static_cast<unsigned>(p.batch * p.heads * tiles)),
-         dim3(ceil_div(rows * units, 32) * 32), 0, stream, p, static_cast<unsigned>(tiles), rows,
-         units);
+  launch("merge_attention", merge_kernel<T, kCount>, p.batch * p.heads * tiles,
+         ceil_div(rows * units, 32) * 32, 0, stream, p, static_cast<unsigned>(tiles), rows, units);
 }
 
 }  // namespace

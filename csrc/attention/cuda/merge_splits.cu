@@ -74,8 +74,7 @@ LONGROPE_MAX_REGISTERS(merge_splits_kernel, 48)
 void merge_splits(const AttentionParams& p, const Splits& splits, cudaStream_t stream) {
   const int64_t rows = p.batch * p.heads * p.queries;
   for_dtype(p.dtype, [&](auto zero) {
-    launch("attention", merge_splits_kernel<decltype(zero)>, dim3(static_cast<unsigned>(rows)),
-           dim3(kThreads), 0, stream, p, splits);
+    launch("attention", merge_splits_kernel<decltype(zero)>, rows, kThreads, 0, stream, p, splits);
   });
 }
 

@@ -44,8 +44,8 @@ void row_terms(const AttentionBackwardParams& g, const RowTerms& terms, cudaStre
   const AttentionParams& p = g.forward;
   for_dtype(p.dtype, [&](auto zero) {
     launch("attention_backward", row_terms_kernel<decltype(zero)>,
-           dim3(static_cast<unsigned>(ceil_div<int64_t>(p.batch * p.heads * p.queries, kWarps))),
-           dim3(32 * kWarps), 0, stream, g, terms);
+           ceil_div<int64_t>(p.batch * p.heads * p.queries, kWarps), 32 * kWarps, 0, stream, g,
+           terms);
   });
 }
 

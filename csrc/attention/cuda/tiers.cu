@@ -86,8 +86,8 @@ LONGROPE_MAX_REGISTERS(tiers_kernel, 64)
 void plan_steps(const AttentionParams& p, const Steps& steps, int count, cudaStream_t stream) {
   const AttentionRotation& rotation = *p.rotation;
   const size_t bytes = sizeof(int) * static_cast<size_t>(rotation.q.turn.tiers + 1);
-  launch("attention", tiers_kernel, dim3(static_cast<unsigned>(p.batch)), dim3(kThreads), bytes,
-         stream, p, rotation.q, rotation.limits, count, steps);
+  launch("attention", tiers_kernel, p.batch, kThreads, bytes, stream, p, rotation.q,
+         rotation.limits, count, steps);
 }
 
 }  // namespace cuda

@@ -149,16 +149,30 @@ inline int capability() {
 #endif
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...). Throws std::runtime_error with the
+// Blocks along x and y, of which any device takes so many.
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostBlocksAlongY = (1 << 16) - 1;
+struct Grid {
+  Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+  int64_t x, y;
+};
+
+// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). Throws std::runtime_error with the
 // kernel's name when the launch is refused.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   const size_t most = shared_bytes > kSharedBytesUnasked ? most_shared_bytes() : shared_bytes;
   if (shared_bytes > most) {
     throw std::runtime_error(std::string(name) + ": expected a device whose blocks get " +
                              std::to_string(shared_bytes) + " bytes of shared memory, got " +
                              std::to_string(most));
+  }
+  if (grid.x > kMostBlocks || grid.y > kMostBlocksAlongY) {
+    throw std::runtime_error(std::string(name) + ": expected at most " +
+                             std::to_string(kMostBlocks) + " by " +
+                             std::to_string(kMostBlocksAlongY) + " blocks, got " +
+                             std::to_string(grid.x) + " by " + std::to_string(grid.y));
   }
 #ifdef __CUDACC__
   cudaError_t error = cudaSuccess;
@@ -167,7 +181,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+    kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
     error = cudaGetLastError();
   }
   if (error != cudaSuccess) {
@@ -175,7 +190,10 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   }
 #else
   (void)stream;
-  emulation::run_grid({name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+  emulation::run_grid({name,
+                       {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1},
+                       {static_cast<unsigned>(threads), 1, 1},
+                       shared_bytes},
                       [&] { kernel(arguments...); });
 #endif
 }

@@ -45,8 +45,7 @@ LONGROPE_MAX_REGISTERS(candidate_sums_kernel, 40)
 
 void candidate_sums_cuda(const CandidateSumsParams& params, void* stream) {
   if (params.candidates == 0) return;
-  cuda::launch("candidate_sums", cuda::candidate_sums_kernel,
-               dim3(static_cast<unsigned>(params.candidates)), dim3(cuda::kThreads), 0,
+  cuda::launch("candidate_sums", cuda::candidate_sums_kernel, params.candidates, cuda::kThreads, 0,
                static_cast<cudaStream_t>(stream), params);
 }
 

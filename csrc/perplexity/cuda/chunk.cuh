@@ -16,8 +16,8 @@ __device__ __forceinline__ int64_t row_of_warp() {
 template <typename... Parameters, typename... Arguments>
 void launch_rows(const char* name, void (*kernel)(Parameters...), int64_t rows, void* stream,
                  const Arguments&... arguments) {
-  launch(name, kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(rows, kRowsPerBlock))),
-         dim3(32 * kRowsPerBlock), 0, static_cast<cudaStream_t>(stream), arguments...);
+  launch(name, kernel, ceil_div<int64_t>(rows, kRowsPerBlock), 32 * kRowsPerBlock, 0,
+         static_cast<cudaStream_t>(stream), arguments...);
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }

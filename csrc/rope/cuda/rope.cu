@@ -136,9 +136,8 @@ void run(const RopeParams& p, cudaStream_t stream) {
   const int threads = std::min(kThreads, ceil_div(tiling.tokens * tiling.units, 32) * 32);
   tiling.q_chunks = static_cast<int>(ceil_div<int64_t>(p.q.heads, kHeadsPerBlock));
   const int64_t chunks = tiling.q_chunks + ceil_div<int64_t>(p.k.heads, kHeadsPerBlock);
-  launch("rope", rope_kernel<T, kCount>,
-         dim3(static_cast<unsigned>(p.batch * tiling.tiles), static_cast<unsigned>(chunks)),
-         dim3(threads), frequency_bytes(p), stream, p, tiling);
+  launch("rope", rope_kernel<T, kCount>, {p.batch * tiling.tiles, chunks}, threads,
+         frequency_bytes(p), stream, p, tiling);
 }
 
 template <typename T>

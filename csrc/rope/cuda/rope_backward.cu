@@ -173,8 +173,7 @@ void run(const RopeBackwardParams& params, cudaStream_t stream) {
   const RopeParams& p = params.forward;
   const Tiling t = tiling_of(p, kCount);
   const size_t slots = static_cast<size_t>(t.lanes) * t.units * kCount * (t.has_base ? 2 : 1);
-  launch("rope_backward", rope_backward_kernel<T, kCount>,
-         dim3(static_cast<unsigned>(p.batch * t.blocks), t.chunks), dim3(kThreads),
+  launch("rope_backward", rope_backward_kernel<T, kCount>, {p.batch * t.blocks, t.chunks}, kThreads,
          (slots + kThreads) * sizeof(double) + frequency_bytes(p), stream, params, t);
 }
 

@@ -271,8 +271,8 @@ void run(const AttentionParams& p, cudaStream_t stream) {
   using Size = ForwardTile<kHeadDim>;
   constexpr size_t kBytes = kBytesOf<ForwardShared<kHeadDim>>;
   const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
-  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, dim3(static_cast<unsigned>(tiles)),
-         dim3(Size::kThreads), kBytes, stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
+  launch("attention_sm90", attention_sm90_kernel<T, kHeadDim>, tiles, Size::kThreads, kBytes,
+         stream, p, map_of(p.q, p, p.heads, p.queries, Size::kRows),
          map_of(p.k, p, p.kv_heads, p.keys, Size::kKeys),
          map_of(p.v, p, p.kv_heads, p.keys, Size::kKeys), is_packed(p.out, p));
 }

@@ -271,9 +271,9 @@ void grad_keys_sm90(const AttentionBackwardParams& g, const RowTerms& terms, cud
   sm90::for_kernel(p, [&](auto type, auto size, auto softcap) {
     using Shared = sm90::Shared<size.value>;
     launch("attention_backward_sm90",
-           sm90::grad_keys_sm90_kernel<decltype(type), size.value, softcap.value>,
-           dim3(static_cast<unsigned>(tiles)), dim3(sm90::kThreads), sm90::kBytesOf<Shared>, stream,
-           g, sm90::GradMaps(g, sm90::kRows, sm90::kKeys), terms,
+           sm90::grad_keys_sm90_kernel<decltype(type), size.value, softcap.value>, tiles,
+           sm90::kThreads, sm90::kBytesOf<Shared>, stream, g,
+           sm90::GradMaps(g, sm90::kRows, sm90::kKeys), terms,
            is_packed(g.grad_k, p) && is_packed(g.grad_v, p));
   });
 }

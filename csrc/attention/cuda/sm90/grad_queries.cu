@@ -224,9 +224,9 @@ void grad_queries_sm90(const AttentionBackwardParams& g, const RowTerms& terms,
     using Shared = sm90::Shared<size.value>;
     const int64_t tiles = ceil_div<int64_t>(p.queries, Size::kRows) * p.heads * p.batch;
     launch("attention_backward_sm90",
-           sm90::grad_queries_sm90_kernel<decltype(type), size.value, softcap.value>,
-           dim3(static_cast<unsigned>(tiles)), dim3(Size::kThreads), sm90::kBytesOf<Shared>, stream,
-           g, sm90::GradMaps(g, Size::kRows, sm90::kKeys), terms, is_packed(g.grad_q, p));
+           sm90::grad_queries_sm90_kernel<decltype(type), size.value, softcap.value>, tiles,
+           Size::kThreads, sm90::kBytesOf<Shared>, stream, g,
+           sm90::GradMaps(g, Size::kRows, sm90::kKeys), terms, is_packed(g.grad_q, p));
   });
 }
 
