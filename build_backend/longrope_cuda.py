@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,8 @@ def builds_sm90() -> bool:
 def compile_sm90(root: Path, folder: Path) -> list[str]:
     """Compile csrc/*/cuda/sm90/*.cu, unless they are up to date; the object files in `folder`.
 
+    Beside each lies the command that made it: another one makes it again.
+
     For sm_90a alone, as no other architecture has their instructions: torch compiles all sources of
     an extension for the same list. They know nothing of torch.
     """
@@ -120,13 +123,17 @@ def compile_sm90(root: Path, folder: Path) -> list[str]:
     for source in sorted((root / "csrc").glob("*/cuda/sm90/*.cu")):
         target = folder / f"{source.parents[2].name}-{source.stem}.o"
         objects.append(str(target))
-        if target.exists() and target.stat().st_mtime > changed:
-            continue
         command = [
             nvcc, "-std=c++17", "-O3", f"-I{root / 'csrc'}", *SM90_FLAGS, *host,
             "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source, "-o", target,
         ]  # fmt: skip
+        made_by, line = target.with_suffix(".command"), shlex.join(map(str, command))
+        current = target.exists() and target.stat().st_mtime > changed
+        if current and made_by.exists() and made_by.read_text() == line:
+            continue
+        made_by.unlink(missing_ok=True)
         subprocess.run(command, check=True)
+        made_by.write_text(line)
     return objects
 
 

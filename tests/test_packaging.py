@@ -309,6 +309,14 @@ def test_kernels_of_9_0_are_compiled_for_it_alone_and_where_something_changed(
         assert re.findall(r"-gencode=\S+", command) == ["-gencode=arch=compute_90a,code=sm_90a"]
         assert "-ccbin" not in command
 
+    os.utime(source, (0, 0))
+    cuda_build.compile_sm90(tmp_path, tmp_path / "objects")
+    monkeypatch.setattr(cuda_build, "SM90_FLAGS", (*cuda_build.SM90_FLAGS, "-lineinfo"))
+    for _ in range(2):
+        cuda_build.compile_sm90(tmp_path, tmp_path / "objects")
+    asked = (tmp_path / "bin" / "nvcc.log").read_text().splitlines()
+    assert ["-lineinfo" in command for command in asked] == [False, False, False, True]
+
 
 def test_kernels_of_9_0_have_the_host_compiler_of_the_others(
     cuda_build, toolkit, tmp_path, monkeypatch

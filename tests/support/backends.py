@@ -72,8 +72,9 @@ def names() -> list[str]:
 
 
 def wgmma_names() -> list[str]:
-    """Every backend of this machine with the attention kernel of compute capability 9.0."""
-    has = "cuda" in names() and torch.cuda.get_device_capability() == (9, 0)
+    """Every backend of this machine that has the attention kernel of compute capability 9.0."""
+    built = "cuda" in names() and _C.build_info()["wgmma"]
+    has = built and torch.cuda.get_device_capability() == (9, 0)
     return ["emulated-wgmma", *(["cuda-wgmma"] if has else [])]
 
 
