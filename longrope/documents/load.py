@@ -34,10 +34,10 @@ def load_data(
     """Read documents of token ids from files and folders.
 
     A text file is one document. A `.jsonl`, `.ndjson`, `.json`, `.parquet` or `.arrow` file is one
-    document per line, element or row; `.npy` and `.bin` files hold token ids. Any of them may be
-    compressed (gzip, bzip2, xz, zstd). A folder is all of these in the order of their paths,
-    sub-folders and links included; also one that `datasets` has written, or the hub's cache. What
-    is left out is counted and named in one warning. See docs/data.md for the formats.
+    document per line, element or row; `.npy` and `.bin` files hold token ids. All but these
+    two may be compressed (gzip, bzip2, xz, zstd). A folder is all of these in the order of their
+    paths, sub-folders and links included; also one that `datasets` has written, or the hub's cache.
+    What is left out is counted and named in one warning. See docs/data.md for the formats.
 
     Parameters
     ----------

@@ -239,7 +239,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
     Its own where the processor multiplies in it: bfloat16 with AVX512-BF16 or AMX is twice as fast
     as float32 (measured on an AMD EPYC of Zen 4). Elsewhere every product widens its factors anew,
-    and float32 is faster: docs/benchmarks.md has the figures of a Zen 3. Float32 holds all values
+    and float32 is faster: docs/benchmarks.md has figures of AVX2 alone. Float32 holds all values
     of both, so results are comparable: they differ by the rounding of activations alone. Where
     float32 weights would take more than half of the free memory, the model stays as it is.
     """
