@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, append, saved, where
-from search_comparison import clock, load, measured, parser
+from search_comparison import EXCERPTS, clock, load, measured, parser
 
 import longrope
 from longrope.factors.tiers import ladder_targets
@@ -49,9 +49,10 @@ def model_name(args: argparse.Namespace) -> str:
 
 def budget(args: argparse.Namespace) -> str:
     """Return what rows say of the searches."""
+    excerpts = "" if args.excerpts == EXCERPTS else f"; {args.excerpts} excerpts"
     return (
         f"{args.steps} steps; {args.samples} windows; {args.ratio}x; start tokens "
-        f"{args.start_tokens}"
+        f"{args.start_tokens}{excerpts}"
     )
 
 
@@ -95,7 +96,8 @@ def one_seed(model: torch.nn.Module, documents, seed: int, args) -> Iterator[dic
             continue
         started, out = clock(), None
         if args.runs is not None:
-            out = args.runs / f"{model_name(args)}-{seed}-{'ladder' if ladder else 'set'}"
+            some = "" if args.excerpts == EXCERPTS else f"{args.excerpts}-"
+            out = args.runs / f"{model_name(args)}-{some}{seed}-{'ladder' if ladder else 'set'}"
         result = longrope.search(
             model, searched, validation=validation, target_length=length, seed=seed,
             samples=args.samples, steps=args.steps, start_tokens=start_tokens, ladder=ladder,

@@ -66,6 +66,8 @@ HEAD = """\
 | less to Algorithm 1's end: passes, seconds | test perplexity | better than Algorithm 1 |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""
 FILE = RESULTS / "search_comparison.csv"
+#: To search on, in most of the rows.
+EXCERPTS = 24
 
 
 def parser(description: str, samples: int) -> argparse.ArgumentParser:
@@ -75,7 +77,7 @@ def parser(description: str, samples: int) -> argparse.ArgumentParser:
     p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
     p.add_argument("--ratio", type=int, default=8, help="target over original length, up to 8")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    p.add_argument("--excerpts", type=int, default=24, help="excerpts to search on")
+    p.add_argument("--excerpts", type=int, default=EXCERPTS, help="excerpts to search on")
     p.add_argument("--validation-excerpts", type=int, default=8, help="held out in the search")
     p.add_argument("--samples", type=int, default=samples, help="search windows")
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
