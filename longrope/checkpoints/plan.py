@@ -17,6 +17,7 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import RopeSettings, rope_settings
 from longrope.patching.apply import check_fit, check_windows
 from longrope.patching.families import decoder
+from longrope.patching.layers import check_heads
 
 #: What a float32 reader has in the place of an infinite lambda: its pair does not turn.
 HUGE = 1e30
@@ -78,6 +79,8 @@ def plan_export(
     tiers = _tiers(settings, factors)
     last = tiers[-1]
     check_fit(settings, tiers)
+    for tier in tiers:
+        check_heads(decoder(model), tier)
     if last.target_length <= settings.original_length:
         raise ValueError(
             "factors: expected a target_length beyond the model's window of "

@@ -74,10 +74,12 @@ class PerHead:
     def layer(self, index: int) -> RescaleFactors:
         """Return the factors of one layer: lambdas `[1, Hk, R/2]`, or `[R/2]` where heads share.
 
-        Factors for all layers alike are returned as they are.
+        Factors for all layers alike are returned as they are. `IndexError` where there is no layer
+        of that number.
         """
         if not self.per_head:
             return self
+        index = range(self.heads[0])[index]
         if self.heads[1] == 1:
             factor = float(self.attention_factor[index, 0])
             return self.replace(lambdas=self.lambdas[index, 0], attention_factor=factor)
@@ -104,6 +106,19 @@ class PerHead:
         set that their search began with (docs/heads.md).
         """
         return self.mean() if self.shared is None else self.shared.factors
+
+    def _known_set(self) -> RescaleFactors | None:
+        """Return the set for all layers and heads, where one was found."""
+        if not self.per_head:
+            return self
+        return None if self.shared is None else self.shared.factors
+
+    def _shared_times(self, other: RescaleFactors) -> Shared | None:
+        """Return what a product knows of one set: that of sets which both factors know."""
+        ours, theirs = self._known_set(), other._known_set()
+        if ours is None or theirs is None or not (self.per_head or other.per_head):
+            return None
+        return Shared(ours * theirs)
 
     def spread(self, layers: int, heads: int) -> RescaleFactors:
         """Return the same factors with lambdas `[layers, heads, R/2]`.

@@ -122,7 +122,7 @@ class RescaleFactors(PerHead, Baselines):
         Lambdas, ratios and attention factors multiply. The original length is that of `f`, the
         start tokens are those of `g`. The lengths need not meet: a target that the ratios put
         between two whole tokens is rounded. The stages must have the same `rope_theta` and
-        `rotary_dim`.
+        `rotary_dim`. Where both know a set for all layers and heads, so does the product.
         """
         if not isinstance(other, RescaleFactors):
             return NotImplemented
@@ -144,6 +144,7 @@ class RescaleFactors(PerHead, Baselines):
             start_tokens=other.start_tokens,
             attention_factor=one.attention_factor * two.attention_factor,
             target_length=max(1, (2 * product + original) // (2 * original)),
+            shared=self._shared_times(other),
         )
 
     def _key(self) -> tuple:

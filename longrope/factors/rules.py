@@ -135,13 +135,14 @@ def dynamic_ntk_ratio(ratio: float, factor: float) -> float:
 def cope_lambdas(
     lambdas: np.ndarray, inv_freq: np.ndarray, original_length: int, pairs: int | None
 ) -> np.ndarray:
-    """Return lambdas over `(1 + cos(linspace(0, pi, n))) / 2` for the `n` slowest pairs, `[R/2]`.
+    """Return lambdas over `(1 + cos(linspace(0, pi, n))) / 2` for the `n` slowest pairs.
 
-    `inv_freq` are the unrescaled frequencies, which say the pairs where `pairs` is None.
+    In the shape of `lambdas`, `[R/2]` or `[L, Hk, R/2]`. `inv_freq` are the unrescaled frequencies,
+    which say the pairs where `pairs` is None.
     """
     if pairs is None:
         pairs = int(np.count_nonzero(2 * math.pi > original_length * inv_freq))
     taper = np.ones_like(lambdas)
-    taper[len(lambdas) - pairs :] = (1 + np.cos(np.linspace(0, math.pi, pairs))) / 2
+    taper[..., lambdas.shape[-1] - pairs :] = (1 + np.cos(np.linspace(0, math.pi, pairs))) / 2
     with np.errstate(divide="ignore"):
         return lambdas / taper

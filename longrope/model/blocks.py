@@ -103,6 +103,15 @@ class Pass:
         return states
 
 
+def check_shared(tiers: Tiers) -> None:
+    """Refuse factors by layer and head, for which `rotations` has no place."""
+    if any(tier.per_head for tier in tiers):
+        raise ValueError(
+            "tiers: expected factors for all layers and heads alike, got those of each; take their "
+            "one_set(), or longrope.apply them to the Hugging Face model, `llama`"
+        )
+
+
 def rotations(tiers: Tiers, length: int, device: torch.device) -> Rotations:
     """Return the rotations of a sequence of `length` tokens under tiers by position.
 
@@ -112,11 +121,6 @@ def rotations(tiers: Tiers, length: int, device: torch.device) -> Rotations:
     def of_tiers(values: Iterable[object], dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.stack(list(values)), dtype=dtype, device=device)
 
-    if any(tier.per_head for tier in tiers):
-        raise ValueError(
-            "tiers: expected factors for all layers and heads alike, got those of each; take their "
-            "mean(), or apply them to the Hugging Face model"
-        )
     positions = torch.arange(length, device=device)
     shared = {
         "inv_freq": of_tiers((tier.inv_freq() for tier in tiers), torch.float64),

@@ -17,6 +17,7 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
 
 if TYPE_CHECKING:
+    from longrope.factor_search.history import SearchResult
     from longrope.model.standalone import LongRoPEModel
 
 #: Documents whose first windows decide between a searched tier and the one on the way.
@@ -37,6 +38,7 @@ def tiers_for(
         )
     if method is not None:
         _validation.choice("method", method, (*METHODS, "yarn"))
+    _check_per(options)
     if method == "yarn" and options:
         raise ValueError(
             f"{next(iter(options))}: expected no options of a search with method='yarn'"
@@ -54,7 +56,10 @@ def tiers_for(
         factors = RescaleFactors.yarn(**model.rope.lengths(target_length))
     else:
         documents = _long_documents(model, data, target_length)
-        factors = _search(model, documents, target_length, options | {"method": method})
+        found = _search(model, documents, target_length, options | {"method": method})
+        if found.tiers is not None:
+            return found.tiers
+        factors = found.factors
     return factors.ladder(loaded=model.rope.loaded)
 
 
@@ -67,6 +72,7 @@ def recovered(
         raise ValueError(
             "model: expected tiers by position (extend_context first), got a single one"
         )
+    _check_per(options)
     if lengths is None:
         lengths = [2 * base] if 2 * base < target else []
     if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Iterable):
@@ -90,7 +96,7 @@ def recovered(
         documents = _long_documents(model, data, length)
         out = options.get("out")
         run = options if out is None else options | {"out": Path(out) / str(length)}
-        found = _search(model, documents, length, run)
+        found = _search(model, documents, length, run).factors
         others = [tier for tier in tiers if tier.target_length != length]
         begin = max(tier.target_length for tier in others if tier.target_length < length)
         with_it = Tiers([*others, found])
@@ -100,6 +106,15 @@ def recovered(
         )
         tiers = with_it if then < now else tiers
     return tiers
+
+
+def _check_per(options: dict[str, Any]) -> None:
+    """Refuse factors by layer or head, which the model's own forward pass cannot turn by."""
+    if options.get("per", "model") != "model":
+        raise ValueError(
+            "per: expected 'model', the factors that LongRoPEModel runs with, got "
+            f"{options['per']!r}; longrope.search on its `llama` finds the others"
+        )
 
 
 def _checked(model: LongRoPEModel, data: Any, least: int = 1) -> list[Any]:
@@ -117,12 +132,12 @@ def _long_documents(model: LongRoPEModel, data: Any, length: int) -> list[Any]:
 
 def _search(
     model: LongRoPEModel, documents: list[Any], length: int, options: dict[str, Any]
-) -> RescaleFactors:
-    """Search factors on the model before any extension; its tiers are in force again afterwards."""
+) -> SearchResult:
+    """Search on the model before any extension; its tiers are in force again afterwards."""
     options = {name: value for name, value in options.items() if value is not None}
     remove(model.llama)
     try:
-        return search(model.llama, documents, target_length=length, **options).factors
+        return search(model.llama, documents, target_length=length, **options)
     finally:
         model.set_tiers(model.tiers)
 

@@ -146,15 +146,18 @@ class LongRoPEModel(nn.Module):
     ) -> LongRoPEModel:
         """Use other tiers, or one set of factors for every position; None: the base window alone.
 
-        In place; returns the model, in eval mode. Raises `ValueError` for factors of another model.
+        In place; returns the model, in eval mode. Raises `ValueError` for factors of another model
+        and for those by layer or head.
         """
         base = Tiers([self.rope.loaded])
         if factors is None or factors == base:
             remove(self.llama)
             self.tiers = base
         else:
-            apply(self.llama, factors)
-            self.tiers = factors if isinstance(factors, Tiers) else Tiers(factors)
+            tiers = factors if isinstance(factors, Tiers) else Tiers(factors)
+            blocks.check_shared(tiers)
+            apply(self.llama, tiers)
+            self.tiers = tiers
         return self.eval()
 
     # --- the forward pass -------------------------------------------------------------------------

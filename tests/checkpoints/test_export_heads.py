@@ -42,6 +42,14 @@ def test_readers_get_the_mean_and_load_the_tiers(own, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_heads_of_another_model_are_refused(own, tmp_path):
+    other = own.layer(0)
+    other = other.replace(lambdas=np.repeat(other.lambdas, 3, 0), attention_factor=np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"factors: expected lambdas \[2, 2 or 1, R/2\]"):
+        longrope.export(tiny_models.build(), tmp_path / "other", other)
+    assert not (tmp_path / "other").exists()
+
+
 def test_readers_get_the_set_that_the_search_began_with(own, tmp_path):
     """From the factors, and from their file; the warning and the card say what it costs."""
     shared = tiny_models.factors("ntk", attention_factor=1.1)

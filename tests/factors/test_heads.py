@@ -62,6 +62,18 @@ def test_one_layer():
     assert by_layer.lambdas.shape == (8,)
     assert isinstance(by_layer.attention_factor, float)
     assert SHARED.layer(5) is SHARED
+    for factors in (made, own(heads=1)):
+        assert factors.layer(-1) == factors.layer(len(factors.lambdas) - 1)
+        with pytest.raises(IndexError):
+            factors.layer(len(factors.lambdas))
+
+
+def test_cope_tapers_every_head():
+    made = own()
+    tapered = made.cope(3)
+    for layer, head in np.ndindex(made.heads):
+        one = SHARED.replace(lambdas=made.lambdas[layer, head]).cope(3)
+        np.testing.assert_array_equal(tapered.lambdas[layer, head], one.lambdas)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -133,8 +145,17 @@ def test_the_set_that_a_search_began_with(tmp_path):
         assert again.shared == beside
     for changed in (made.mean(), made.layer(0), made.spread(3, 2), made.replace(start_tokens=1)):
         assert changed.shared is None
-    for product in (made * SHARED, made.ladder()[1]):
-        assert product.shared is None
+    assert made.ladder()[1].shared is None
+
+
+def test_products_know_the_product_of_the_sets():
+    """Where both know one: its perplexity was never measured."""
+    made, other = own().replace(shared=Shared(SHARED, 2.75, 2.5)), own(seed=1)
+    assert (made * SHARED).shared == Shared(SHARED * SHARED)
+    assert (SHARED * made).shared == Shared(SHARED * SHARED)
+    both = made * other.replace(shared=Shared(SHARED))
+    assert both.one_set() == SHARED * SHARED
+    assert (made * other).shared is None and (SHARED * SHARED).shared is None
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,29 @@ def test_yarn_that_is_asked_for_needs_no_data_and_no_warning():
     assert model.tiers.limits == (BASE, 2 * BASE, TARGET)
 
 
+def test_a_ladder_is_the_one_that_was_searched(trained, documents, one_thread):
+    long = documents[2:]
+    found = longrope.search(trained.llama, long, target_length=TARGET, ladder=True, **QUICK)
+    model = trained.extend_context(long, TARGET, ladder=True, **QUICK)
+    assert model.tiers == found.tiers
+    assert found.tiers != found.factors.ladder(loaded=model.rope.loaded)
+
+
+def test_factors_by_head_are_refused_before_anything_is_searched(trained, documents, tmp_path):
+    run = {"per": "head", "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"per: expected 'model'.* got 'head'"):
+        trained.extend_context(documents, TARGET, **run)
+    trained.extend_context(None, TARGET, method="yarn")
+    with pytest.raises(ValueError, match=r"per: expected 'model'.* got 'head'"):
+        trained.recover_short_context(documents, **run)
+    assert not (tmp_path / "run").exists()
+    before = trained.tiers
+    by_head = RescaleFactors.yarn(**trained.rope.lengths(TARGET)).spread(2, 2)
+    with pytest.raises(ValueError, match=r"tiers: expected factors for all .* one_set\(\)"):
+        trained.set_tiers(by_head)
+    assert trained.tiers == before
+
+
 def test_fit_lowers_the_loss_and_repeats(documents, one_thread, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = torch.from_numpy(documents[3][:BASE].astype(np.int64))[None]

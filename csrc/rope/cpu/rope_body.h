@@ -33,6 +33,15 @@ inline __attribute__((always_inline)) void for_heads_and_tokens(const RopeTensor
   }
 }
 
+// Whether all rows of the batch turn by the same frequencies.
+inline bool rows_share_frequencies(const RopeParams& p) {
+  const auto shared = [](const RopeFrequencies& f) {
+    return f.inv_freq_stride == 0 && f.base_inv_freq_stride == 0 && !f.start_tokens_rows &&
+           !f.tier_rows;
+  };
+  return shared(p.turn) && shared(p.undo);
+}
+
 // The memory of one thread.
 template <typename T>
 class RopeScratch {
@@ -48,9 +57,10 @@ class RopeScratch {
 
   RopeScratch(const RopeParams& p, bool gradients) : memory_(carve(nullptr, p, gradients)) {
     carve(memory_, p, gradients);
+    const int64_t tokens = p.tokens * (rows_share_frequencies(p) ? p.batch : 1);
     for (int64_t group = 0; kSpaced && group < p.groups; ++group) {
       float* const memory = turns_ + group * SpacedRuns::floats(p.pairs);
-      spaced[group] = SpacedRuns(memory, p.pairs, p.tokens);
+      spaced[group] = SpacedRuns(memory, p.pairs, tokens);
     }
   }
 
@@ -127,33 +137,29 @@ void rotate_block(const RopeParams& p, const RopeTensor& in, const RopeTensor& o
       });
 }
 
-// Whether all rows of the batch turn alike.
-inline bool rows_share_table(const RopeParams& p) {
-  const auto shared = [](const RopeFrequencies& f) {
-    return f.inv_freq_stride == 0 && f.base_inv_freq_stride == 0 && !f.start_tokens_rows &&
-           !f.tier_rows;
-  };
-  return shared(p.turn) && shared(p.undo) && p.positions_batch_stride == 0;
-}
-
 // Calls visit(row, block's first token, its tokens) for items [begin, end), with the tables made. A
-// block's rows follow one another, so that rows which turn alike share its tables.
+// block's rows follow one another where they share frequencies, so that they share its tables too
+// where their positions are the same; else a row's blocks do, whose frequencies are made once.
 //
 // slot(pairs, i) is where pair i stands in a table.
 template <typename T, typename Slot, typename Visit>
 void for_items(const RopeParams& p, const RopeScratch<T>& scratch, int64_t begin, int64_t end,
                bool with_factor, const Slot& slot, const Visit& visit) {
   const int64_t block_tokens = rope_block_tokens(p);
-  const bool share = rows_share_table(p) && !(with_factor && p.attention_factor_rows);
+  const bool alike = rows_share_frequencies(p);
+  const bool share =
+      alike && p.positions_batch_stride == 0 && !(with_factor && p.attention_factor_rows);
+  const int64_t blocks = ceil_div(p.tokens, block_tokens);
   int64_t frequencies_row = -1, table_block = -1;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item / p.batch, row = item % p.batch;
+    const int64_t block = alike ? item / p.batch : item % blocks;
+    const int64_t row = alike ? item % p.batch : item / blocks;
     const RowTiers tiers = tiers_of(p, row);
     if (stays(p, tiers)) continue;
     const int64_t first = block * block_tokens;
     const int64_t count = p.tokens - first < block_tokens ? p.tokens - first : block_tokens;
     if (!(share && block == table_block)) {
-      const bool known = rows_share_table(p) ? frequencies_row >= 0 : frequencies_row == row;
+      const bool known = alike ? frequencies_row >= 0 : frequencies_row == row;
       for (int64_t group = 0; group < p.groups; ++group) {
         const RopeParams& part = p.groups == 1 ? p : group_of(p, group);
         uint64_t* const frequencies = scratch.frequencies + group * 4 * p.pairs;

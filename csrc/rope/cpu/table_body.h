@@ -124,9 +124,10 @@ class SpacedRuns {
 
   static int64_t floats(int64_t pairs) { return 2 * (kSpacing + 1) * pairs; }
 
-  // `memory` of floats(pairs); `tokens` that are to come tell whether to keep all turns.
+  // `memory` of floats(pairs); `tokens` that are to come by the same frequencies tell whether to
+  // keep all turns.
   SpacedRuns(float* memory, int64_t pairs, int64_t tokens)
-      : memory_(memory), pairs_(pairs), keep_(tokens >= 2 * kSpacing) {}
+      : memory_(memory), pairs_(pairs), keep_(tokens >= kSpacing) {}
 
   // To be called where the numbers behind the pointers to frequencies have changed.
   void forget() { kept_ = nullptr; }
