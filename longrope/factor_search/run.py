@@ -242,7 +242,7 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         data["documents"] = drawn.digest()
     above = None if ladder is None else ladder.as_fields()
     head = header(options, problem, fingerprint(model), data, job.size, above)
-    job.check_same({**head, **options.limits})
+    job.check_same({**head, **options.limits, "per": options.per})
     if job.first:
         warn_of_untested(model)
         warn_of_window(model, problem.target_length)

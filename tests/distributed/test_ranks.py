@@ -102,6 +102,9 @@ def test_ranks_with_other_arguments_are_named_with_the_difference(ranks, size):
     )
     assert errors(ranks, "another seed", size) == [expected] * size
     assert not (ranks.folder("searches", size) / "none").exists()
+    told = errors(ranks, "another per", size)
+    named = expected.replace("seed: 0", 'per: "model"').replace(", 1 on", ', "head" on')
+    assert told == [named] * size
     others = ", ".join(str(rank) for rank in range(1, size))
     for name, key in (("other documents", "data.search"), ("another model", "model")):
         told = errors(ranks, name, size)

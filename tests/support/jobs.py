@@ -89,6 +89,7 @@ def searches(rank: int, size: int, folder: Path) -> dict:
         "one window": search(**DESCENT | {"windows_per_step": 1}),
         "race": search(**RACED, out=folder / "race"),
         "another seed": search(**SMALL, out=folder / "none", seed=seed),
+        "another per": search(**DESCENT, per="head" if rank == size - 1 else "model"),
         "other documents": search(others, **SMALL),
         "another model": search(model=changed, **SMALL),
         "bad on one": search(**SMALL | {"population": population}),
