@@ -142,10 +142,15 @@ class Descent:
         """
         return self._run(start, loss_and_gradient, steps, slow, [range(len(steps))])[0]
 
-    def averages(self, start: Point, loss_and_gradient: LossAndGradient) -> list[Point]:
-        """Take all steps from a point, and return the mean of each segment as `run` does."""
+    def averages(
+        self, start: Point, loss_and_gradient: LossAndGradient, speed: float = 1.0
+    ) -> list[Point]:
+        """Take all steps from a point, and return the mean of each segment as `run` does.
+
+        `speed` multiplies the learning rate.
+        """
         steps = range(self.settings.steps)
-        return self._run(start, loss_and_gradient, steps, 1.0, self.settings.segments)
+        return self._run(start, loss_and_gradient, steps, speed, self.settings.segments)
 
     def _run(
         self,

@@ -52,6 +52,10 @@ POOL = 24
 #: Steps of the last tier, which has half of all tokens, and of those below, in `steps`: so that a
 #: ladder takes no more passes than the search of one set.
 LAST_STEPS, LOWER_STEPS = 1.5, 0.75
+#: The last tier divides its steps among descents at the learning rate times these, and the windows
+#: that decide choose among the points of all: one that is twice as long ends no better, and where
+#: it ends is a matter of luck by 1 % (docs/search.md).
+LAST_SPEEDS = (1.0, 2.0)
 #: Ramps that tiers above the first begin with: those that were best in the first. What a tier leads
 #: to by a power can be far off: with the packaged model at 8 times the window it was 8 % above the
 #: tier's end in perplexity, the best ramp of the first tier 2 %.
@@ -281,7 +285,9 @@ class LadderSearch:
             tier=TierCost(number, begin, end, target, keep),
         )  # fmt: skip
         options = self.ladder.options_of(number, self.options)
-        return Task(problem, options, measurer, for_method, random_windows)
+        last = number == len(self.ladder.problems)
+        speeds = LAST_SPEEDS if last and not stream else (1.0,)
+        return Task(problem, options, measurer, for_method, random_windows, speeds)
 
 
 def _forget(task: Task) -> None:

@@ -48,6 +48,8 @@ class Task:
     random: np.random.Generator
     #: The windows of steps; None with `"evolution"`, which makes none.
     random_windows: RandomWindows | WindowPool | None = None
+    #: The descents of a ladder's tier, which share its steps, by what multiplies the learning rate.
+    speeds: tuple[float, ...] = (1.0,)
 
     @property
     def few(self) -> Role:
@@ -176,6 +178,7 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     the gradient by the free ones.
     """
     problem, settings, space = task.problem, task.options.descent, task.problem.space
+    settings = dataclasses.replace(settings, steps=max(1, settings.steps // len(task.speeds)))
     best_start = _best(starts)
     inside = {c: loss for c, loss in starts.items() if c in space}
     start = _best(inside) if inside else space.snap(
@@ -212,10 +215,14 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
     measured = {c: starts[c] for c in rules.values() if c in starts}
     kept = [rules["yarn"], *([_best(measured)] if measured else []), best_start, start]
     if task.measurer.tier is not None:
-        points = descent.averages(best, loss_and_gradient)
-        for steps, candidate in zip(settings.segments, map(on_grid, points), strict=True):
-            task.measure(task.judge, [candidate], "gradient", steps.stop)
-            kept.append(candidate)
+        for number, speed in enumerate(task.speeds):
+            before = number * settings.steps
+            points = descent.averages(
+                best, lambda point, step, n=before: loss_and_gradient(point, n + step), speed
+            )
+            for steps, candidate in zip(settings.segments, map(on_grid, points), strict=True):
+                task.measure(task.judge, [candidate], "gradient", before + steps.stop)
+                kept.append(candidate)
     else:
         slow = 1.0
         least = task.measure(Role.SEARCH, [start], "start")[start]
