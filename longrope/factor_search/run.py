@@ -79,8 +79,9 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
     the window of the model as loaded, searched one after another from the shortest on. Each has the
     lowest loss on its own range of positions, behind the tiers below, which are fixed by then; the
     tokens below the range go through the model once per window. The budget of candidates is that
-    of each tier; the last takes one and a half times `steps`, the others three quarters. Where YaRN
-    by position is better over all ranges of the deciding windows, it is returned.
+    of each tier; the last takes one and a half times `steps`, in two descents at one and two times
+    the learning rate, the others three quarters. Where YaRN by position is better over all ranges
+    of the deciding windows, it is returned.
 
     A model that has factors or tiers applied, or a scaling in its config, is stage one: candidates
     multiply its lambdas (of tiers the last ones) and lead from its window to the target, the rules
