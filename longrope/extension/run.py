@@ -21,11 +21,10 @@ from longrope.distributed import ranks
 from longrope.documents import as_documents
 from longrope.documents.checks import like
 from longrope.evaluation.modes import vocabulary
-from longrope.evaluation.start import bos_token
 from longrope.extension import folder
 from longrope.extension.beside import finish
+from longrope.extension.checks import check_stages
 from longrope.extension.config import FinetuneConfig
-from longrope.extension.finetune import check_trainable, rows_of
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, Stage
 from longrope.extension.schedules import make_plan
 from longrope.extension.stages import State, Work, for_every_position, run_stage, take_stage
@@ -231,8 +230,7 @@ def prepared(
         )
         kept = given
     kept = like(documents, kept)
-    for stage in plan.stages:
-        _check_stage(model, stage, kept, processes)
+    check_stages(model, plan, kept, processes)
     return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
 
 
@@ -250,22 +248,6 @@ def _held_out(
     chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())
     kept = [document for index, document in enumerate(documents) if index not in chosen]
     return kept, [documents[index] for index in sorted(chosen)]
-
-
-def _check_stage(
-    model: nn.Module, stage: Stage, documents: Sequence[torch.Tensor], processes: int
-) -> None:
-    if isinstance(stage, FinetuneStage):
-        check_trainable(model, stage.config, processes)
-        rows_of(model, documents, stage, bos_token(stage.config.bos, model, documents))
-        return
-    length = stage.lengths[-1] if isinstance(stage, RecoverStage) else stage.length
-    longest = max(map(len, documents), default=0)
-    if longest < length:
-        raise ValueError(
-            f"documents: expected one of at least {length} tokens for stage {stage.name}, got "
-            f"{len(documents)} documents, the longest {longest} tokens"
-        )
 
 
 def _words(stage: Stage) -> str:

@@ -178,11 +178,11 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
         work.job.by_first(lambda: folder.save_weights(state.model, weights))
     # The weights are safe: room for what follows.
     work.job.by_first(lambda: checkpoint.remove_all(place))
-    state.tiers = state.trained = _trained_under(state.model, tiers, stage.config.tiers)
+    state.tiers = state.trained = trained_under(state.model, tiers, stage.config.tiers)
     return {"weights": folder.weights_hash(state.model), "steps": stage.config.steps}
 
 
-def _trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
+def trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
     """Return the tiers by position that weights expect after training."""
     loaded = rope_settings(model).loaded
     if how == "one":
