@@ -11,6 +11,7 @@ from torch import nn
 from longrope.evaluation.start import bos_token
 from longrope.extension.finetune import check_trainable, rows_of
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
+from longrope.extension.recover import check_recoverable
 from longrope.extension.stages import trained_under
 from longrope.factor_search.checks import Asked, asked
 from longrope.factor_search.options import SearchOptions
@@ -63,6 +64,9 @@ def searches(
             if _by_position(stage):
                 with _naming(stage):
                     check_windows(decoder(model), trained)
+        elif isinstance(stage, RecoverStage):
+            with _naming(stage):
+                check_recoverable(model, next(reversed(found.values())), stage.lengths)
         if not isinstance(stage, SearchStage):
             continue
         options = SearchOptions(

@@ -24,7 +24,9 @@ from longrope.extension.folder import digests, weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
-from longrope.patching.apply import factors_kept, rotary_of
+from longrope.patching.apply import check_windows, factors_kept, rotary_of
+from longrope.patching.attention import check_tiered_attention
+from longrope.patching.families import decoder
 from longrope.patching.wrappers import dtype_note
 from longrope.report.recovery import TABLE, TIERS
 from longrope.runs.folder import write_text
@@ -131,6 +133,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
             f"lengths: expected less than the target length of the factors, "
             f"{had[-1].target_length}, got {lengths[-1]}"
         )
+    check_recoverable(model, had, lengths)
     vocab_size = vocabulary(model)
     bos = bos_token("auto", model, documents)
     texts = as_documents(documents, min_length=lengths[-1], vocab_size=vocab_size)
@@ -191,6 +194,17 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
         write_text(Path(options.out) / TABLE, result.table() + "\n")
         report.at_end(Path(options.out))
     return result
+
+
+def check_recoverable(model: nn.Module, tiers: Tiers, lengths: Sequence[int]) -> None:
+    """Raise `ValueError` where a model under some tiers cannot have others for short texts."""
+    if any(tier.per_head for tier in tiers):
+        raise ValueError(
+            "model: expected factors for all layers and heads alike to recover the short context "
+            "of, got those of each; apply one_set() of them first"
+        )
+    check_tiered_attention(decoder(model), "there is no recovery without them")
+    check_windows(decoder(model), Tiers(tiers[-1].replace(target_length=lengths[0])))
 
 
 def _checked_lengths(lengths: Any) -> list[int]:

@@ -72,11 +72,6 @@ class ShortSearch:
         self, model: nn.Module, documents: Sequence[torch.Tensor], had: Tiers, bos: int | None, *,
         steps: int, samples: int, max_lambda: float | None, seed: int, journal: Journal | None,
     ):  # fmt: skip
-        if any(tier.per_head for tier in had):
-            raise ValueError(
-                "model: expected factors for all layers and heads alike to recover the short "
-                "context of, got those of each; apply one_set() of them first"
-            )
         self.model, self.documents, self.had, self.bos = model, documents, had, bos
         self.settings = DescentSettings(steps=steps)
         self.samples, self.seed, self.journal = samples, seed, journal

@@ -60,15 +60,16 @@ def test_such_a_family_is_extended_with_one_set(tmp_path):
     assert result.tiers.limits == (64,)
 
 
-def test_training_by_position_where_no_layer_sees_beyond_the_window(refused):
+def test_tiers_by_position_where_no_layer_sees_beyond_the_window(refused):
     model = families.build("mistral")
     window = longrope.rope_settings(model).loaded_length
     model.config.sliding_window = window
     for layer in model.model.layers:
         layer.self_attn.sliding_window = window
-    stages = [ONE | {"length": 2 * window}, TRAIN | {"length": 2 * window}]
-    message = "stage finetune-2: model: expected a layer that sees beyond the first tier"
-    refused(message, stages, 2 * window, model, texts_of_the_families())
+    for after in (TRAIN | {"length": 2 * window}, {"kind": "recover", "lengths": [window]}):
+        stages = [ONE | {"length": 2 * window}, after]
+        message = f"stage {after['kind']}-2: model: expected a layer that sees beyond the first"
+        refused(message, stages, 2 * window, model, texts_of_the_families())
 
 
 @pytest.mark.parametrize(
