@@ -14,7 +14,7 @@ from longrope import report
 from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors
-from longrope.report.search_data import FACTORS, KIND, SUMMARY, TIERS
+from longrope.report.search_data import FACTORS, KIND, SUMMARY, TIERS, is_finished
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_table, write_text
 
@@ -53,6 +53,7 @@ def write_results(out: Path, result: SearchResult) -> None:
         "forward_passes": sum(e.forward_equivalents for e in history),
         "found": {role: _finite(value) for role, value in found.items()},
         "as_loaded": {role: _finite(value) for role, value in as_loaded.items()},
+        "journal": journal.state(out / JOURNAL),
     }
     write_text(out / SUMMARY, json.dumps(content, indent=1) + "\n")
     report.at_end(out)
@@ -79,9 +80,7 @@ def summary(out: Path) -> dict[str, Any]:
         "target length": problem["target_length"],
         "seed": header["seed"],
         "measured": f"{len(entries) - steps} candidates on windows, {steps} steps",
-        "state": "finished"
-        if (out / FACTORS).exists()
-        else "not finished; the same command resumes",
+        "state": "finished" if is_finished(out) else "not finished; the same command resumes",
     }
     if header.get("ladder"):
         ends = ", ".join(str(end) for end in header["ladder"]["targets"])

@@ -40,7 +40,7 @@ def page(out: Path, shown: str) -> Page:
         title=f"Rescale factors for {target} tokens",
         lead=f"A search by {run.header['method']} for the window of {target} tokens of a model "
         f"that was trained for {run.problem['original_length']}.",
-        finished=run.factors is not None,
+        finished=run.finished,
         settings=run.settings(),
     )
     values = run.by_set()

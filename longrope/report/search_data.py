@@ -41,6 +41,7 @@ class Search:
         self.passes = summary.get("forward_passes")
         self.found: Mapping[str, float | None] = summary.get("found", {})
         self.loaded: Mapping[str, float | None] = summary.get("as_loaded", {})
+        self.finished = is_finished(out)
         stage = self.problem.get("stage")
         self.stage = np.array(list(map(float, stage["lambdas"]))) if stage else None
 
@@ -126,6 +127,19 @@ class Search:
         asked |= {"hash of the weights": self.header["model"]}
         asked |= {f"hash of the {role} text": v for role, v in self.header["data"].items()}
         return flat(asked)
+
+
+def is_finished(out: Path) -> bool:
+    """Say whether a search has ended, and none has gone on in its folder since.
+
+    One by layer or head, or of more iterations, goes on from the results of a finished one, which
+    stay until its own are there. The summary says of which journal results are; in older folders it
+    does not.
+    """
+    if not (out / FACTORS).is_file():
+        return False
+    summary = json_object(out / SUMMARY) if (out / SUMMARY).is_file() else {}
+    return summary.get("journal") in (None, journal.state(out / JOURNAL))
 
 
 def perplexity(nll: float | None) -> float:
