@@ -259,12 +259,14 @@ def _words(stage: Stage) -> str:
 
 
 def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journal: Any) -> None:
-    """Write what a finished run leaves: tiers, table, model."""
-    table = measured.table()
-    model = work.out / folder.MODEL
-    if not journal.pending or not model.is_dir():
-        write_text(work.out / folder.TABLE, table + "\n")
-        state.tiers.save(work.out / folder.TIERS)
+    """Write what a finished run leaves, or what is gone of it: tiers, table, model."""
+    table, tiers, model = (work.out / n for n in (folder.TABLE, folder.TIERS, folder.MODEL))
+    fresh = not journal.pending
+    if fresh or not table.is_file():
+        write_text(table, measured.table() + "\n")
+    if fresh or not tiers.is_file():
+        state.tiers.save(tiers)
+    if fresh or not model.is_dir():
         if model.exists():  # written, but the journal does not say so
             shutil.rmtree(model)
         given: Any = state.tiers

@@ -1,6 +1,7 @@
 """`longrope.extend` from the outside: what a run leaves, resuming, bad input, the command."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -171,12 +172,13 @@ def test_weights_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, 
         extension_runs.run(out)
 
 
-def test_a_model_that_was_removed_is_written_again(finished, tmp_path):
+@pytest.mark.parametrize("gone", ["model", "tiers.json", "table.md"])
+def test_a_result_that_was_removed_is_written_again(finished, tmp_path, gone):
     import shutil
 
     out = tmp_path / "run"
     shutil.copytree(finished[0].folder, out)
-    shutil.rmtree(out / "model")
+    (shutil.rmtree if gone == "model" else os.unlink)(out / gone)
     extension_runs.run(out)
     for name in extension_runs.RESULTS:
         assert (out / name).read_bytes() == (finished[0].folder / name).read_bytes()
