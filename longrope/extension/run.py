@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from longrope._validation import count, natural, switch
+from longrope._warnings import warn
 from longrope.checkpoints import Measured, export
 from longrope.checkpoints.card import on_top_of
 from longrope.distributed import ranks
@@ -114,7 +115,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
         of the result, with the tiers applied; `longrope.remove` takes them out again.
     documents
         1-D token ids of any length, see `longrope.load_data`. A search takes those that are at
-        least as long as its window; so does fine-tuning, unless it packs them.
+        least as long as its window; so does fine-tuning, unless it packs them. Those of less than 2
+        tokens are left out, with a warning.
     target_length
         The window to reach, in tokens.
     out
@@ -220,7 +222,7 @@ def prepared(
         raise ValueError(
             f'model: expected a rope scaling that can be extended, got "{settings.rope_type}"'
         )
-    given = like(documents, as_documents(documents, vocab_size=vocabulary(model)))
+    given = _with_tokens(documents, vocabulary(model))
     target = plan.target_length
     if options.held_out is None:
         kept, held = _held_out(given, target, options.seed)
@@ -234,6 +236,18 @@ def prepared(
     return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
 
 
+def _with_tokens(documents: Iterable[Any], vocab_size: int | None) -> Sequence[torch.Tensor]:
+    """Return the documents with a token to predict; a warning counts those that are left out."""
+    given = as_documents(documents, min_length=0, vocab_size=vocab_size)
+    kept = [document for document in given if len(document) >= 2]
+    if len(kept) < len(given) and ranks.current().first:
+        warn(
+            f"documents: {len(given) - len(kept)} of {len(given)} are shorter than 2 tokens and "
+            "left out"
+        )
+    return like(documents, kept)
+
+
 def _held_out(
     documents: Sequence[torch.Tensor], target: int, seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -242,7 +256,7 @@ def _held_out(
     if len(long) < 2:
         raise ValueError(
             f"documents: expected at least 2 of {target} tokens or more, one for the table, got "
-            f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
+            f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents), default=0)})"
         )
     random = np.random.default_rng([seed, 2])
     chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())

@@ -284,6 +284,20 @@ def test_too_little_text(tmp_path, texts, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_documents_without_a_token_to_predict_are_left_out(tmp_path):
+    texts = documents()
+    few = [torch.zeros(0), texts[0][:1], *texts, []]
+    arguments = run.ExtendArguments(target_length=TARGET, out=tmp_path / "run", stages=STAGES)
+    with pytest.warns(UserWarning, match="documents: 3 of 15 are shorter than 2 tokens and left"):
+        _, kept, held_out = run.prepared(build_model(), few, arguments)
+    for found, expected in zip(
+        (kept, held_out), run.prepared(build_model(), texts, arguments)[1:], strict=True
+    ):
+        assert folder.digests(found) == folder.digests(expected)
+    with pytest.warns(UserWarning, match="1 of 1"), pytest.raises(ValueError, match="got 0"):
+        run.prepared(build_model(), [[1]], arguments)
+
+
 def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):
     def refused(message, model=None, **arguments):
         given = {"target_length": TARGET, "out": tmp_path / "run", "stages": STAGES} | arguments
