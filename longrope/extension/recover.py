@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,5 +231,4 @@ def _measured(
 
 def _perplexity(model: nn.Module, windows: Any, length: int, bos: int | None) -> float:
     bos_or_none = False if bos is None else bos
-    found = float(perplexity(model, windows, length=length, stride=length, bos=bos_or_none))
-    return found if math.isfinite(found) else math.inf
+    return float(perplexity(model, windows, length=length, stride=length, bos=bos_or_none))

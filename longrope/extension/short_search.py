@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import from_json, to_json
 from longrope.distributed.ranks import Ranks
 from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
@@ -82,12 +83,12 @@ class ShortSearch:
     def recorded(self, measure: Callable[[], Any]) -> Any:
         """Return what the journal holds next, or measure it and keep it there. JSON values."""
         if self.journal is not None and self.journal.pending:
-            value = self.journal.pending[0]["value"]
+            value = from_json(self.journal.pending[0]["value"])
             self.journal.skip(1)
             return value
         value = measure()
         if self.journal is not None:
-            self.journal.append([{"value": value}])
+            self.journal.append([{"value": to_json(value)}])
         return value
 
     def windows(self, length: int) -> WindowsByRole:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longrope._numbers import to_json
 from longrope.checkpoints.measured import Row
 from longrope.distributed.ranks import Ranks
 from longrope.documents.checks import like
@@ -160,7 +161,10 @@ def _search(work: Work, stage: SearchStage, state: State, place: Path) -> dict[s
     finally:
         remove(state.model)
     state.tiers = state.found[stage.name] = found.tiers or Tiers([found.factors])
-    return {"perplexity": found.perplexity, "validation_perplexity": found.validation_perplexity}
+    return {
+        "perplexity": to_json(found.perplexity),
+        "validation_perplexity": to_json(found.validation_perplexity),
+    }
 
 
 def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> dict[str, Any]:

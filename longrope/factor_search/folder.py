@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from longrope import report
+from longrope._numbers import perplexity_of
 from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors
@@ -97,13 +98,13 @@ def summary(out: Path) -> dict[str, Any]:
         if found:
             best = min(found, key=lambda e: e["nll"])
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
-            compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
+            compared = f", {perplexity_of(yarn[0]):.4f} with YaRN" if yarn else ""
             # A margin may have kept another point than the best.
             kept = [e for e in found if chosen is not None and _is(e, chosen, stage)]
             if kept and kept[-1]["nll"] > best["nll"]:
-                compared += f", {math.exp(best['nll']):.4f} at best"
+                compared += f", {perplexity_of(best['nll']):.4f} at best"
             shown, what = (kept[-1], "chosen, on") if kept else (best, "best on")
-            facts[f"{what} the {name}"] = f"perplexity {math.exp(shown['nll']):.4f}{compared}"
+            facts[f"{what} the {name}"] = f"perplexity {perplexity_of(shown['nll']):.4f}{compared}"
     return facts
 
 

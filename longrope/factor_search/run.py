@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import perplexity_of
 from longrope.distributed import ranks
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
@@ -300,8 +301,8 @@ def _search(
     validated = measurer.losses(Role.VALIDATION).get(chosen)
     result = SearchResult(
         factors=factors,
-        perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
-        validation_perplexity=None if validated is None else math.exp(validated),
+        perplexity=perplexity_of(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
+        validation_perplexity=None if validated is None else perplexity_of(validated),
         history=tuple(measurer.history),
         stages=problem.stage_parts(factors),
     )

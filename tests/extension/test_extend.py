@@ -1,6 +1,7 @@
 """`longrope.extend` from the outside: what a run leaves, resuming, bad input, the command."""
 
 import json
+import math
 import os
 
 import pytest
@@ -15,6 +16,7 @@ import longrope
 from longrope.cli.main import app
 from longrope.extension import beside, folder, run
 from longrope.extension.folder import weights_hash
+from longrope.report.extension import page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +184,25 @@ def test_a_result_that_was_removed_is_written_again(finished, tmp_path, gone):
     extension_runs.run(out)
     for name in extension_runs.RESULTS:
         assert (out / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
+def test_perplexities_that_overflow_are_kept_and_taken_again(tmp_path):
+    def sure():
+        model = build_model()
+        with torch.no_grad():
+            model.lm_head.weight *= 300
+        return model
+
+    def shown():
+        result = extension_runs.run(tmp_path, sure)
+        assert {row.overall for row in result.measured.rows} == {math.inf}
+        return result.measured.table()
+
+    first = shown()
+    assert shown() == first == (tmp_path / "table.md").read_text().strip()
+    assert "perplexity inf" in folder.summary(tmp_path)["3 search-3"]
+    rows = page(tmp_path, "run").rows
+    assert {row.value for row in rows if row.measure == "perplexity"} == {math.inf}
 
 
 def test_weights_of_several_types_come_back_as_they_were(tmp_path):

@@ -1,6 +1,7 @@
 """`longrope.recover`: short tiers by search alone."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_a_recovery_resumes_to_the_bit(found, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             longrope.recover(extended(), documents(), **OPTIONS, **changes, out=tmp_path)
+
+
+def test_perplexities_that_overflow_are_kept_and_taken_again(tmp_path):
+    model = extended()
+    with torch.no_grad():
+        model.lm_head.weight *= 300
+    first = longrope.recover(model, documents(), **OPTIONS, out=tmp_path)
+    assert set(sum(first.perplexities.values(), ())) == {math.inf}
+    assert longrope.recover(model, documents(), **OPTIONS, out=tmp_path) == first
 
 
 @pytest.mark.parametrize(
