@@ -26,7 +26,7 @@ FLOORS = (
     ("documents",),
     ("ops",),
     ("_native",),
-    ("_validation", "_files", "_warnings"),
+    ("_validation", "_files", "_numbers", "_warnings"),
     ("errors",),
 )
 LEVEL = {name: level for level, names in enumerate(reversed(FLOORS)) for name in names}

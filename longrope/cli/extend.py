@@ -94,9 +94,9 @@ def extend(
         "resume": resume,
     }
     if dry_run:
-        plan, _, held = prepared(network, documents, ExtendArguments(**arguments))
+        plan, kept, held = prepared(network, documents, ExtendArguments(**arguments))
         if rank() == 0:
-            print(table(network, plan, estimate(network, plan, len(held))))
+            print(table(network, plan, estimate(network, plan, kept, len(held))))
         return
     result = longrope.extend(network, documents, **arguments)
     if rank() > 0:

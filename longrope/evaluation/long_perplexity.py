@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import perplexity_of
 from longrope._validation import count, integer, natural
 from longrope.documents import as_documents
 from longrope.evaluation.memory import plan_batches
@@ -149,10 +149,10 @@ def long_perplexity(
             f"documents: expected at least {LEAST_KEYS} key tokens, got {found} among {mask.size}; "
             "take more or longer documents"
         )
-    made = LongPerplexity(math.exp(full[mask].mean()))
+    made = LongPerplexity(perplexity_of(full[mask].mean()))
     made.keys = tuple(tuple((np.flatnonzero(row) + short).tolist()) for row in mask)
     made.key_tokens, made.tokens = found, mask.size
-    made.perplexity = math.exp(full.mean())
+    made.perplexity = perplexity_of(full.mean())
     made.interval = _interval(full, mask, block, seed)
     return made
 
@@ -241,4 +241,4 @@ def _interval(full: np.ndarray, mask: np.ndarray, block: int, seed: int) -> tupl
     low, high = bootstrap_interval(
         [total for total, _ in with_keys], seed=seed, weights=[n for _, n in with_keys]
     )
-    return math.exp(low), math.exp(high)
+    return perplexity_of(low), perplexity_of(high)

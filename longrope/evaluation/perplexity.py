@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from longrope import _validation
+from longrope._numbers import perplexity_of
 from longrope.documents import as_documents
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
@@ -120,8 +121,8 @@ def perplexity(
     Returns
     -------
     Perplexity
-        A float; `.by_range` holds one for each of `ranges` (NaN where it has no scored token), and
-        `.tokens` how many were scored.
+        A float, infinite for a mean NLL beyond 709 nats; `.by_range` holds one for each of `ranges`
+        (NaN where it has no scored token), and `.tokens` how many were scored.
 
     Raises
     ------
@@ -188,10 +189,10 @@ def perplexity(
                     )
             total += math.fsum(sums)
             count += scored * len(batch)
-            show(len(batch), ids.numel(), math.exp(min(total / count, 700)))
-    with np.errstate(invalid="ignore"):
+            show(len(batch), ids.numel(), perplexity_of(total / count))
+    with np.errstate(invalid="ignore", over="ignore"):
         by_range = tuple(np.exp(range_sums / range_counts).tolist())
-    return Perplexity(math.exp(total / count), by_range, count)
+    return Perplexity(perplexity_of(total / count), by_range, count)
 
 
 def check_arguments(

@@ -289,12 +289,9 @@ def _measure(
         value = perplexity(
             model, long_enough, length=length, stride=length, bos=bos, ranges=ranges
         )  # fmt: skip
-        parts = [
-            [*pair, part if math.isfinite(part) else None]
-            for pair, part in zip(ranges, value.by_range, strict=True)
-        ]
+        parts = [[*pair, _finite(part)] for pair, part in zip(ranges, value.by_range, strict=True)]
         return {
-            "value": float(value), "low": None, "high": None, "n": value.tokens, "detail": parts,
+            "value": _finite(value), "low": None, "high": None, "n": value.tokens, "detail": parts,
         }  # fmt: skip
     nothing = dict.fromkeys(("value", "low", "high", "n", "detail"))
     if length <= rope_settings(model).original_length + 1:
@@ -307,8 +304,13 @@ def _measure(
         if "key tokens" not in str(error):
             raise
         return nothing
-    low, high = value.interval
+    low, high = map(_finite, value.interval)
     return {
-        "value": float(value), "low": low, "high": high, "n": value.key_tokens,
+        "value": _finite(value), "low": low, "high": high, "n": value.key_tokens,
         "detail": [list(places) for places in value.keys],
     }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """Return a figure for the journal; None where there is no finite one."""
+    return float(value) if math.isfinite(value) else None

@@ -12,11 +12,12 @@ from torch import nn
 from longrope.evaluation.memory import cache_bytes, free_memory
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.extension.beside import RULES
+from longrope.extension.checks import searches
 from longrope.extension.finetune import recomputes
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
+from longrope.factor_search.checks import Asked
+from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.methods import most_evaluations
-from longrope.factor_search.options import SearchOptions
-from longrope.factor_search.problem import Problem
 from longrope.patching import rope_settings
 from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
@@ -49,13 +50,16 @@ class Cost:
     seconds: float
 
 
-def estimate(model: nn.Module, plan: Plan, windows: int) -> list[Cost]:
+def estimate(
+    model: nn.Module, plan: Plan, documents: Sequence[torch.Tensor], windows: int
+) -> list[Cost]:
     """Return the cost of every stage, and last that of the table on so many windows.
 
     From one timed forward pass of the model's own window. Attention grows with the square of the
     length; everything else with the length.
     """
     speed = _flops_per_second(model, plan.window)
+    about = {stage.name: found for stage, found in searches(model, plan, documents)}
     costs = []
 
     def add(name: str, length: int, passes: float, memory: int) -> None:
@@ -63,7 +67,7 @@ def estimate(model: nn.Module, plan: Plan, windows: int) -> list[Cost]:
         costs.append(Cost(name, passes * length, memory, seconds))
 
     for stage in plan.stages:
-        add(f"{stage.name} ({stage.kind})", *_of_stage(model, stage))
+        add(f"{stage.name} ({stage.kind})", *_of_stage(model, stage, about.get(stage.name)))
     target = plan.target_length
     rows = 1 + len(plan.stages) + len(RULES)  # as it was, after each stage, and the rules
     add("the table", target, rows * windows, _weights(model) + cache_bytes(model, target))
@@ -94,8 +98,11 @@ def _weights(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _of_stage(model: nn.Module, stage: Stage) -> tuple[int, float, int]:
-    """Return the tokens of a row, the forward passes of one, and the bytes at the widest point."""
+def _of_stage(model: nn.Module, stage: Stage, about: Asked | None) -> tuple[int, float, int]:
+    """Return the tokens of a row, the forward passes of one, and the bytes at the widest point.
+
+    `about` is what a search is about.
+    """
     weights = _weights(model)
     if isinstance(stage, FinetuneStage):
         config = stage.config
@@ -111,16 +118,18 @@ def _of_stage(model: nn.Module, stage: Stage) -> tuple[int, float, int]:
         # By the length of a row, then by position.
         passes = 2 * len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
         return length, passes, weights + cache_bytes(model, length)
-    assert isinstance(stage, SearchStage)
-    # A ladder costs at most one search at its target.
-    options = SearchOptions(target_length=stage.length, **stage.options)
-    problem = Problem.of(rope_settings(model), options)
-    most = most_evaluations(problem, options, True)
-    steps = options.descent.steps * options.descent.windows_per_step if options.has_steps else 0
-    passes = (most - (options.descent.steps if options.has_steps else 0)) * options.windows
+    # A ladder costs at most one search at its target; `per` has a descent of its own.
+    options = about.options
+    most = most_evaluations(about.problem, options, True) + most_by_head(options, True)
+    steps = options.descent.steps * (1 + (options.per != "model")) if options.has_steps else 0
+    passes = (most - steps) * options.windows
     kept = stage.length * _activations(model, False) if options.has_steps else 0
     cache = cache_bytes(model, stage.length)
-    return stage.length, passes + 3 * steps, weights + max(kept, cache)
+    return (
+        stage.length,
+        passes + 3 * steps * options.descent.windows_per_step,
+        weights + max(kept, cache),
+    )
 
 
 def _activations(model: nn.Module, recompute: bool) -> int:

@@ -22,6 +22,7 @@ from longrope.distributed.ranks import Ranks
 from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
+from longrope.extension.table import row_from_json
 from longrope.patching.saving import exporting
 from longrope.report.extension import BASELINES, EXPORT, KIND, STAGES, TIERS
 from longrope.runs import folder
@@ -175,7 +176,9 @@ def summary(out: Path) -> dict[str, Any]:
     }
     for name, stage in plan["stages"].items():
         row = rows.get(name)
-        reached = f"perplexity {row['overall']:.4f} on the held-out text" if row else "to be done"
+        reached = "to be done"
+        if row:
+            reached = f"perplexity {row_from_json(row).overall:.4f} on the held-out text"
         facts[f"{stage['number']} {name}"] = reached
     finished = EXPORT in rows
     facts["state"] = "finished" if finished else "not finished; the same command resumes"

@@ -14,6 +14,7 @@ from typing import Any
 from longrope._validation import choice, integer
 from longrope.extension.config import FinetuneConfig, RecoverOptions
 from longrope.factor_search.options import SearchOptions
+from longrope.report.extension import EXPORT
 from longrope.runs.options import Options
 
 if sys.version_info >= (3, 11):
@@ -218,9 +219,12 @@ class Plan:
 
     def _check_names(self) -> None:
         seen: dict[str, Stage] = {}
+        reached = None  # by the factors so far: the search that found them
         for number, stage in enumerate(self.stages):
-            if stage.name in seen:
+            if stage.name in seen or stage.name == EXPORT:
                 raise ValueError(f"stages[{number}].name: {stage.name!r} is taken already")
+            if isinstance(stage, SearchStage):
+                reached = stage
             if isinstance(stage, FinetuneStage):
                 before = [s for s in seen.values() if isinstance(s, SearchStage)]
                 known = [s.name for s in before]
@@ -236,6 +240,12 @@ class Plan:
                         f"{reached.name} reach, {reached.length} tokens, got {stage.length}"
                     )
             seen[stage.name] = stage
+        if reached.length != self.target_length:
+            raise ValueError(
+                f"stages: expected the last fine-tuning under factors that reach target_length "
+                f"{self.target_length}, or a search after it, got those of {reached.name}, "
+                f"{reached.length} tokens"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, stages by name: what a resumed run must share."""

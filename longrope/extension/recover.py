@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,9 @@ from longrope.extension.folder import digests, weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
-from longrope.patching.apply import factors_kept, rotary_of
+from longrope.patching.apply import check_windows, factors_kept, rotary_of
+from longrope.patching.attention import check_tiered_attention
+from longrope.patching.families import decoder
 from longrope.patching.wrappers import dtype_note
 from longrope.report.recovery import TABLE, TIERS
 from longrope.runs.folder import write_text
@@ -131,6 +132,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
             f"lengths: expected less than the target length of the factors, "
             f"{had[-1].target_length}, got {lengths[-1]}"
         )
+    check_recoverable(model, had, lengths)
     vocab_size = vocabulary(model)
     bos = bos_token("auto", model, documents)
     texts = as_documents(documents, min_length=lengths[-1], vocab_size=vocab_size)
@@ -193,6 +195,17 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
     return result
 
 
+def check_recoverable(model: nn.Module, tiers: Tiers, lengths: Sequence[int]) -> None:
+    """Raise `ValueError` where a model under some tiers cannot have others for short texts."""
+    if any(tier.per_head for tier in tiers):
+        raise ValueError(
+            "model: expected factors for all layers and heads alike to recover the short context "
+            "of, got those of each; apply one_set() of them first"
+        )
+    check_tiered_attention(decoder(model), "there is no recovery without them")
+    check_windows(decoder(model), Tiers(tiers[-1].replace(target_length=lengths[0])))
+
+
 def _checked_lengths(lengths: Any) -> list[int]:
     if isinstance(lengths, str) or not isinstance(lengths, Sequence) or not lengths:
         raise ValueError(f"lengths: expected a list of lengths, got {lengths!r}")
@@ -218,5 +231,4 @@ def _measured(
 
 def _perplexity(model: nn.Module, windows: Any, length: int, bos: int | None) -> float:
     bos_or_none = False if bos is None else bos
-    found = float(perplexity(model, windows, length=length, stride=length, bos=bos_or_none))
-    return found if math.isfinite(found) else math.inf
+    return float(perplexity(model, windows, length=length, stride=length, bos=bos_or_none))

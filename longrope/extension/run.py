@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from longrope._validation import count, natural, switch
+from longrope._warnings import warn
 from longrope.checkpoints import Measured, export
 from longrope.checkpoints.card import on_top_of
 from longrope.distributed import ranks
 from longrope.documents import as_documents
 from longrope.documents.checks import like
 from longrope.evaluation.modes import vocabulary
-from longrope.evaluation.start import bos_token
 from longrope.extension import folder
 from longrope.extension.beside import finish
+from longrope.extension.checks import check_stages
 from longrope.extension.config import FinetuneConfig
-from longrope.extension.finetune import check_trainable, rows_of
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, Stage
 from longrope.extension.schedules import make_plan
 from longrope.extension.stages import State, Work, for_every_position, run_stage, take_stage
@@ -115,7 +115,8 @@ def extend(model: nn.Module, documents: Iterable[Any], options: ExtendArguments)
         of the result, with the tiers applied; `longrope.remove` takes them out again.
     documents
         1-D token ids of any length, see `longrope.load_data`. A search takes those that are at
-        least as long as its window; so does fine-tuning, unless it packs them.
+        least as long as its window; so does fine-tuning, unless it packs them. Those of less than 2
+        tokens are left out, with a warning.
     target_length
         The window to reach, in tokens.
     out
@@ -221,7 +222,7 @@ def prepared(
         raise ValueError(
             f'model: expected a rope scaling that can be extended, got "{settings.rope_type}"'
         )
-    given = like(documents, as_documents(documents, vocab_size=vocabulary(model)))
+    given = _with_tokens(documents, vocabulary(model))
     target = plan.target_length
     if options.held_out is None:
         kept, held = _held_out(given, target, options.seed)
@@ -231,9 +232,20 @@ def prepared(
         )
         kept = given
     kept = like(documents, kept)
-    for stage in plan.stages:
-        _check_stage(model, stage, kept, processes)
+    check_stages(model, plan, kept, processes)
     return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
+
+
+def _with_tokens(documents: Iterable[Any], vocab_size: int | None) -> Sequence[torch.Tensor]:
+    """Return the documents with a token to predict; a warning counts those that are left out."""
+    given = as_documents(documents, min_length=0, vocab_size=vocab_size)
+    kept = [document for document in given if len(document) >= 2]
+    if len(kept) < len(given) and ranks.current().first:
+        warn(
+            f"documents: {len(given) - len(kept)} of {len(given)} are shorter than 2 tokens and "
+            "left out"
+        )
+    return like(documents, kept)
 
 
 def _held_out(
@@ -244,28 +256,12 @@ def _held_out(
     if len(long) < 2:
         raise ValueError(
             f"documents: expected at least 2 of {target} tokens or more, one for the table, got "
-            f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents))})"
+            f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents), default=0)})"
         )
     random = np.random.default_rng([seed, 2])
     chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())
     kept = [document for index, document in enumerate(documents) if index not in chosen]
     return kept, [documents[index] for index in sorted(chosen)]
-
-
-def _check_stage(
-    model: nn.Module, stage: Stage, documents: Sequence[torch.Tensor], processes: int
-) -> None:
-    if isinstance(stage, FinetuneStage):
-        check_trainable(model, stage.config, processes)
-        rows_of(model, documents, stage, bos_token(stage.config.bos, model, documents))
-        return
-    length = stage.lengths[-1] if isinstance(stage, RecoverStage) else stage.length
-    longest = max(map(len, documents), default=0)
-    if longest < length:
-        raise ValueError(
-            f"documents: expected one of at least {length} tokens for stage {stage.name}, got "
-            f"{len(documents)} documents, the longest {longest} tokens"
-        )
 
 
 def _words(stage: Stage) -> str:
@@ -277,12 +273,14 @@ def _words(stage: Stage) -> str:
 
 
 def _publish(work: Work, state: State, measured: Measured, tokenizer: Any, journal: Any) -> None:
-    """Write what a finished run leaves: tiers, table, model."""
-    table = measured.table()
-    model = work.out / folder.MODEL
-    if not journal.pending or not model.is_dir():
-        write_text(work.out / folder.TABLE, table + "\n")
-        state.tiers.save(work.out / folder.TIERS)
+    """Write what a finished run leaves, or what is gone of it: tiers, table, model."""
+    table, tiers, model = (work.out / n for n in (folder.TABLE, folder.TIERS, folder.MODEL))
+    fresh = not journal.pending
+    if fresh or not table.is_file():
+        write_text(table, measured.table() + "\n")
+    if fresh or not tiers.is_file():
+        state.tiers.save(tiers)
+    if fresh or not model.is_dir():
         if model.exists():  # written, but the journal does not say so
             shutil.rmtree(model)
         given: Any = state.tiers

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import from_json, to_json
 from longrope.distributed.ranks import Ranks
 from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
@@ -72,11 +73,6 @@ class ShortSearch:
         self, model: nn.Module, documents: Sequence[torch.Tensor], had: Tiers, bos: int | None, *,
         steps: int, samples: int, max_lambda: float | None, seed: int, journal: Journal | None,
     ):  # fmt: skip
-        if any(tier.per_head for tier in had):
-            raise ValueError(
-                "model: expected factors for all layers and heads alike to recover the short "
-                "context of, got those of each; apply one_set() of them first"
-            )
         self.model, self.documents, self.had, self.bos = model, documents, had, bos
         self.settings = DescentSettings(steps=steps)
         self.samples, self.seed, self.journal = samples, seed, journal
@@ -87,12 +83,12 @@ class ShortSearch:
     def recorded(self, measure: Callable[[], Any]) -> Any:
         """Return what the journal holds next, or measure it and keep it there. JSON values."""
         if self.journal is not None and self.journal.pending:
-            value = self.journal.pending[0]["value"]
+            value = from_json(self.journal.pending[0]["value"])
             self.journal.skip(1)
             return value
         value = measure()
         if self.journal is not None:
-            self.journal.append([{"value": value}])
+            self.journal.append([{"value": to_json(value)}])
         return value
 
     def windows(self, length: int) -> WindowsByRole:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longrope._numbers import to_json
 from longrope.checkpoints.measured import Row
 from longrope.distributed.ranks import Ranks
 from longrope.documents.checks import like
@@ -160,7 +161,10 @@ def _search(work: Work, stage: SearchStage, state: State, place: Path) -> dict[s
     finally:
         remove(state.model)
     state.tiers = state.found[stage.name] = found.tiers or Tiers([found.factors])
-    return {"perplexity": found.perplexity, "validation_perplexity": found.validation_perplexity}
+    return {
+        "perplexity": to_json(found.perplexity),
+        "validation_perplexity": to_json(found.validation_perplexity),
+    }
 
 
 def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> dict[str, Any]:
@@ -178,11 +182,11 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
         work.job.by_first(lambda: folder.save_weights(state.model, weights))
     # The weights are safe: room for what follows.
     work.job.by_first(lambda: checkpoint.remove_all(place))
-    state.tiers = state.trained = _trained_under(state.model, tiers, stage.config.tiers)
+    state.tiers = state.trained = trained_under(state.model, tiers, stage.config.tiers)
     return {"weights": folder.weights_hash(state.model), "steps": stage.config.steps}
 
 
-def _trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
+def trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
     """Return the tiers by position that weights expect after training."""
     loaded = rope_settings(model).loaded
     if how == "one":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import from_json, to_json
 from longrope.checkpoints import Measured
 from longrope.checkpoints.measured import Row
 from longrope.evaluation.perplexity import perplexity
@@ -58,13 +59,13 @@ def table_of(
 
 
 def row_as_json(row: Row) -> dict:
-    """Return a row for the journal: None in the place of NaN."""
-    values = [None if v != v else v for v in (*row.by_range, row.overall)]
+    """Return a row for the journal: None in the place of NaN, "inf" in that of infinity."""
+    values = to_json([None if v != v else v for v in (*row.by_range, row.overall)])
     return {"name": row.name, "by_range": values[:-1], "overall": values[-1]}
 
 
 def row_from_json(entry: dict) -> Row:
     """Return the row that `row_as_json` stored."""
-    *by_range, overall = (math.nan if v is None else v for v in
-                          (*entry["by_range"], entry["overall"]))  # fmt: skip
+    values = from_json([*entry["by_range"], entry["overall"]])
+    *by_range, overall = (math.nan if v is None else v for v in values)
     return Row(entry["name"], tuple(by_range), overall)

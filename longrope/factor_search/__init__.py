@@ -7,6 +7,6 @@ any loss) and `racing` (which saves measurements there), `descent` and `ramps` (
 is measured, taken from the journal or kept there), `history` (as the result has it), `methods` (the
 parts put together in three ways), `stage` (what a model has already, and candidates multiply),
 `ladder` (tier after tier, each by one of the methods) and `range_evaluator` (how a tier is
-measured), `heads` (layers and heads with factors of their own, from there on), `folder`, `plot` and
-`progress` (what users see).
+measured), `heads` (layers and heads with factors of their own, from there on), `checks` (whether a
+search can begin), `folder`, `plot` and `progress` (what users see).
 """

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from longrope import report
+from longrope._numbers import perplexity_of
 from longrope.factor_search.history import Role, SearchResult
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors
-from longrope.report.search_data import FACTORS, KIND, SUMMARY, TIERS
+from longrope.report.search_data import FACTORS, KIND, SUMMARY, TIERS, is_finished
 from longrope.runs import folder, journal
 from longrope.runs.folder import JOURNAL, write_table, write_text
 
@@ -53,6 +54,7 @@ def write_results(out: Path, result: SearchResult) -> None:
         "forward_passes": sum(e.forward_equivalents for e in history),
         "found": {role: _finite(value) for role, value in found.items()},
         "as_loaded": {role: _finite(value) for role, value in as_loaded.items()},
+        "journal": journal.state(out / JOURNAL),
     }
     write_text(out / SUMMARY, json.dumps(content, indent=1) + "\n")
     report.at_end(out)
@@ -79,9 +81,7 @@ def summary(out: Path) -> dict[str, Any]:
         "target length": problem["target_length"],
         "seed": header["seed"],
         "measured": f"{len(entries) - steps} candidates on windows, {steps} steps",
-        "state": "finished"
-        if (out / FACTORS).exists()
-        else "not finished; the same command resumes",
+        "state": "finished" if is_finished(out) else "not finished; the same command resumes",
     }
     if header.get("ladder"):
         ends = ", ".join(str(end) for end in header["ladder"]["targets"])
@@ -98,13 +98,13 @@ def summary(out: Path) -> dict[str, Any]:
         if found:
             best = min(found, key=lambda e: e["nll"])
             yarn = [e["nll"] for e in found if e["origin"] == "yarn"]
-            compared = f", {math.exp(yarn[0]):.4f} with YaRN" if yarn else ""
+            compared = f", {perplexity_of(yarn[0]):.4f} with YaRN" if yarn else ""
             # A margin may have kept another point than the best.
             kept = [e for e in found if chosen is not None and _is(e, chosen, stage)]
             if kept and kept[-1]["nll"] > best["nll"]:
-                compared += f", {math.exp(best['nll']):.4f} at best"
+                compared += f", {perplexity_of(best['nll']):.4f} at best"
             shown, what = (kept[-1], "chosen, on") if kept else (best, "best on")
-            facts[f"{what} the {name}"] = f"perplexity {math.exp(shown['nll']):.4f}{compared}"
+            facts[f"{what} the {name}"] = f"perplexity {perplexity_of(shown['nll']):.4f}{compared}"
     return facts
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import perplexity_of
 from longrope.errors import JournalError
 from longrope.factor_search.descent import HeadDescent, Point
 from longrope.factor_search.history import Evaluation, Role, SearchResult
@@ -79,7 +80,7 @@ class HeadSearch:
             scored.append(task.problem.last_tokens or 1)
             self.forget(task)
         task.measurer.finish()
-        perplexity = {r: math.exp(np.average(s, weights=scored)) for r, s in sums.items()}
+        perplexity = {r: perplexity_of(np.average(s, weights=scored)) for r, s in sums.items()}
         result = dataclasses.replace(shared, history=(*shared.history, *history), shared=shared)
         held_out = perplexity.get(Role.VALIDATION)
         gains = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 import html
-import math
 from dataclasses import dataclass
 
+from longrope._numbers import perplexity_of
 from longrope.factors import RescaleFactors, Tiers, baselines
 from longrope.factors.heads import span
 
@@ -86,7 +86,7 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """`exp(nll)`."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf  # exp overflows above 709
+        return perplexity_of(self.nll)
 
     @property
     def forward_equivalents(self) -> float:

@@ -12,7 +12,6 @@ returned where it is better over all ranges.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from longrope._numbers import perplexity_of
 from longrope.distributed.ranks import Ranks
 from longrope.evaluation import needles
 from longrope.evaluation.memory import BackwardPlan, cache_bytes, free_memory
@@ -222,8 +222,10 @@ class LadderSearch:
         held_out = Role.VALIDATION in self.windows.windows
         result = SearchResult(
             factors=tiers[-1],
-            perplexity=math.exp(_loss(taken, Role.SEARCH)),
-            validation_perplexity=math.exp(_loss(taken, Role.VALIDATION)) if held_out else None,
+            perplexity=perplexity_of(_loss(taken, Role.SEARCH)),
+            validation_perplexity=(
+                perplexity_of(_loss(taken, Role.VALIDATION)) if held_out else None
+            ),
             history=tuple(history),
             tiers=tiers,
             stages=self.ladder.problems[-1].stage_parts(tiers[-1]),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from longrope._numbers import perplexity_of
 from longrope.distributed import ranks
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.evaluation.memory import (
@@ -19,30 +20,25 @@ from longrope.evaluation.memory import (
     plan_backward,
     plan_batches,
 )
-from longrope.evaluation.start import bos_token
-from longrope.factor_search import as_loaded, folder
+from longrope.factor_search import as_loaded, checks, folder
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.header import explain, header
 from longrope.factor_search.heads import HeadSearch, check_goes_on, heads_of
 from longrope.factor_search.heads import most_evaluations as most_by_head
 from longrope.factor_search.history import Evaluation, Role, SearchResult
-from longrope.factor_search.ladder import Ladder, LadderSearch
+from longrope.factor_search.ladder import LadderSearch
 from longrope.factor_search.measurer import Measurer
 from longrope.factor_search.methods import METHODS, SCREEN_WINDOWS, Task, most_evaluations
 from longrope.factor_search.options import SearchArguments, SearchOptions
 from longrope.factor_search.problem import Problem
 from longrope.factor_search.progress import progress_bar
 from longrope.factor_search.sharded import ShardedEvaluator
-from longrope.factor_search.stage import stage_of, tiers_as_found
 from longrope.factor_search.windows import WindowsByRole
-from longrope.patching import rope_settings
 from longrope.patching.notices import warn_of_untested, warn_of_window
 from longrope.patching.wrappers import (
     device_of,
     dtype_note,
-    is_quantized,
-    is_sharded,
     language_model,
 )
 from longrope.runs.folder import JOURNAL, write_config
@@ -210,28 +206,8 @@ def search(model: nn.Module, documents: Iterable[Any], options: SearchArguments)
         If a rank of the job has died or does not answer; a `RuntimeError`.
     """
     job = ranks.current()
-    rope = rope_settings(model)
-    bos = bos_token(options.bos, model, documents)
-    original = options.original_length or rope.original_length
-    found = tiers_as_found(model, rope, original, options.scaling)
-    problem = Problem.of(rope, options, bos, stage_of(found))
-    ladder = Ladder.of(model, rope, options, problem, found) if options.ladder else None
-    options.check_ranks(job.size)
-    if job.size > 1 and is_sharded(model):
-        raise ValueError(
-            "model: expected whole weights on every rank of the job, which measure different "
-            "candidates at once, got weights that FSDP shares out"
-        )
-    if options.has_steps and any(parameter.is_inference() for parameter in model.parameters()):
-        raise ValueError(
-            "model: expected parameters that were made outside torch.inference_mode(), "
-            "got inference tensors, which take no part in gradients"
-        )
-    if options.has_steps and is_quantized(model):
-        raise ValueError(
-            "model: expected layers that gradients pass through, got torch's quantised ones; "
-            'method="evolution" needs none'
-        )
+    about = checks.asked(model, documents, options, job.size)
+    problem, ladder, bos = about.problem, about.ladder, about.problem.bos
     randoms = [np.random.default_rng(s) for s in np.random.SeedSequence(options.seed).spawn(5)]
     drawn = WindowsByRole.draw(
         model, documents, options.validation, problem.target_length, options.windows, *randoms[:2],
@@ -326,8 +302,8 @@ def _search(
     validated = measurer.losses(Role.VALIDATION).get(chosen)
     result = SearchResult(
         factors=factors,
-        perplexity=math.exp(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
-        validation_perplexity=None if validated is None else math.exp(validated),
+        perplexity=perplexity_of(task.measure(Role.SEARCH, [chosen], "finalist")[chosen]),
+        validation_perplexity=None if validated is None else perplexity_of(validated),
         history=tuple(measurer.history),
         stages=problem.stage_parts(factors),
     )

@@ -11,20 +11,26 @@ from longrope.patching.families import decoder
 
 
 def tiers_as_found(
-    model: nn.Module, rope: RopeSettings, original_length: int, scaling: str
+    model: nn.Module,
+    rope: RopeSettings,
+    original_length: int,
+    scaling: str,
+    applied: Tiers | None = None,
 ) -> Tiers:
     """Return the tiers under which a model computes when a search begins, one or more.
 
-    Those that are applied; else what the config names; else one that changes nothing, in a window
-    of `original_length` tokens. So too where `scaling` is `"ignore"`, and where the frequencies of
-    the config's scaling depend on the length (type "dynamic"), which nothing can multiply.
+    Those that are applied, or will be by then (`applied`); else what the config names; else one
+    that changes nothing, in a window of `original_length` tokens. So too where `scaling` is
+    `"ignore"`, and where the frequencies of the config's scaling depend on the length (type
+    "dynamic"), which nothing can multiply.
     """
     plain = RescaleFactors.none(
         **{**rope.lengths(original_length), "original_length": original_length}
     )
     if scaling == "ignore":
         return Tiers([plain])
-    applied = getattr(decoder(model).rotary_emb, "tiers", None)
+    if applied is None:
+        applied = getattr(decoder(model).rotary_emb, "tiers", None)
     if applied is not None:
         return Tiers(applied)
     return Tiers([plain if rope.loaded is None or rope.rope_type == "default" else rope.loaded])

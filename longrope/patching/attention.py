@@ -176,29 +176,32 @@ def _configs(base: nn.Module) -> list[Any]:
 # --- tiers by position ----------------------------------------------------------------------
 
 
-def check_tiered_attention(base: nn.Module) -> None:
+def check_tiered_attention(
+    base: nn.Module, instead: str = 'one set of factors, and tiers="row", work'
+) -> None:
     """Raise `ValueError` where the layers of a decoder cannot attend under tiers by position.
 
-    They may do more around their attention, not look it up, or be none that the kernels take.
+    They may do more around their attention, not look it up, or be none that the kernels take;
+    `instead` says what works.
     """
     family = family_of(base)
     if not family.tiers:
         raise ValueError(
             "model: expected a family whose attention tiers by position can take the place of, got "
-            f'{family.name}, which does more around it; one set of factors, and tiers="row", work'
+            f"{family.name}, which does more around it; {instead}"
         )
     for attention in attention_layers(base):
         if not uses_interface(attention):
             raise ValueError(
                 "model: expected attention layers that look their function up in transformers' "
                 f"AttentionInterface for tiers by position, got {type(attention).__name__}; "
-                'tiers="row" needs none'
+                f"{instead}"
             )
     head_dim = rope_settings(base).head_dim
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(
             f"model: expected a head_dim of at most {LARGEST_HEAD_DIM} for tiers by position, got "
-            f"{head_dim}"
+            f"{head_dim}; {instead}"
         )
 
 

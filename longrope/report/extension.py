@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longrope._numbers import from_json
 from longrope.factors import Tiers
 from longrope.factors.heads import span
 from longrope.factors.tiers import ladder_targets
@@ -40,9 +41,10 @@ def page(out: Path, shown: str) -> Page:
     header, entries = journal.read(out / JOURNAL)
     plan = header["plan"]
     window, target, stages = plan["window"], plan["target_length"], plan["stages"]
-    rows = [entry["row"] for entry in entries if "row" in entry]
+    rows = [_row(entry["row"]) for entry in entries if "row" in entry]
     done = {entry.get("stage") for entry in entries}
     baselines = json_object(out / BASELINES) if (out / BASELINES).is_file() else {}
+    baselines = {name: _row(row) for name, row in baselines.items()}
     found = Page(
         title=f"From {window} to {target} tokens",
         lead=f"An extension in {len(stages)} stages, measured after each on text that none sees.",
@@ -69,6 +71,11 @@ def page(out: Path, shown: str) -> Page:
     found.sections += _searches(folders)
     found.sections.append(_stages(stages, done, folders, out, shown))
     return found
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of perplexities as the journal keeps it, infinite ones as numbers."""
+    return {key: from_json(value) for key, value in row.items()}
 
 
 def _settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:

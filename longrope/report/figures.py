@@ -136,7 +136,8 @@ def _coincide(one: Curve, other: Curve, height: float) -> bool:
     """Say whether two curves lie on one another in most of their points."""
     if list(one.x) != list(other.x) or not len(one.x):
         return False
-    apart = np.abs(np.array(one.y, float) - np.array(other.y, float))
+    with np.errstate(invalid="ignore"):  # two infinite points are apart
+        apart = np.abs(np.array(one.y, float) - np.array(other.y, float))
     return bool(np.mean(apart <= _COINCIDENT * height) >= 0.5)
 
 

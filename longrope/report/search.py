@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longrope._numbers import perplexity_of
 from longrope.factors import RescaleFactors
 from longrope.factors.heads import span
 from longrope.factors.tiers import ladder_targets
@@ -25,7 +26,6 @@ from longrope.report.search_data import (
     WINDOWS,
     YARN_LADDER,
     Search,
-    perplexity,
 )
 from longrope.runs.folder import JOURNAL
 from longrope.runs.style import line
@@ -40,7 +40,7 @@ def page(out: Path, shown: str) -> Page:
         title=f"Rescale factors for {target} tokens",
         lead=f"A search by {run.header['method']} for the window of {target} tokens of a model "
         f"that was trained for {run.problem['original_length']}.",
-        finished=run.factors is not None,
+        finished=run.finished,
         settings=run.settings(),
     )
     values = run.by_set()
@@ -113,9 +113,9 @@ def _ladder_tables(run: Search) -> list[Table]:
         losses = [e["nll"] for e in entries if e not in ladder and e["nll"] is not None]
         column: dict[str, float] = run.reached(number, role)
         if ladder or (number == 1 and "yarn" in column):
-            column[YARN_LADDER] = perplexity(ladder[-1]["nll"]) if ladder else column["yarn"]
+            column[YARN_LADDER] = perplexity_of(ladder[-1]["nll"]) if ladder else column["yarn"]
         if losses:
-            column[FOUND] = perplexity(min(losses))
+            column[FOUND] = perplexity_of(min(losses))
         columns.append(column)
     names = [n for n in (*CLOSED_FORMS, YARN_LADDER, FOUND) if any(n in c for c in columns)]
     rows = [

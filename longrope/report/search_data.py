@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from longrope._numbers import perplexity_of
 from longrope.factors import RescaleFactors, Tiers
 from longrope.report.parts import flat, json_object
 from longrope.runs import journal, times
@@ -41,6 +42,7 @@ class Search:
         self.passes = summary.get("forward_passes")
         self.found: Mapping[str, float | None] = summary.get("found", {})
         self.loaded: Mapping[str, float | None] = summary.get("as_loaded", {})
+        self.finished = is_finished(out)
         stage = self.problem.get("stage")
         self.stage = np.array(list(map(float, stage["lambdas"]))) if stage else None
 
@@ -64,7 +66,7 @@ class Search:
     def measured(self, tier: int | None = None) -> list[tuple[int, float]]:
         """Return `(number, perplexity)` of all candidates on the search windows, in order."""
         return [
-            (number, perplexity(entry["nll"]))
+            (number, perplexity_of(entry["nll"]))
             for number, entry in enumerate(self.of(tier), 1)
             if entry["role"] == "search" and entry.get("origin") != YARN_LADDER
         ]
@@ -76,7 +78,7 @@ class Search:
     def reached(self, tier: int | None, role: str) -> dict[str, float]:
         """Return the perplexity of each rule on the windows of a role."""
         return {
-            entry["origin"]: perplexity(entry["nll"])
+            entry["origin"]: perplexity_of(entry["nll"])
             for entry in self.of(tier)
             if entry["role"] == role and entry.get("origin") in CLOSED_FORMS
         }
@@ -102,7 +104,7 @@ class Search:
             losses = [e["nll"] for e in self.of(tier) if e["role"] == role]
             best = min((loss for loss in losses if loss is not None), default=None)
             if best is not None:
-                found.setdefault(BEST, {})[role] = perplexity(best)
+                found.setdefault(BEST, {})[role] = perplexity_of(best)
         return self._ordered(found)
 
     @staticmethod
@@ -128,6 +130,14 @@ class Search:
         return flat(asked)
 
 
-def perplexity(nll: float | None) -> float:
-    """Return the perplexity of a loss in nats; infinite where there was none that was finite."""
-    return math.exp(nll) if nll is not None and nll < 700 else math.inf
+def is_finished(out: Path) -> bool:
+    """Say whether a search has ended, and none has gone on in its folder since.
+
+    One by layer or head, or of more iterations, goes on from the results of a finished one, which
+    stay until its own are there. The summary says of which journal results are; in older folders it
+    does not.
+    """
+    if not (out / FACTORS).is_file():
+        return False
+    summary = json_object(out / SUMMARY) if (out / SUMMARY).is_file() else {}
+    return summary.get("journal") in (None, journal.state(out / JOURNAL))

@@ -273,6 +273,12 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, entries
 
 
+def state(path: Path) -> str:
+    """Return the checksum of a journal up to its last complete line."""
+    complete = path.read_bytes().rpartition(b"\n")[0]
+    return complete.rpartition(_MARK)[2].removesuffix(b'"}').decode()
+
+
 def named(kind: str) -> str:
     """Return a kind of run with its article."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

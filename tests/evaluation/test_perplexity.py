@@ -318,3 +318,16 @@ def test_progress_counts_windows_and_ends_with_the_result():
     assert longrope.perplexity(model, documents, length=40, stride=20, batch_size=2) == value
     with pytest.raises(ValueError, match="progress: expected True, False or a function, got 3"):
         longrope.perplexity(model, documents, length=40, stride=20, progress=3)
+
+
+def test_a_loss_that_overflows_is_an_infinite_perplexity(model):
+    sure = copy.deepcopy(model)
+    with torch.no_grad():
+        sure.lm_head.weight *= 1e5
+    found = longrope.perplexity(sure, documents_of(32), length=16, stride=16, ranges=[(0, 8)])
+    assert (float(found), found.by_range) == (math.inf, (math.inf,))
+    shown = []
+    longrope.perplexity(
+        sure, documents_of(32), length=16, stride=16, progress=lambda *told: shown.append(told[2])
+    )
+    assert shown[-1] == math.inf

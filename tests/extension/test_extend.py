@@ -1,6 +1,8 @@
 """`longrope.extend` from the outside: what a run leaves, resuming, bad input, the command."""
 
 import json
+import math
+import os
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import longrope
 from longrope.cli.main import app
 from longrope.extension import beside, folder, run
 from longrope.extension.folder import weights_hash
+from longrope.report.extension import page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -171,15 +174,35 @@ def test_weights_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, 
         extension_runs.run(out)
 
 
-def test_a_model_that_was_removed_is_written_again(finished, tmp_path):
+@pytest.mark.parametrize("gone", ["model", "tiers.json", "table.md"])
+def test_a_result_that_was_removed_is_written_again(finished, tmp_path, gone):
     import shutil
 
     out = tmp_path / "run"
     shutil.copytree(finished[0].folder, out)
-    shutil.rmtree(out / "model")
+    (shutil.rmtree if gone == "model" else os.unlink)(out / gone)
     extension_runs.run(out)
     for name in extension_runs.RESULTS:
         assert (out / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
+def test_perplexities_that_overflow_are_kept_and_taken_again(tmp_path):
+    def sure():
+        model = build_model()
+        with torch.no_grad():
+            model.lm_head.weight *= 300
+        return model
+
+    def shown():
+        result = extension_runs.run(tmp_path, sure)
+        assert {row.overall for row in result.measured.rows} == {math.inf}
+        return result.measured.table()
+
+    first = shown()
+    assert shown() == first == (tmp_path / "table.md").read_text().strip()
+    assert "perplexity inf" in folder.summary(tmp_path)["3 search-3"]
+    rows = page(tmp_path, "run").rows
+    assert {row.value for row in rows if row.measure == "perplexity"} == {math.inf}
 
 
 def test_weights_of_several_types_come_back_as_they_were(tmp_path):
@@ -280,6 +303,20 @@ def test_too_little_text(tmp_path, texts, message):
     with pytest.raises(ValueError, match=message):
         longrope.extend(build_model(), texts, target_length=TARGET, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_documents_without_a_token_to_predict_are_left_out(tmp_path):
+    texts = documents()
+    few = [torch.zeros(0), texts[0][:1], *texts, []]
+    arguments = run.ExtendArguments(target_length=TARGET, out=tmp_path / "run", stages=STAGES)
+    with pytest.warns(UserWarning, match="documents: 3 of 15 are shorter than 2 tokens and left"):
+        _, kept, held_out = run.prepared(build_model(), few, arguments)
+    for found, expected in zip(
+        (kept, held_out), run.prepared(build_model(), texts, arguments)[1:], strict=True
+    ):
+        assert folder.digests(found) == folder.digests(expected)
+    with pytest.warns(UserWarning, match="1 of 1"), pytest.raises(ValueError, match="got 0"):
+        run.prepared(build_model(), [[1]], arguments)
 
 
 def test_models_and_arguments_that_are_refused(tmp_path, monkeypatch):

@@ -208,6 +208,16 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
             [SEARCH | {"length": 1024, "name": "a"}, SEARCH | {"length": 2048, "name": "a"}],
             "'a' is taken already",
         ),
+        ([SEARCH | {"length": 2048, "name": "export"}], r"stages\[0\].name: 'export' is taken"),
+        (
+            [
+                SEARCH | {"length": 1024, "name": "a"},
+                SEARCH | {"length": 2048},
+                TRAIN | {"length": 512, "factors": "a"},
+                {"kind": "recover", "lengths": [256]},
+            ],
+            "factors that reach target_length 2048, or a search after it, got those of a, 1024",
+        ),
         ("nowhere.toml", "expected one of longrope-llama2, .* or a TOML file, got 'nowhere.toml'"),
         (3, "a list of tables, got int"),
     ],

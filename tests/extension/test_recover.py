@@ -1,10 +1,11 @@
 """`longrope.recover`: short tiers by search alone."""
 
 import json
+import math
 
 import pytest
 import torch
-from support import tiny_models
+from support import families, tiny_models
 from support.commands import call, write_letters
 from support.extension_runs import documents
 from support.tiny_search import build_model
@@ -117,6 +118,15 @@ def test_a_recovery_resumes_to_the_bit(found, tmp_path, monkeypatch):
             longrope.recover(extended(), documents(), **OPTIONS, **changes, out=tmp_path)
 
 
+def test_perplexities_that_overflow_are_kept_and_taken_again(tmp_path):
+    model = extended()
+    with torch.no_grad():
+        model.lm_head.weight *= 300
+    first = longrope.recover(model, documents(), **OPTIONS, out=tmp_path)
+    assert set(sum(first.perplexities.values(), ())) == {math.inf}
+    assert longrope.recover(model, documents(), **OPTIONS, out=tmp_path) == first
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -137,6 +147,24 @@ def test_what_is_refused(changes, message):
 def test_a_model_without_factors_is_refused():
     with pytest.raises(ValueError, match="expected a model with factors applied"):
         longrope.recover(build_model(), documents(), **OPTIONS)
+
+
+def test_what_tiers_cannot_be_found_for_is_refused_before_a_folder_is_made(tmp_path):
+    import numpy as np
+
+    def refused(message, model):
+        with pytest.raises(ValueError, match=message):
+            longrope.recover(model, texts, **OPTIONS, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    texts = documents()
+    one = extended().model.rotary_emb.tiers[0]
+    each = one.spread(2, 1)
+    each = each.replace(lambdas=each.lambdas * np.array([1.0, 1.1])[:, None, None])
+    refused(r"those of each; apply one_set\(\)", longrope.apply(build_model(), each))
+    model = families.build("gpt_oss")
+    factors = longrope.RescaleFactors.yarn(**longrope.rope_settings(model).lengths(128))
+    refused("model: expected a family .* got gpt-oss", longrope.apply(model, factors))
 
 
 def test_the_command_takes_lengths_with_commas_and_the_flag_again(tmp_path):

@@ -14,10 +14,11 @@ import longrope
 from longrope import report
 from longrope.errors import JournalError
 from longrope.evaluation.memory import WHOLE_WINDOWS
-from longrope.factor_search import heads
+from longrope.factor_search import folder, heads
 from longrope.factor_search.descent import DescentSettings, HeadDescent, Point
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.history import Role
+from longrope.report.search_data import Search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"target_length": 64, "samples": 2, "steps": 4, "start_tokens": 0, "progress": False}
@@ -115,6 +116,23 @@ def test_a_search_for_all_heads_goes_on(model, texts, tmp_path, ladder, no_margi
     assert values(found.history) == values(whole.history)
     after = (tmp_path / "run" / "journal.jsonl").read_text()
     assert after.startswith(before) and len(after) > len(before)
+
+
+def test_a_search_that_went_on_is_not_finished_until_its_own_end(model, texts, tmp_path):
+    def state():
+        return folder.summary(tmp_path)["state"].partition(";")[0], Search.read(tmp_path).finished
+
+    def stop(evaluations):
+        if evaluations[0].origin == heads.OWN:
+            raise KeyboardInterrupt
+
+    longrope.search(model, texts, out=tmp_path, **SMALL)
+    assert state() == ("finished", True)
+    with pytest.raises(KeyboardInterrupt):
+        longrope.search(model, texts, out=tmp_path, **SMALL | {"per": "head", "progress": stop})
+    assert state() == ("not finished", False)
+    longrope.search(model, texts, out=tmp_path, **SMALL | {"per": "head"})
+    assert state() == ("finished", True)
 
 
 def test_the_gradient_is_that_of_every_head(model, texts):
