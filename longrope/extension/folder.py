@@ -23,6 +23,7 @@ from longrope.errors import JournalError
 from longrope.evaluation.identity import digest, fingerprint
 from longrope.extension.plan import Plan
 from longrope.extension.table import row_from_json
+from longrope.factors import Tiers
 from longrope.patching.saving import exporting
 from longrope.report.extension import BASELINES, EXPORT, KIND, STAGES, TIERS
 from longrope.runs import folder
@@ -137,6 +138,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:  # the second's I/O errors are no OSError
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"out: cannot write {path} ({reason})") from None
+
+
+def load_tiers(path: Path) -> Tiers:
+    """Return the tiers that a stage ended with.
+
+    Raises `ValueError` in one sentence where they are gone or damaged.
+    """
+    try:
+        return Tiers.load(path)
+    except (OSError, ValueError) as error:
+        reason = "there is no such file" if not path.is_file() else error
+        raise ValueError(
+            f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
+            "(--no-resume) to start again"
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

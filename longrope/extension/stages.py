@@ -130,7 +130,7 @@ def take_stage(work: Work, stage: Stage, state: State, weights: str | None) -> N
     `weights` is the hash of those that the stage ended with; None: a later stage replaced them.
     """
     place = work.folder(stage)
-    state.tiers = Tiers.load(place / folder.TIERS)
+    state.tiers = folder.load_tiers(place / folder.TIERS)
     if isinstance(stage, SearchStage):
         state.found[stage.name] = state.tiers
     if isinstance(stage, FinetuneStage):

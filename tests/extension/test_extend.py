@@ -174,6 +174,20 @@ def test_weights_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, 
         extension_runs.run(out)
 
 
+def test_tiers_of_a_stage_that_are_gone_or_damaged_are_refused_in_one_sentence(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0].folder, out)
+    tiers = out / "stages" / "01-search-1" / folder.TIERS
+    tiers.write_text("half")
+    with pytest.raises(ValueError, match=r"out: cannot read .*tiers\.json \(.*\); choose another"):
+        extension_runs.run(out)
+    tiers.unlink()
+    with pytest.raises(ValueError, match=r"tiers\.json \(there is no such file\); choose another"):
+        extension_runs.run(out)
+
+
 @pytest.mark.parametrize("gone", ["model", "tiers.json", "table.md"])
 def test_a_result_that_was_removed_is_written_again(finished, tmp_path, gone):
     import shutil
