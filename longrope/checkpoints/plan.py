@@ -17,7 +17,6 @@ from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import RopeSettings, rope_settings
 from longrope.patching.apply import check_fit, check_windows
 from longrope.patching.families import decoder
-from longrope.patching.layers import check_heads
 
 #: What a float32 reader has in the place of an infinite lambda: its pair does not turn.
 HUGE = 1e30
@@ -78,9 +77,7 @@ def plan_export(
     settings = rope_settings(model)
     tiers = _tiers(settings, factors)
     last = tiers[-1]
-    check_fit(settings, tiers)
-    for tier in tiers:
-        check_heads(decoder(model), tier)
+    check_fit(settings, tiers, decoder(model))
     if last.target_length <= settings.original_length:
         raise ValueError(
             "factors: expected a target_length beyond the model's window of "

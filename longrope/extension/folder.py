@@ -140,6 +140,13 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise OSError(f"out: cannot write {path} ({reason})") from None
 
 
+def _unreadable(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
+        "(--no-resume) to start again"
+    )
+
+
 def load_tiers(path: Path) -> Tiers:
     """Return the tiers that a stage ended with.
 
@@ -148,11 +155,7 @@ def load_tiers(path: Path) -> Tiers:
     try:
         return Tiers.load(path)
     except (OSError, ValueError) as error:
-        reason = "there is no such file" if not path.is_file() else error
-        raise ValueError(
-            f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
-            "(--no-resume) to start again"
-        ) from None
+        raise _unreadable(path, "there is no such file" if not path.is_file() else error) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -167,10 +170,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         stored = type(model).from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, SafetensorError) as error:
         reason = "there is no such folder" if not path.is_dir() else str(error).split("\n")[0]
-        raise ValueError(
-            f"out: cannot read {path} ({reason}); choose another folder, or resume=False "
-            "(--no-resume) to start again"
-        ) from None
+        raise _unreadable(path, reason) from None
     model.load_state_dict(stored.state_dict())
 
 

@@ -105,7 +105,8 @@ class PerHead:
         The mean of factors that were searched apart was never measured, and can be worse than the
         set that their search began with (docs/heads.md).
         """
-        return self.mean() if self.shared is None else self.shared.factors
+        known = self._known_set()
+        return self.mean() if known is None else known
 
     def _known_set(self) -> RescaleFactors | None:
         """Return the set for all layers and heads, where one was found."""

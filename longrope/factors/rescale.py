@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from longrope._numbers import to_json
 from longrope._validation import even, integer, lambda_array, positive
 
 if TYPE_CHECKING:
@@ -211,12 +211,7 @@ class RescaleFactors(PerHead, Baselines):
         if self.per_head:
             fields["attention_factor"] = self.attention_factor.tolist()
 
-        def plain(value: float | list) -> float | str | list:
-            if isinstance(value, list):
-                return [plain(v) for v in value]
-            return "inf" if value == math.inf else value
-
-        return fields | {"lambdas": plain(self.lambdas.tolist())}
+        return fields | {"lambdas": to_json(self.lambdas.tolist())}
 
     @classmethod
     def load(cls, path: str | Path, **settings) -> RescaleFactors:

@@ -102,9 +102,7 @@ def check_tiers(tiers: str) -> None:
 def _install(model: nn.Module, several: Tiers, by_position: bool, cached_keys: str) -> None:
     """Do what `apply` says, without a word."""
     base, settings = decoder(model), rope_settings(model)
-    check_fit(settings, several)
-    for tier in several:
-        layers.check_heads(base, tier)
+    check_fit(settings, several, base)
     accept_rotations(attention_layers(base)[0])
     by_position = by_position and len(several) > 1
     remove(model)
@@ -268,14 +266,19 @@ def _tiers(factors: RescaleFactors | Tiers | Sequence[RescaleFactors]) -> Tiers:
         raise type(error)(str(error).replace("tiers:", "factors:", 1)) from None
 
 
-def check_fit(settings: RopeSettings, tiers: Tiers) -> None:
-    """Refuse factors of a model with another rotary embedding."""
+def check_fit(settings: RopeSettings, tiers: Tiers, base: nn.Module | None = None) -> None:
+    """Refuse factors of a model with another rotary embedding, or other layers than a decoder's.
+
+    Without `base`, the decoder, layers are not looked at.
+    """
     for name in ("rotary_dim", "rope_theta"):
         given, expected = getattr(tiers[0], name), getattr(settings, name)
         if given != expected:
             raise ValueError(
                 f"factors: expected {name} {expected:g}, as in the model, got {given:g}"
             )
+    for tier in tiers if base is not None else ():
+        layers.check_heads(base, tier)
 
 
 def check_windows(base: nn.Module, tiers: Tiers) -> None:
