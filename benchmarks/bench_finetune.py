@@ -1,11 +1,13 @@
 """A step of fine-tuning: ours under tiers by position, beside transformers' Trainer as it comes.
 
 Both train the same random Llama on the same rows through the same Trainer, with activation
-checkpoints. The plain run has SDPA, no factors and the model's own loss over all logits; ours turns
-every row by four tiers and takes `ops.linear_nll`. Each run is a process of its own, in turns, so
-that its peak memory is known: that of the process less what it held when training began.
+checkpoints, on a GPU under autocast to bfloat16. The plain run has SDPA, no factors and the model's
+own loss over all logits; ours turns every row by four tiers and takes `ops.linear_nll`. Each run is
+a process of its own, in turns, so that its peak memory is known: that of the process, or what torch
+had taken of the GPU's, less what was held when training began.
 
     python benchmarks/bench_finetune.py --save
+    python benchmarks/bench_finetune.py --device cuda --heads 16 --lengths 8192 32768 --save
     python benchmarks/bench_finetune.py --lengths 1024 --rounds 1 --steps 2
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +46,13 @@ def build(length: int, vocabulary: int, heads: int):
     )  # fmt: skip
 
 
+def peak_bytes(device: str) -> int:
+    """Return the most bytes that this process, or torch on its GPU, has held."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]:
     """Train in this process; returns seconds of a step, the first left out, and peak bytes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -53,13 +63,16 @@ def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]
     from longrope.extension.trainer import RowTrainer, giving_loss
 
     ends: list[float] = []
+    on_gpu = args.device == "cuda"
 
     class Clock(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
+        def on_step_end(self, *_, **__):
+            if on_gpu:
+                torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
     steps = args.steps
-    model = build(length, args.vocabulary, args.heads)
+    model = build(length, args.vocabulary, args.heads).to(args.device)
     random = np.random.default_rng(0)
     text = torch.from_numpy(random.integers(args.vocabulary, size=2 * length))
     rows = TrainingRows([text], length, steps, 0)
@@ -69,12 +82,13 @@ def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]
         rope = longrope.rope_settings(model)
         longrope.apply(model, longrope.RescaleFactors.yarn(**rope.lengths(length)).ladder())
     _checkpoint_activations(model, True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes(args.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=1, use_cpu=True,
-            save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-            dataloader_pin_memory=False, logging_strategy="no",
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=1,
+            use_cpu=not on_gpu, bf16=on_gpu, save_strategy="no", report_to="none",
+            disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            logging_strategy="no",
         )  # fmt: skip
         if way == "plain":
             Trainer(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
@@ -83,15 +97,14 @@ def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]
                 RowTrainer(
                     model, arguments, train_dataset=rows, callbacks=[Clock()], name="bench"
                 ).train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return {"seconds": seconds, "peak_bytes": 1024 * peak}
+    return {"seconds": seconds, "peak_bytes": peak_bytes(args.device) - before}
 
 
 def in_a_process(way: str, length: int, args: argparse.Namespace) -> dict[str, float]:
     """Return what `run_one` finds in a process of its own."""
     command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
-    for name in ("vocabulary", "steps", "heads"):
+    for name in ("vocabulary", "steps", "heads", "device"):
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -106,6 +119,8 @@ def main() -> None:
     p.add_argument("--heads", type=int, default=8, help="of 64 channels, on a quarter of keys")
     p.add_argument("--steps", type=int, default=3, help="of each run; the first is not timed")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--csv", type=Path, help="append rows to this file")
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     p.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -128,15 +143,15 @@ def main() -> None:
                 "length": length, "way": way, "tokens_per_second": round(length / seconds, 1),
                 "ratio_to_plain": round(statistics.median(ratios), 3),
                 "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found[way])),
-                **where(),
+                **where(args.device),
             })  # fmt: skip
             last = rows[-1]
             print(
                 f"{length:7} {way:6} {last['tokens_per_second']:9.1f} tokens/s "
                 f"{last['ratio_to_plain']:6.2f}x  peak {last['peak_bytes'] / 2**20:7.0f} MiB"
             )
-    if args.save:
-        append(rows, RESULTS / "finetune.csv", FIELDS)
+    if args.save or args.csv:
+        append(rows, args.csv or RESULTS / "finetune.csv", FIELDS)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, append, saved, where
-from ladder_comparison import by_range, model_name
+from ladder_comparison import by_range, in_dtype, model_name
 from search_comparison import load, measured, parser
 
 import longrope
@@ -51,6 +51,7 @@ def budget(args: argparse.Namespace) -> str:
     return (
         f"{args.steps} steps; {args.samples} windows; {args.ratio}x; {args.excerpts} excerpts; "
         + ("one set" if args.one_set else "ladder")
+        + in_dtype(args)
     )
 
 

@@ -52,8 +52,13 @@ def budget(args: argparse.Namespace) -> str:
     excerpts = "" if args.excerpts == EXCERPTS else f"; {args.excerpts} excerpts"
     return (
         f"{args.steps} steps; {args.samples} windows; {args.ratio}x; start tokens "
-        f"{args.start_tokens}{excerpts}"
+        f"{args.start_tokens}{excerpts}{in_dtype(args)}"
     )
+
+
+def in_dtype(args: argparse.Namespace) -> str:
+    """Return what a budget says of the model's dtype: nothing for float32."""
+    return "" if args.dtype == "float32" else f"; {args.dtype}"
 
 
 def known_rows(args: argparse.Namespace) -> set[tuple[str, str]]:

@@ -83,6 +83,7 @@ def parser(description: str, samples: int) -> argparse.ArgumentParser:
     p.add_argument("--test-samples", type=int, default=16, help="test documents")
     p.add_argument("--steps", type=int, default=80, help="steps of each descent")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
     p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     return p
@@ -131,14 +132,17 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
     """Return the model, and a function from a seed to search, validation and test excerpts."""
     searched = args.excerpts + args.validation_excerpts
     if args.model is None:
-        model = demo.load_packaged_model().to(args.device)
+        model = demo.load_packaged_model().to(args.device, getattr(torch, args.dtype))
 
         def cut(role: str, count: int, seed: int) -> Sequence:
             length = args.ratio * demo.ORIGINAL_LENGTH
             return [e[:length] for e in demo.excerpts(role, count, seed)]
     else:
-        model, _ = load_model(args.model, args.device)
-        books = {role: book_model.documents(args.books, role) for role in ("search", "test")}
+        model, tokenizer = load_model(args.model, args.device, args.dtype)
+        books = {
+            role: book_model.documents(args.books, role, tokenizer)
+            for role in ("train", "search", "test")
+        }
         length = args.ratio * rope_settings(model).original_length
 
         def cut(role: str, count: int, seed: int) -> Sequence:
@@ -146,6 +150,12 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
             return list(draw_windows(texts, length, count, np.random.default_rng(seed)))
 
     def documents(seed: int) -> tuple[list, list, list]:
+        if args.model is not None and tokenizer is not None:  # trained on other text: more of it
+            return (
+                cut("train", args.excerpts, seed),
+                cut("search", args.validation_excerpts, seed),
+                cut("test", args.test_samples, seed),
+            )
         found = cut("search", searched, seed)
         return (
             found[: args.excerpts],

@@ -85,12 +85,12 @@ def optimizer_of(model: PreTrainedModel) -> Together:
     )
 
 
-def build_model(**changes: Any) -> PreTrainedModel:
+def build_model(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
     """Return the untrained model: 3.5 M parameters, head_dim 64, rope_theta 10000.
 
-    `changes` are arguments of its `LlamaConfig`.
+    `changes` are fields of its configuration.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
         "vocab_size": 256,
@@ -99,13 +99,14 @@ def build_model(**changes: Any) -> PreTrainedModel:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
+        "head_dim": 64,
         "attention_bias": True,  # as Qwen2's; it bears longer windows better (docs/demo.md)
         "max_position_embeddings": CONTEXT,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings | changes))
 
 
 def train(

@@ -1,0 +1,163 @@
+"""Plans of an extension side by side: by position, by head, one set, direct training, no training.
+
+The plan is that of the paper: for each length but the last a search and fine-tuning under what it
+found, at the last a second search, then recovery. Beside it, with the same budgets: the same with
+factors of their own for all heads at the last, not recovered; training under one set for every
+position, as in the paper; direct fine-tuning, on as many tokens of rows of the target length under
+a ladder that was searched for it; and no training at all. Every row is a stage: perplexity by range
+of positions on text that no stage saw.
+
+The packaged model of 256 bytes searches and trains on Python's standard library, the files of the
+role "search"; the model of book_model.py on all books but those of the role "test".
+
+    python benchmarks/plan_comparison.py --out FOLDER --save  # 2,048 and 8,192; goes on if killed
+    python benchmarks/plan_comparison.py --out FOLDER --lengths 1024 2048 --steps 20 --save
+    python benchmarks/plan_comparison.py --out FOLDER --model MODEL --books FOLDER --save \
+        --lengths 2048 16384 131072 --device cuda --dtype bfloat16
+    python benchmarks/plan_comparison.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import book_model
+import torch
+from harness import RESULTS, append, saved, where
+
+import longrope
+from longrope.cli.inputs import load_model
+from longrope.demo import corpus
+from longrope.demo.run import load_packaged_model
+
+SEARCH = {"kind": "search", "steps": 30, "samples": 3, "start_tokens": 0}
+TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps": 5}
+RECOVER = {"kind": "recover", "lengths": [256, 512], "steps": 20, "samples": 3}
+PLANS = ["position", "head", "one", "direct", "none"]
+FILE = RESULTS / "plan_comparison.csv"
+
+
+def progressive(lengths: list[int], steps: int, tiers: str, per: str = "model") -> list[dict]:
+    """Return the plan; `tiers`: "position", or "one" for the paper's single set; `per`: at last."""
+    stages = []
+    for length in lengths[:-1]:
+        stages.append(SEARCH | {"length": length, "tiers": tiers})
+        stages.append(
+            {"kind": "finetune", "length": length, "tiers": tiers, "steps": steps, **TRAIN}
+        )
+    last = SEARCH | {"length": lengths[-1], "tiers": tiers, "per": per}
+    return [*stages, last, *([RECOVER] if per == "model" else [])]
+
+
+def direct(lengths: list[int], steps: int) -> list[dict]:
+    """Return the plan that trains at the target alone, on as many tokens."""
+    *before, target = lengths
+    few = max(1, steps * sum(before) // target)
+    return [
+        SEARCH | {"length": target},
+        {"kind": "finetune", "length": target, "steps": few, **TRAIN | {"warmup_steps": 1}},
+        RECOVER,
+    ]
+
+
+def load(args: argparse.Namespace) -> tuple[torch.nn.Module, list, list]:
+    """Return the model, documents for the stages, and those of the table."""
+    dtype = {"dtype": getattr(torch, args.dtype), "device": args.device}
+    *before, target = args.lengths
+    if args.model is None:
+        documents = corpus.documents("search", min_length=max(before))
+        return load_packaged_model().to(**dtype), documents, corpus.documents("test", target)
+    model, _ = load_model(args.model, args.device)
+    books = {role: book_model.documents(args.books, role) for role in ("train", "search", "test")}
+    test = [
+        book[begin : begin + target]
+        for book in books["test"]
+        for begin in range(0, len(book) - target + 1, target)
+    ]
+    return model.to(**dtype), books["train"] + books["search"], test
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict]:
+    """Run the plans and yield the rows of their tables."""
+    plans = {
+        "position": progressive(args.lengths, args.steps, "position"),
+        "head": progressive(args.lengths, args.steps, "position", "head"),
+        "one": progressive(args.lengths, args.steps, "one"),
+        "direct": direct(args.lengths, args.steps),
+        "none": [SEARCH | {"length": args.lengths[-1]}],
+    }
+    for name in args.only:
+        model, documents, test = load(args)
+        began = time.monotonic()
+        result = longrope.extend(
+            model, documents, target_length=args.lengths[-1], out=args.out / name,
+            stages=plans[name], held_out=test, test_windows=args.test_windows, seed=args.seed,
+            progress=False,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        print(f"\n{name}, {seconds:.0f} s (less where a run was resumed)\n")
+        print(result.measured.table(), flush=True)
+        for row in result.measured.rows:
+            by_range = zip(result.measured.ranges, row.by_range, strict=True)
+            yield {
+                "model": "packaged" if args.model is None else args.model.name,
+                "lengths": " ".join(map(str, args.lengths)), "plan": name,
+                "stage": row.name, "perplexity": f"{row.overall:.4f}",
+                "by_range": " ".join(f"{a}-{b - 1}:{v:.4f}" for (a, b), v in by_range),
+                "steps": args.steps, "seed": args.seed, "test_windows": result.measured.documents,
+                "dtype": args.dtype, "seconds": f"{seconds:.0f}", **where(args.device),
+            }  # fmt: skip
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print a table for each model and its lengths."""
+    head = None
+    for row in rows:
+        parts = [part.split(":") for part in row["by_range"].split()]
+        if head != (head := (row["model"], row["lengths"], row["seed"])):
+            names = [name for name, _ in parts]
+            print(f"\n{row['model']}, seed {row['seed']}, 256 -> {row['lengths']}\n")
+            print(f"| plan | stage | {' | '.join(names)} | all |")
+            print("| --- | --- |" + " ---: |" * (1 + len(parts)))
+        cells = [f"{float(value):.3f}" for _, value in (*parts, ("", row["perplexity"]))]
+        print(f"| {row['plan']} | {row['stage']} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Run the plans and report."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--out", type=Path, help="folder of the runs, which resume")
+    p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="they grow")
+    p.add_argument("--only", nargs="+", choices=PLANS, default=PLANS, help="which plans")
+    p.add_argument("--steps", type=int, default=40, help="of each fine-tuning")
+    p.add_argument("--model", type=Path, help="of book_model.py; default: the packaged one")
+    p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
+    p.add_argument("--test-windows", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    p.add_argument("--threads", type=int, help="of torch; default: its own")
+    p.add_argument("--csv", type=Path, help="append rows to this file")
+    p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
+    p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
+    args = p.parse_args()
+    if args.table:
+        return print_table(saved(FILE))
+    if args.out is None or (args.model is None) != (args.books is None):
+        raise SystemExit("expected --out FOLDER, and --model with --books or none of both")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    file = FILE if args.save else args.csv
+    for row in rows(args):
+        if file:
+            append([row], file, list(row))
+    return None
+
+
+if __name__ == "__main__":
+    main()
