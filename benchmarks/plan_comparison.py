@@ -112,18 +112,29 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
             }  # fmt: skip
 
 
-def print_table(rows: list[dict]) -> None:
-    """Print a table for each model and its lengths."""
-    head = None
+def tables(rows: list[dict]) -> list[str]:
+    """Return a table for each model and its lengths: the first plan whole, the ends of others."""
+    groups: dict[tuple[str, ...], dict[str, list[dict]]] = {}
     for row in rows:
-        parts = [part.split(":") for part in row["by_range"].split()]
-        if head != (head := (row["model"], row["lengths"], row["seed"])):
-            names = [name for name, _ in parts]
-            print(f"\n{row['model']}, seed {row['seed']}, 256 -> {row['lengths']}\n")
-            print(f"| plan | stage | {' | '.join(names)} | all |")
-            print("| --- | --- |" + " ---: |" * (1 + len(parts)))
-        cells = [f"{float(value):.3f}" for _, value in (*parts, ("", row["perplexity"]))]
-        print(f"| {row['plan']} | {row['stage']} | {' | '.join(cells)} |")
+        key = tuple(row[name] for name in ("model", "lengths", "seed", "dtype", "device"))
+        groups.setdefault(key, {}).setdefault(row["plan"], []).append(row)
+    lines = []
+    for (model, lengths, seed, dtype, device), plans in groups.items():
+        parts = [part.split(":") for part in next(iter(plans.values()))[0]["by_range"].split()]
+        lines += [
+            f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; seed {seed}; {dtype}, {device}", "",
+            f"| plan | stage | {' | '.join(name for name, _ in parts)} | all |",
+            "| --- | --- |" + " ---: |" * (1 + len(parts)),
+        ]  # fmt: skip
+        for plan in sorted(plans, key=PLANS.index):
+            stages = plans[plan] if plan == PLANS[0] else plans[plan][-1:]
+            for row in stages:
+                values = [part.partition(":")[2] for part in row["by_range"].split()]
+                cells = [f"{float(v):.3f}" for v in (*values, row["perplexity"])]
+                stage = row["stage"].partition(": ")
+                lines.append(f"| {plan} | {stage[2] or stage[0]} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def main() -> None:
@@ -147,7 +158,8 @@ def main() -> None:
     p.add_argument("--table", action="store_true", help="only print the tables of what was saved")
     args = p.parse_args()
     if args.table:
-        return print_table(saved(FILE))
+        print("\n".join(tables(saved(FILE))))
+        return
     if args.out is None or (args.model is None) != (args.books is None):
         raise SystemExit("expected --out FOLDER, and --model with --books or none of both")
     if args.threads:
@@ -156,7 +168,6 @@ def main() -> None:
     for row in rows(args):
         if file:
             append([row], file, list(row))
-    return None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize(
     ("benchmark", "page"),
-    [("ladder_comparison", "docs/search.md"), ("heads_comparison", "docs/heads.md")],
+    [
+        ("ladder_comparison", "docs/search.md"),
+        ("heads_comparison", "docs/heads.md"),
+        ("plan_comparison", "docs/extend.md"),
+    ],
 )
 def test_a_table_is_that_of_the_rows(benchmark, page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
