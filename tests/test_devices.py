@@ -50,3 +50,12 @@ def test_search(device, one_thread):
     )  # fmt: skip
     yarn = [e.nll for e in result.history if (e.role, e.origin) == ("validation", "yarn")]
     assert result.validation_perplexity <= math.exp(*yarn) * (1 + 1e-6)
+
+
+def test_the_reference_turns_keys_again_where_they_are(device):
+    """As the op does, from one set of factors to another."""
+    positions = torch.arange(9, device=device)
+    sets = [tiny_models.factors(rule) for rule in ("pi", "yarn")]
+    k = torch.randn(1, 2, 9, sets[0].rotary_dim, device=device)
+    expected = longrope.ops.reference.rerotate(k.double(), positions, *sets).float()
+    torch.testing.assert_close(longrope.ops.rerotate(k, positions, *sets), expected)

@@ -21,20 +21,22 @@ from longrope.patching.torch_attention import HALVES, attend_unmasked
 class Measured(NamedTuple):
     """Up to which head_dim our kernels are ahead of what torch runs, forward and with gradients.
 
-    Of a whole tile of queries; for fewer torch's are.
+    Of a whole tile of queries; for fewer torch's are. `gradients_behind`: of queries that stand
+    behind some of the keys, for which torch has flash's kernels alone, forward and backward.
     """
 
     forward: int
     with_gradients: int
+    gradients_behind: int
 
 
 #: By compute capability, in 16 bits: rows of `benchmarks/bench_attention.py` in
 #: `benchmarks/results/nvidia-h100-80gb-hbm3.csv`: forward 1.07 to 1.14 times as fast as what torch
-#: chooses (cuDNN), with gradients 0.34 to 0.94 times. In float32 our CUDA kernels are correct and
-#: plain, not fast.
-AHEAD = {(9, 0): Measured(forward=256, with_gradients=0)}
-#: What `csrc/attention/cuda/attention.cu` takes its kernel of 9.0 for: queries that fill a tile,
-#: and tiles that fill half of the chip.
+#: chooses (cuDNN), with gradients 0.34 to 0.94 times; with gradients 1.4 to 1.8 times as fast as
+#: flash to head_dim 128. In float32 our CUDA kernels are correct and plain, not fast.
+AHEAD = {(9, 0): Measured(forward=256, with_gradients=0, gradients_behind=128)}
+#: What `csrc/attention/cuda/attention.cu` takes its kernels of 9.0 for: queries that fill a tile,
+#: and tiles that fill half of the chip; of keys, for gradients.
 TILE, TILES = 128, 66
 
 
@@ -54,7 +56,7 @@ def attend(
     returns `[B, H, N, D]`.
     """
     torch_can = query.is_cuda and window is None and softcap is None
-    if torch_can and _is_plain(query, key, causal) and not _is_ahead(query, key, value):
+    if torch_can and _is_plain(query, key, causal) and not _is_ahead(query, key, value, causal):
         return attend_unmasked(query, key, value, causal, scale)
     return ops.attention(
         query, key, value, causal=causal, window=window, scale=scale, softcap=softcap
@@ -73,17 +75,22 @@ def _is_plain(query: Tensor, key: Tensor, causal: bool) -> bool:
     return count < total and not torch.compiler.is_compiling()
 
 
-def _is_ahead(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _is_ahead(query: Tensor, key: Tensor, value: Tensor, causal: bool = True) -> bool:
     """Say whether to take our kernel for these: it is measured to be faster, or reads far less."""
     batch, heads, count, head_dim = query.shape
+    kv_heads, total = key.shape[1:3]
     if query.dtype not in HALVES:
         # torch copies keys that heads share, ours reads them once: what a few queries wait for.
-        return count < TILE and heads > key.shape[1]
+        return count < TILE and heads > kv_heads
     if count < TILE or batch * heads * -(-count // TILE) < TILES or not _has_wgmma():
         return False
-    ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), Measured(0, 0))
-    asks = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return head_dim <= (ahead.with_gradients if asks else ahead.forward)
+    none = Measured(0, 0, 0)
+    ahead = AHEAD.get(torch.cuda.get_device_capability(query.device), none)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
+        return head_dim <= ahead.forward
+    if not causal or count == total:
+        return head_dim <= ahead.with_gradients
+    return batch * kv_heads * -(-total // TILE) >= TILES and head_dim <= ahead.gradients_behind
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def test_torch_computes_the_same(heads, kv_heads, queries, keys, causal):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_ours_where_it_is_measured_to_be_ahead(monkeypatch, dtype, capability, head_dim):
-    """Not with gradients, not for a few queries, and never in float32."""
+    """Not for a few queries, with gradients only behind other keys, and never in float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(plain_attention, "_has_wgmma", lambda: True)
     plain = torch.zeros(1, 66, 128, head_dim, dtype=dtype)
@@ -50,6 +50,10 @@ def test_ours_where_it_is_measured_to_be_ahead(monkeypatch, dtype, capability, h
         assert not _is_ahead(*tensors)
         with torch.no_grad():
             assert _is_ahead(*tensors) is ahead
+    before = plain.repeat(1, 1, 2, 1)
+    assert _is_ahead(asks, before, before) is (ahead and head_dim <= 128)
+    assert not _is_ahead(asks, before, before, False)  # torch has more than flash for these
+    assert not _is_ahead(asks, before[:, :32], before[:, :32])  # too few blocks of keys
     monkeypatch.setattr(plain_attention, "_has_wgmma", lambda: False)
     assert not _is_ahead(plain, plain, plain)
 

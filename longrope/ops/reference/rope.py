@@ -74,8 +74,8 @@ def rerotate(
     sets = factor_sets(from_factors, to_factors, k.device)
     undo, undo_base, undo_start, turn, turn_base, turn_start, ratio, by_group = sets
     angle = _angle(positions, turn, turn_start, turn_base, undo, undo_start, undo_base)
-    factor = torch.tensor(ratio, dtype=torch.float64) if by_group is None else by_group
-    turned = _turn(k, angle, factor.reshape(1, -1, 1, 1), interleaved)
+    factor = torch.as_tensor(ratio if by_group is None else by_group, device=k.device)
+    turned = _turn(k, angle, factor.double().reshape(1, -1, 1, 1), interleaved)
     return turned if out is None else out.copy_(turned)
 
 
