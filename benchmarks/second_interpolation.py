@@ -70,8 +70,8 @@ def second_stages(
         longrope.remove(model)
     for count in START_TOKENS:
         label = "searched" if count == 0 else f"searched, {count} start tokens"
-        tiers = found.tiers or longrope.Tiers([found.factors])
-        yield label, longrope.Tiers([*tiers[:-1], tiers[-1].replace(start_tokens=count)])
+        *below, last = found.tiers or [found.factors]
+        yield label, longrope.Tiers([*below, last.replace(start_tokens=count)])
 
 
 def rows(args: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[dict]:

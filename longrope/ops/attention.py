@@ -25,7 +25,7 @@ from longrope.ops._fake import attention as _fakes  # noqa: F401  (registers the
 from longrope.ops._forward_mode import push_forward, refuse_tangents
 from longrope.ops._groups import attend_groups
 from longrope.ops._rotation import Rotation
-from longrope.ops.rope import _start_and_factor
+from longrope.ops.rope import start_and_factor
 
 __all__ = ["attention", "merge_attention"]
 
@@ -150,7 +150,7 @@ def attention(
         out, lse = torch.ops.longrope.attention_rotated(
             q, k, v, *options, rotation.query_positions, rotation.key_positions, rotation.limits,
             inv_freq, rotation.base_inv_freq,
-            *_start_and_factor(start_tokens, attention_factor), rotation.interleaved,
+            *start_and_factor(start_tokens, attention_factor), rotation.interleaved,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -86,7 +86,7 @@ def rope(
         "rope", inv_freq=inv_freq, base_inv_freq=base_inv_freq, attention_factor=attention_factor
     )
     turned_by = (
-        positions, inv_freq, base_inv_freq, *_start_and_factor(start_tokens, attention_factor),
+        positions, inv_freq, base_inv_freq, *start_and_factor(start_tokens, attention_factor),
         interleaved, False,
     )  # fmt: skip
     return linear_in(lambda q, k: torch.ops.longrope.rope(q, k, *turned_by), q, k)
@@ -114,7 +114,7 @@ def rope_(
     _refuse_gradients("rope_", "rope", q, k, inv_freq, base_inv_freq, attention_factor)
     torch.ops.longrope.rope_(
         q, k, positions, inv_freq, base_inv_freq,
-        *_start_and_factor(start_tokens, attention_factor), interleaved,
+        *start_and_factor(start_tokens, attention_factor), interleaved,
     )  # fmt: skip
     return q, k
 
@@ -224,7 +224,7 @@ def rerotate_rows_(
     _check(k, k, positions, inv_freq, start_tokens, base_inv_freq, attention_factor, interleaved)
     check_tensors(k=k, from_tier=from_tier, to_tier=to_tier)
     _refuse_gradients("rerotate_rows_", "rerotate", k, inv_freq, base_inv_freq, attention_factor)
-    start_tokens, starts, attention_factor, factors = _start_and_factor(
+    start_tokens, starts, attention_factor, factors = start_and_factor(
         start_tokens, attention_factor
     )
     if factors is not None and factors.dim() == 0:
@@ -256,7 +256,7 @@ def _check(q, k, positions, inv_freq, start_tokens, base, factor, interleaved) -
     expect(isinstance(interleaved, bool), "interleaved", "a bool", interleaved)
 
 
-def _start_and_factor(
+def start_and_factor(
     start_tokens: int | Tensor, attention_factor: float | Tensor
 ) -> tuple[int, Tensor | None, float, Tensor | None]:
     """Split each argument into the scalar and the tensor that the op takes."""

@@ -55,12 +55,27 @@ def attend(
     Queries `[B, H, N, D]` are the last `N` of the positions of keys and values `[B, Hk, M, D]`;
     returns `[B, H, N, D]`.
     """
-    torch_can = query.is_cuda and window is None and softcap is None
-    if torch_can and _is_plain(query, key, causal) and not _is_ahead(query, key, value, causal):
+    if takes_torch(query, key, value, causal=causal, window=window, softcap=softcap):
         return attend_unmasked(query, key, value, causal, scale)
     return ops.attention(
         query, key, value, causal=causal, window=window, scale=scale, softcap=softcap
     )
+
+
+def takes_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> bool:
+    """Say whether `attend` goes through torch's kernels; of the tensors only shapes count."""
+    torch_can = query.is_cuda and window is None and softcap is None
+    if not torch_can or not _is_plain(query, key, causal):
+        return False
+    return not _is_ahead(query, key, value, causal)
 
 
 def _is_plain(query: Tensor, key: Tensor, causal: bool) -> bool:

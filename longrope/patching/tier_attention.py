@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from longrope import ops
+from longrope.ops.segments import Segment as KernelSegment
+from longrope.ops.segments import attend_segments
 from longrope.patching import plain_attention
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
@@ -279,27 +281,76 @@ class _Rows:
         """Attend with nothing written in place; also for documents packed into a row."""
         parts = []
         for rows, segments in self._groups_by_document():
-            outs = []
-            for document, segment in segments:
-                tiers = self._tiers(rows, segment)
-                seen = Segment(segment.tier, document, segment.end)
-                keys = self._turned(self.key, rows, seen, tiers)
-                values = self.value[rows, :, document : segment.end]
-                if held is not None:
-                    before, old_values, positions, form = held
-                    before = before[rows, :, : self.start].clone()
-                    with torch.no_grad():
-                        self._turn_held(before, positions[rows, : self.start], form, rows, tiers)
-                        if self.rotary.keeps_unrotated and any(tiers):
-                            before = self._read(
-                                before, positions[rows, : self.start], tiers, rows.start or 0
-                            )
-                    keys = torch.cat([before, keys], 2)
-                    values = torch.cat([old_values[rows, :, : self.start], values], 2)
-                query = self._turned(self.query, rows, segment, tiers)
-                outs.append(self._attention(query, keys, values, rows, document))
-            parts.append(torch.cat(outs, 2))
+            outs: dict[int, Tensor] = {}
+            if held is None and (together := self._together(rows, segments)):
+                q, k, v = (x[rows] for x in (self.query.states, self.key.states, self.value))
+                o = self.options
+                options = {"window": o.window, "scale": o.scale, "softcap": o.softcap}
+                attended = attend_segments(q, k, v, list(together.values()), **options)
+                outs |= zip(together, attended, strict=True)
+            for index, (document, segment) in enumerate(segments):
+                if index not in outs:
+                    outs[index] = self._one_by_one(rows, document, segment, held)
+            parts.append(torch.cat([outs[index] for index in range(len(segments))], 2))
         return torch.cat(parts)
+
+    def _together(
+        self, rows: slice, segments: list[tuple[int, Segment]]
+    ) -> dict[int, KernelSegment]:
+        """Return the segments that our kernels turn and attend, as `attend_segments` takes them.
+
+        Not those that the model turns, nor what torch is faster for.
+        """
+        found: dict[int, KernelSegment] = {}
+        if self.plan.mask is not None or not _has_kernels(self.value):
+            return found
+        bounded = self.plan.key_start is not None
+        for index, (document, segment) in enumerate(segments):
+            tiers = set(self._tiers(rows, segment))
+            tier = tiers.pop()
+            seen = slice(document, segment.end)
+            states = (x[rows] for x in (self.query.states, self.key.states, self.value))
+            query, key, value = (
+                x[:, :, part]
+                for x, part in zip(
+                    states, (slice(segment.begin, segment.end), seen, seen), strict=True
+                )
+            )
+            o = self.options
+            if tiers or (tier == 0 and self.first_by_model) or (
+                not bounded
+                and plain_attention.takes_torch(
+                    query, key, value, window=o.window, softcap=o.softcap
+                )
+            ):  # fmt: skip
+                continue
+            positions = self._real(self.rotation.positions[rows, seen], rows.start or 0)
+            turn = KernelRotation(positions, *self.rotary.settings(tier)).of_layer(self.index)
+            bounds = self._bounds(rows, segment.end) if bounded else {}
+            found[index] = KernelSegment(segment.begin, segment.end, document, *turn, **bounds)
+        return found
+
+    def _one_by_one(
+        self, rows: slice, document: int, segment: Segment,
+        held: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        """Return the attention of one segment, each step of it a function of its own."""
+        tiers = self._tiers(rows, segment)
+        keys = self._turned(self.key, rows, Segment(segment.tier, document, segment.end), tiers)
+        values = self.value[rows, :, document : segment.end]
+        if held is not None:
+            before, old_values, positions, form = held
+            before = before[rows, :, : self.start].clone()
+            with torch.no_grad():
+                self._turn_held(before, positions[rows, : self.start], form, rows, tiers)
+                if self.rotary.keeps_unrotated and any(tiers):
+                    before = self._read(
+                        before, positions[rows, : self.start], tiers, rows.start or 0
+                    )
+            keys = torch.cat([before, keys], 2)
+            values = torch.cat([old_values[rows, :, : self.start], values], 2)
+        query = self._turned(self.query, rows, segment, tiers)
+        return self._attention(query, keys, values, rows, document)
 
     def _groups_by_document(self) -> Iterator[tuple[slice, list[tuple[int, Segment]]]]:
         """Yield rows that go together, and their segments with the begin of their document."""
@@ -369,10 +420,16 @@ class _Rows:
         options = {"window": o.window, "scale": o.scale, "softcap": o.softcap}
         if plan.key_start is None:
             return plain_attention.attend(query, keys, values, **options)
-        for name in ("key_start", "key_length"):
-            found = [min(x, end) for x in getattr(plan, name)[rows]]
-            options[name] = torch.tensor(found, device=query.device)
-        return ops.attention(query, keys, values, **options)
+        return ops.attention(query, keys, values, **options, **self._bounds(rows, end))
+
+    def _bounds(self, rows: slice, end: int) -> dict[str, Tensor]:
+        """Return which of the first `end` keys exist, as `ops.attention` takes it."""
+        return {
+            name: torch.tensor([min(x, end) for x in of_rows[rows]], device=self.value.device)
+            for name, of_rows in (
+                ("key_start", self.plan.key_start), ("key_length", self.plan.key_length)
+            )
+        }  # fmt: skip
 
     def _mask_of_bounds(self, end: int) -> Tensor:
         """Return which of the first `end` keys exist, bool `[B, end]`."""
