@@ -28,7 +28,16 @@ import torch
 from harness import RESULTS, WHERE, append, where
 
 WAYS = ("plain", "ours")
-FIELDS = ("length", "way", "tokens_per_second", "ratio_to_plain", "peak_bytes", *WHERE)
+FIELDS = (
+    "length",
+    "heads",
+    "vocabulary",
+    "way",
+    "tokens_per_second",
+    "ratio_to_plain",
+    "peak_bytes",
+    *WHERE,
+)
 
 
 def build(length: int, vocabulary: int, heads: int):
@@ -140,7 +149,8 @@ def main() -> None:
             ]
             seconds = statistics.median(run["seconds"] for run in found[way])
             rows.append({
-                "length": length, "way": way, "tokens_per_second": round(length / seconds, 1),
+                "length": length, "heads": args.heads, "vocabulary": args.vocabulary, "way": way,
+                "tokens_per_second": round(length / seconds, 1),
                 "ratio_to_plain": round(statistics.median(ratios), 3),
                 "peak_bytes": int(statistics.median(run["peak_bytes"] for run in found[way])),
                 **where(args.device),

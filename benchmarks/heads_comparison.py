@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, append, saved, where
-from ladder_comparison import by_range, in_dtype, model_name
-from search_comparison import load, measured, parser
+from ladder_comparison import by_range, model_name
+from search_comparison import in_dtype, load, measured, parser
 
 import longrope
 from longrope.patching import rope_settings
@@ -58,7 +58,9 @@ def budget(args: argparse.Namespace) -> str:
 def run_folder(runs: Path, args: argparse.Namespace, per: str, seed: int) -> Path:
     """Return the folder of a search."""
     kind = "set" if args.one_set else "ladder"
-    return runs / f"{model_name(args)}-{kind}-{args.excerpts}-{args.steps}-{seed}-{per}"
+    usual = (args.ratio, args.samples, args.dtype) == (8, 3, "float32")
+    more = "" if usual else f"-{args.ratio}x-{args.samples}-{args.dtype}"
+    return runs / f"{model_name(args)}-{kind}-{args.excerpts}-{args.steps}{more}-{seed}-{per}"
 
 
 def one_seed(model: torch.nn.Module, documents, seed: int, runs: Path, args) -> Iterator[dict]:

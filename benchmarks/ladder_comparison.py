@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, append, saved, where
-from search_comparison import EXCERPTS, clock, load, measured, parser
+from search_comparison import EXCERPTS, clock, in_dtype, load, measured, parser
 
 import longrope
 from longrope.factors.tiers import ladder_targets
@@ -54,11 +54,6 @@ def budget(args: argparse.Namespace) -> str:
         f"{args.steps} steps; {args.samples} windows; {args.ratio}x; start tokens "
         f"{args.start_tokens}{excerpts}{in_dtype(args)}"
     )
-
-
-def in_dtype(args: argparse.Namespace) -> str:
-    """Return what a budget says of the model's dtype: nothing for float32."""
-    return "" if args.dtype == "float32" else f"; {args.dtype}"
 
 
 def known_rows(args: argparse.Namespace) -> set[tuple[str, str]]:

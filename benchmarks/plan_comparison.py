@@ -38,6 +38,8 @@ TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps"
 RECOVER = {"kind": "recover", "lengths": [256, 512], "steps": 20, "samples": 3}
 PLANS = ["position", "head", "one", "direct", "none"]
 FILE = RESULTS / "plan_comparison.csv"
+#: What a comparison of plans has in common.
+ABOUT = ("model", "lengths", "steps", "seed", "dtype", "device")
 
 
 def progressive(lengths: list[int], steps: int, tiers: str, per: str = "model") -> list[dict]:
@@ -68,7 +70,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, list, list]:
     dtype = {"dtype": getattr(torch, args.dtype), "device": args.device}
     *before, target = args.lengths
     if args.model is None:
-        documents = corpus.documents("search", min_length=max(before))
+        documents = corpus.documents("search", min_length=max(before, default=target))
         return load_packaged_model().to(**dtype), documents, corpus.documents("test", target)
     model, _ = load_model(args.model, args.device)
     books = {role: book_model.documents(args.books, role) for role in ("train", "search", "test")}
@@ -80,8 +82,13 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, list, list]:
     return model.to(**dtype), books["train"] + books["search"], test
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict]:
-    """Run the plans and yield the rows of their tables."""
+def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict]:
+    """Run the plans that are not known, and yield the rows of their tables."""
+    about = {
+        "model": "packaged" if args.model is None else args.model.name,
+        "lengths": " ".join(map(str, args.lengths)), "steps": str(args.steps),
+        "seed": str(args.seed), "dtype": args.dtype, "device": where(args.device)["device"],
+    }  # fmt: skip
     plans = {
         "position": progressive(args.lengths, args.steps, "position"),
         "head": progressive(args.lengths, args.steps, "position", "head"),
@@ -90,6 +97,8 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
         "none": [SEARCH | {"length": args.lengths[-1]}],
     }
     for name in args.only:
+        if (*about.values(), name) in known:
+            continue
         model, documents, test = load(args)
         began = time.monotonic()
         result = longrope.extend(
@@ -103,8 +112,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
         for row in result.measured.rows:
             by_range = zip(result.measured.ranges, row.by_range, strict=True)
             yield {
-                "model": "packaged" if args.model is None else args.model.name,
-                "lengths": " ".join(map(str, args.lengths)), "plan": name,
+                "model": about["model"], "lengths": about["lengths"], "plan": name,
                 "stage": row.name, "perplexity": f"{row.overall:.4f}",
                 "by_range": " ".join(f"{a}-{b - 1}:{v:.4f}" for (a, b), v in by_range),
                 "steps": args.steps, "seed": args.seed, "test_windows": result.measured.documents,
@@ -116,13 +124,14 @@ def tables(rows: list[dict]) -> list[str]:
     """Return a table for each model and its lengths: the first plan whole, the ends of others."""
     groups: dict[tuple[str, ...], dict[str, list[dict]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("model", "lengths", "seed", "dtype", "device"))
+        key = tuple(row[name] for name in ABOUT)
         groups.setdefault(key, {}).setdefault(row["plan"], []).append(row)
     lines = []
-    for (model, lengths, seed, dtype, device), plans in groups.items():
+    for (model, lengths, steps, seed, dtype, device), plans in groups.items():
         parts = [part.split(":") for part in next(iter(plans.values()))[0]["by_range"].split()]
         lines += [
-            f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; seed {seed}; {dtype}, {device}", "",
+            f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; {steps} steps of each fine-tuning; "
+            f"seed {seed}; {dtype}, {device}", "",
             f"| plan | stage | {' | '.join(name for name, _ in parts)} | all |",
             "| --- | --- |" + " ---: |" * (1 + len(parts)),
         ]  # fmt: skip
@@ -165,7 +174,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     file = FILE if args.save else args.csv
-    for row in rows(args):
+    known = (
+        {(*(row[name] for name in ABOUT), row["plan"]) for row in saved(file)} if file else set()
+    )
+    for row in rows(args, known):
         if file:
             append([row], file, list(row))
 

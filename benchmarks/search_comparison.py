@@ -99,6 +99,11 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
+def in_dtype(args: argparse.Namespace) -> str:
+    """Return what a budget says of the model's dtype: nothing for float32."""
+    return "" if args.dtype == "float32" else f"; {args.dtype}"
+
+
 def measured(
     model: torch.nn.Module, factors: RescaleFactors | Tiers, test: Sequence, length: int
 ) -> dict[str, str]:
@@ -141,7 +146,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
         model, tokenizer = load_model(args.model, args.device, args.dtype)
         books = {
             role: book_model.documents(args.books, role, tokenizer)
-            for role in ("train", "search", "test")
+            for role in (("train",) if tokenizer else ()) + ("search", "test")
         }
         length = args.ratio * rope_settings(model).original_length
 
@@ -274,7 +279,9 @@ def as_row(name: str, seed: int, end: tuple, until: tuple, perplexity: float, ar
         "test_perplexity": f"{perplexity:.4f}",
         "model": Path(args.model).name if args.model else "packaged",
         "budget": f"{args.iterations} generations; {args.steps} steps; {args.samples} windows, "
-        f"{args.ratio}x" + ("" if args.excerpts == 24 else f"; {args.excerpts} excerpts"),
+        f"{args.ratio}x"
+        + ("" if args.excerpts == 24 else f"; {args.excerpts} excerpts")
+        + in_dtype(args),
         **where(args.device),
     }
 

@@ -182,3 +182,12 @@ def factor_sets(from_factors: Any, to_factors: Any, device: torch.device) -> tup
     if isinstance(ratio, float):
         return *sets, ratio, None
     return *sets, 1.0, torch.as_tensor(ratio, dtype=torch.float64, device=device)
+
+
+def as_autocast(t: Tensor) -> Tensor:
+    """Return a factor of a product in the dtype that torch takes it in under autocast."""
+    device = t.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return t
+    wide = t.dtype == torch.float64 or not t.is_floating_point()  # autocast leaves those alone
+    return t if wide else t.to(torch.get_autocast_dtype(device))

@@ -15,6 +15,7 @@ from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
 from longrope.ops import _rotated_attention
 from longrope.ops._arguments import (
     argument_names,
+    as_autocast,
     check_positions,
     check_tensors,
     expect,
@@ -53,6 +54,7 @@ def attention(
     `begin <= i < end` see no key. In plain torch, with the mask of those pairs:
     `scores = (scale * q @ k.mT).masked_fill(~mask, -inf)`, `out = scores.softmax(-1) @ v`,
     `lse = scores.logsumexp(-1)`. Keys and values that no query sees may hold anything, NaN too.
+    Under `torch.autocast` q, k and v are taken in its dtype, as by `scaled_dot_product_attention`.
 
     Parameters
     ----------
@@ -103,6 +105,7 @@ def attention(
     """
     check_tensors(q=q, k=k, v=v)
     refuse_tangents("attention", q=q, k=k, v=v)
+    q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
     keys = k.shape[2] if k.dim() == 4 else 0
     queries = q.shape[2] if q.dim() == 4 else 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longrope import _native  # noqa: F401  (registers torch.ops.longrope)
-from longrope.ops._arguments import expect
+from longrope.ops._arguments import as_autocast, expect
 from longrope.ops._fake import perplexity as _fakes  # noqa: F401  (registers them)
 from longrope.ops._forward_mode import push_forward, refuse_tangents
 
@@ -71,7 +71,7 @@ def linear_nll(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor))
     refuse_tangents("linear_nll", hidden=hidden, weight=weight)
-    hidden, weight = _as_autocast(hidden), _as_autocast(weight)
+    hidden, weight = as_autocast(hidden), as_autocast(weight)
     frozen_head = (
         torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad
         and hidden.dim() == 2
@@ -127,15 +127,6 @@ def candidate_sums(
         lambda _, moves: (torch.ops.longrope.candidate_sums(*moves, *rest)[0], None),
         nll,
     )
-
-
-def _as_autocast(t: Tensor) -> Tensor:
-    """Return a factor of a product in the dtype that `F.linear` takes it in under autocast."""
-    device = t.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return t
-    wide = t.dtype == torch.float64 or not t.is_floating_point()  # autocast leaves those alone
-    return t if wide else t.to(torch.get_autocast_dtype(device))
 
 
 def _nll_setup(ctx, inputs, output):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longrope.ops._arguments import argument_names
+from longrope.ops._arguments import argument_names, as_autocast
 from longrope.ops._autograd import stride_1
 from longrope.ops._forward_mode import refuse_tangents
 from longrope.ops.attention import attention
@@ -87,9 +87,11 @@ def attend_segments(
     """Return the causal attention of each segment, `[B, H, end - begin, D]`.
 
     q `[B, H, N, D]`, k and v `[B, Hk, N, D]` come un-rotated, of the dtypes and strides that `rope`
-    and `attention` take. Differentiable in q, k and v, once; sums over segments are in float32.
+    and `attention` take. The queries of segments do not overlap. Differentiable in q, k and v,
+    once; sums over segments are in float32.
     """
     refuse_tangents("attend_segments", q=q, k=k, v=v)
+    q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
     return _Attention.apply(q, k, v, tuple(segments), window, scale, softcap)
 
 

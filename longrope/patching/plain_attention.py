@@ -33,7 +33,8 @@ class Measured(NamedTuple):
 #: By compute capability, in 16 bits: rows of `benchmarks/bench_attention.py` in
 #: `benchmarks/results/nvidia-h100-80gb-hbm3.csv`: forward 1.07 to 1.14 times as fast as what torch
 #: chooses (cuDNN), with gradients 0.34 to 0.94 times; with gradients 1.4 to 1.8 times as fast as
-#: flash to head_dim 128. In float32 our CUDA kernels are correct and plain, not fast.
+#: flash to head_dim 128, of whole sequences: behind other keys that is concluded, not timed. In
+#: float32 our CUDA kernels are correct and plain, not fast.
 AHEAD = {(9, 0): Measured(forward=256, with_gradients=0, gradients_behind=128)}
 #: What `csrc/attention/cuda/attention.cu` takes its kernels of 9.0 for: queries that fill a tile,
 #: and tiles that fill half of the chip; of keys, for gradients.

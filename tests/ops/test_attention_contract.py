@@ -194,3 +194,14 @@ def test_wrong_inputs(tensors, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         ops.attention(*tensors, **arguments)
     assert "\n" not in str(error.value).split("Exception raised from")[0].strip()
+
+
+def test_autocast_takes_its_dtype():
+    """As scaled_dot_product_attention does, also of queries in another dtype than values."""
+    q, k, v = torch.randn(3, 1, 2, 9, 16).unbind()
+    expected = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.attention(q, k, v.bfloat16())
+    assert torch.equal(got, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention(q.double(), k.double(), v.double()).dtype == torch.float64

@@ -132,9 +132,11 @@ def test_threads_do_not_mix(model):
     assert wrong == []
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "olmo3"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_autocast(model, use_cache):
-    ids = tokens(1, 80)
+def test_autocast(kind, use_cache):
+    """Queries and keys that a norm of float32 weights has made float32 too."""
+    model, ids = longrope.apply(build_family(kind), LADDER), tokens(1, 80)
     expected = whole(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
