@@ -9,8 +9,8 @@ import threading
 
 import pytest
 import torch
+from support.families import VERSION_5, sizes
 from support.families import build as build_family
-from support.families import sizes
 from support.tiny_models import TARGET, build, factors, tokens
 from transformers import StaticCache
 
@@ -132,7 +132,10 @@ def test_threads_do_not_mix(model):
     assert wrong == []
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "olmo3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "qwen3"] + ["gemma3_text", "olmo3"] * VERSION_5,  # which tiers take from 5 on
+)
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_autocast(kind, use_cache):
     """Queries and keys that a norm of float32 weights has made float32 too."""
