@@ -9,82 +9,26 @@ tier turns by the model's own rotary module, with its angles and its casts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longrope import ops
-from longrope.ops.segments import Segment as KernelSegment
-from longrope.ops.segments import attend_segments
+from longrope.ops._segments import Segment as KernelSegment
+from longrope.ops._segments import attend_segments
 from longrope.patching import plain_attention
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
-from longrope.patching.tier_pass import Plan, Segment
+from longrope.patching.tier_pass import Segment
+from longrope.patching.tier_rotation import TieredRotation, Unturned, turning_by
 from longrope.patching.torch_attention import Options, attend_by_torch
+
+__all__ = ["Options", "TieredRotation", "Unturned", "attend", "turning_by"]
 
 #: Tokens whose keys are un-turned at a time when a row leaves the first tier, in float32.
 _UNTURNED_AT_A_TIME = 4096
-
-
-class TieredRotation(NamedTuple):
-    """What the rotary module hands the layers: what the model turns by, and the plan of the pass.
-
-    `cos` and `sin` are the model's own, `[B or 1, N, R]`; `positions` int64 `[B, N]` are those it
-    turns by, `shift` int64 `[B]` the padding that they count; `settings` are
-    those of the tier that all tokens share, where they do; `ticket` names the rotary module,
-    `first_limit` is the end of its first tier. Without a plan, the pass is compiled.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor
-    shift: Tensor | None
-    plan: Plan | None
-    settings: tuple | None
-    ticket: int
-    first_limit: int
-
-    def postpone(self, q: Tensor, k: Tensor, original: Callable) -> tuple[Unturned, Unturned]:
-        """Let the attention function turn queries and keys, which knows what is in the cache."""
-        turn = turning_by(original)
-        return Unturned(q, self, turn), Unturned(k, self, turn)
-
-
-def turning_by(original: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the rotation of a model's file, `apply_rotary_pos_emb`, of one tensor."""
-
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return original(x, x[:, :0], cos, sin)[0].to(x.dtype)  # autocast has tables in float32
-
-    return turn
-
-
-class Unturned(NamedTuple):
-    """Queries or keys before their rotation, on their way to the attention function."""
-
-    states: Tensor
-    rotation: TieredRotation
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor]  # the model's own: states, cos, sin
-
-    @property
-    def device(self) -> torch.device:
-        return self.states.device
-
-    def __mul__(self, scale: Any) -> Unturned:  # queries that are scaled by their position
-        return self._replace(states=self.states * scale)
-
-    def turned_by_model(self) -> Tensor:
-        """Return the states turned as the model does."""
-        return self.turn(self.states, self.rotation.cos, self.rotation.sin)
-
-    def unsqueeze(self, dim: int) -> None:
-        """Say what is wrong: only a function that took the place of ours goes on like this."""
-        raise RuntimeError(
-            "attention of the model's file was replaced after longrope.apply: apply such patches "
-            "first and longrope.apply last"
-        )
 
 
 def attend(

@@ -7,7 +7,7 @@ import torch
 from support.criterion import assert_as_accurate, gradient_floor
 
 from longrope import ops
-from longrope.ops.segments import Segment, attend_segments
+from longrope.ops._segments import Segment, attend_segments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = 50
