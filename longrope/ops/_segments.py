@@ -117,22 +117,22 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the gradient is asked for
             raise NotImplementedError("attend_segments: no second derivative")
         q, k, v, *rest = ctx.saved_tensors
-        segments = ctx.segments
+        segments, count = ctx.segments, len(ctx.segments)
+        outs, all_lse = rest[:count], rest[count:]
         window, scale, softcap = ctx.options
         options = _PLAIN | {
             "window": window or 0, "softcap": softcap or 0.0,
             "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         }  # fmt: skip
-        wide = torch.promote_types(q.dtype, torch.float32) if len(segments) > 1 else q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32) if count > 1 else q.dtype
         to_q = torch.zeros_like(q)
         to_k, to_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
-        for i, segment in enumerate(segments):
-            count, seen = segment.end - segment.begin, segment.end - segment.document
+        for segment, grad, out, lse in zip(segments, grads, outs, all_lse, strict=True):
+            asking, seen = segment.end - segment.begin, segment.end - segment.document
             grad_q, grad_k, grad_v = torch.ops.longrope.attention_backward(
-                stride_1(grads[i]), None,
-                *segment.turned(q, k), v[:, :, segment.keys], rest[i], rest[len(segments) + i],
+                stride_1(grad), None, *segment.turned(q, k), v[:, :, segment.keys], out, lse,
                 **options | {
-                    "query_start": seen - count, "query_end": count,
+                    "query_start": seen - asking, "query_end": asking,
                     "key_length": seen if segment.key_length is None else 0,
                     "key_start_rows": segment.key_start, "key_length_rows": segment.key_length,
                 },

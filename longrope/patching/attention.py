@@ -25,10 +25,12 @@ from longrope.patching import plain_attention, tier_compiled
 from longrope.patching.families import attention_layers, decoder, family_of, file_of
 from longrope.patching.rotation import DEVICES_WITH_KERNELS
 from longrope.patching.settings import rope_settings
-from longrope.patching.tier_attention import Options, Unturned, attend
+from longrope.patching.tier_attention import attend
 from longrope.patching.tier_cache import Cached, stays_as_loaded
 from longrope.patching.tier_pass import PREFIX, arguments_of
+from longrope.patching.tier_rotation import Unturned
 from longrope.patching.tiered import TieredRotaryEmbedding, module_of
+from longrope.patching.torch_attention import Options
 from longrope.patching.wrappers import device_of, dtype_of
 
 #: What the function is called in transformers' `AttentionInterface`.

@@ -24,8 +24,8 @@ from longrope.patching.embedding import bits
 from longrope.patching.families import attention_layers, decoder
 from longrope.patching.rotation import KernelRotation, accept_rotations
 from longrope.patching.settings import rope_settings
-from longrope.patching.tier_attention import Unturned, turning_by
 from longrope.patching.tier_cache import stays_as_loaded
+from longrope.patching.tier_rotation import Unturned, turning_by
 from longrope.patching.tiered import loaded_tier
 from longrope.patching.window_cache import held_layer_type
 

@@ -22,10 +22,8 @@ from longrope.patching import plain_attention
 from longrope.patching.rotation import DEVICES_WITH_KERNELS, KernelRotation, tabulate
 from longrope.patching.tier_cache import UNROTATED, Cached
 from longrope.patching.tier_pass import Segment
-from longrope.patching.tier_rotation import TieredRotation, Unturned, turning_by
+from longrope.patching.tier_rotation import Unturned
 from longrope.patching.torch_attention import Options, attend_by_torch
-
-__all__ = ["Options", "TieredRotation", "Unturned", "attend", "turning_by"]
 
 #: Tokens whose keys are un-turned at a time when a row leaves the first tier, in float32.
 _UNTURNED_AT_A_TIME = 4096
@@ -225,54 +223,43 @@ class _Rows:
         """Attend with nothing written in place; also for documents packed into a row."""
         parts = []
         for rows, segments in self._groups_by_document():
-            outs: dict[int, Tensor] = {}
-            if held is None and (together := self._together(rows, segments)):
-                q, k, v = (x[rows] for x in (self.query.states, self.key.states, self.value))
-                o = self.options
-                options = {"window": o.window, "scale": o.scale, "softcap": o.softcap}
-                attended = attend_segments(q, k, v, list(together.values()), **options)
-                outs |= zip(together, attended, strict=True)
+            outs = {} if held is not None else self._together(rows, segments)
             for index, (document, segment) in enumerate(segments):
                 if index not in outs:
                     outs[index] = self._one_by_one(rows, document, segment, held)
             parts.append(torch.cat([outs[index] for index in range(len(segments))], 2))
         return torch.cat(parts)
 
-    def _together(
-        self, rows: slice, segments: list[tuple[int, Segment]]
-    ) -> dict[int, KernelSegment]:
-        """Return the segments that our kernels turn and attend, as `attend_segments` takes them.
+    def _together(self, rows: slice, segments: list[tuple[int, Segment]]) -> dict[int, Tensor]:
+        """Return the attention of the segments that our kernels turn and attend, by their index.
 
-        Not those that the model turns, nor what torch is faster for.
+        Not of those that the model turns, nor where torch is faster.
         """
-        found: dict[int, KernelSegment] = {}
         if self.plan.mask is not None or not _has_kernels(self.value):
-            return found
-        bounded = self.plan.key_start is not None
+            return {}
+        found: dict[int, KernelSegment] = {}
+        q, k, v = (x[rows] for x in (self.query.states, self.key.states, self.value))
         for index, (document, segment) in enumerate(segments):
-            tiers = set(self._tiers(rows, segment))
-            tier = tiers.pop()
+            tier, *others = set(self._tiers(rows, segment))
+            if others or (tier == 0 and self.first_by_model):
+                continue
             seen = slice(document, segment.end)
-            states = (x[rows] for x in (self.query.states, self.key.states, self.value))
-            query, key, value = (
-                x[:, :, part]
-                for x, part in zip(
-                    states, (slice(segment.begin, segment.end), seen, seen), strict=True
-                )
-            )
-            o = self.options
-            if tiers or (tier == 0 and self.first_by_model) or (
-                not bounded
-                and plain_attention.takes_torch(
-                    query, key, value, window=o.window, softcap=o.softcap
-                )
-            ):  # fmt: skip
+            bounds = {}
+            if self.plan.key_start is not None:
+                bounds = self._bounds(rows, segment.end)
+            elif self._torch_is_faster(q[:, :, segment.begin : segment.end], k[:, :, seen], v):
                 continue
             positions = self._real(self.rotation.positions[rows, seen], rows.start or 0)
             turn = KernelRotation(positions, *self.rotary.settings(tier)).of_layer(self.index)
-            bounds = self._bounds(rows, segment.end) if bounded else {}
             found[index] = KernelSegment(segment.begin, segment.end, document, *turn, **bounds)
-        return found
+        if not found:
+            return {}
+        attended = attend_segments(q, k, v, list(found.values()), **vars(self.options))
+        return dict(zip(found, attended, strict=True))
+
+    def _torch_is_faster(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        o = self.options
+        return plain_attention.takes_torch(query, keys, values, window=o.window, softcap=o.softcap)
 
     def _one_by_one(
         self, rows: slice, document: int, segment: Segment,
@@ -361,10 +348,9 @@ class _Rows:
             return attend_by_torch(
                 query, keys, values, mask if mask is None else mask[rows, :end], o
             )
-        options = {"window": o.window, "scale": o.scale, "softcap": o.softcap}
         if plan.key_start is None:
-            return plain_attention.attend(query, keys, values, **options)
-        return ops.attention(query, keys, values, **options, **self._bounds(rows, end))
+            return plain_attention.attend(query, keys, values, **vars(o))
+        return ops.attention(query, keys, values, **vars(o), **self._bounds(rows, end))
 
     def _bounds(self, rows: slice, end: int) -> dict[str, Tensor]:
         """Return which of the first `end` keys exist, as `ops.attention` takes it."""

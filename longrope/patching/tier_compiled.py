@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from longrope.patching import tier_attention
-from longrope.patching.tier_attention import Options, TieredRotation, Unturned
 from longrope.patching.tier_cache import Cached
 from longrope.patching.tier_pass import Call, existing_keys, make_plan
+from longrope.patching.tier_rotation import TieredRotation, Unturned
 from longrope.patching.tiered import module_of
+from longrope.patching.torch_attention import Options
 
 
 class _Held(NamedTuple):

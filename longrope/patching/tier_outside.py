@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from longrope.patching import tier_attention, tiered
-from longrope.patching.tier_attention import Options, Unturned
 from longrope.patching.tier_cache import Cached
+from longrope.patching.tier_rotation import Unturned
+from longrope.patching.torch_attention import Options
 
 #: What a user reads who asks for one graph.
 _REASON = (

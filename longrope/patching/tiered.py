@@ -20,7 +20,6 @@ from longrope.patching.embedding import bits, stacked
 from longrope.patching.keeping import KeepsNumbers
 from longrope.patching.rotation import accept_rotations, original_rotation
 from longrope.patching.settings import LENGTH_DEPENDENT, RopeSettings, text_config
-from longrope.patching.tier_attention import TieredRotation, turning_by
 from longrope.patching.tier_pass import (
     POSITIONAL,
     PREFIX,
@@ -30,6 +29,7 @@ from longrope.patching.tier_pass import (
     make_plan,
     read_call,
 )
+from longrope.patching.tier_rotation import TieredRotation, turning_by
 
 #: Rotary modules by ticket, for layers and caches, which hold none.
 _TICKETS = itertools.count(1)

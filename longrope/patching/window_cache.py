@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longrope.patching.families import decoder
 from longrope.patching.settings import text_config
-from longrope.patching.tier_attention import Unturned
 from longrope.patching.tier_cache import new_cache
+from longrope.patching.tier_rotation import Unturned
 from longrope.patching.tiered import TieredRotaryEmbedding
 
 
