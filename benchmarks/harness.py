@@ -85,6 +85,18 @@ def where(device: str = "cpu") -> dict[str, str | int]:
     return dict(zip(WHERE, found, strict=True))
 
 
+def ranged(ranges: Sequence[tuple[int, int]], values: Sequence[float]) -> str:
+    """Return the column of perplexities by range of positions, "0-255:2.9103 256-511:2.8652"."""
+    pairs = zip(ranges, values, strict=True)
+    return " ".join(f"{begin}-{end - 1}:{value:.4f}" for (begin, end), value in pairs)
+
+
+def by_ranges(row: dict) -> dict[str, float]:
+    """Return the perplexities of a row's column `by_range`, by the names of the ranges."""
+    parts = (part.split(":") for part in row["by_range"].split())
+    return {name: float(value) for name, value in parts}
+
+
 def _seconds_per_call(
     fn: Callable[[], object], device: str, least: float, clock: Callable[[], float]
 ) -> float:

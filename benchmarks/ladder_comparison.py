@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, saved, where
+from harness import RESULTS, append, by_ranges, saved, where
 from search_comparison import EXCERPTS, clock, in_dtype, load, measured, parser
 
 import longrope
@@ -137,7 +137,7 @@ def by_range(
         if needed not in by_name:
             continue
         some = next(iter(by_name[needed].values()))
-        names = [part.partition(":")[0] for part in some["by_range"].split()]
+        names = list(by_ranges(some))
         lines += [
             f"{model} model; {budget}; {some['device']}, {some['threads']} threads; medians", "",
             f"| factors | seeds | passes | {' | '.join(names)} | all | against {against} |"
@@ -146,10 +146,7 @@ def by_range(
         ]  # fmt: skip
         one = by_name[base]
         for name, by_seed in by_name.items():
-            parts = [
-                [float(p.partition(":")[2]) for p in row["by_range"].split()]
-                for row in by_seed.values()
-            ]
+            parts = [by_ranges(row).values() for row in by_seed.values()]
             cells = [f"{statistics.median(column):.3f}" for column in zip(*parts, strict=True)]
             whole = statistics.median(float(row["perplexity"]) for row in by_seed.values())
             changes = [

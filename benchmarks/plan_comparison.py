@@ -26,7 +26,7 @@ from pathlib import Path
 
 import book_model
 import torch
-from harness import RESULTS, append, saved, where
+from harness import RESULTS, append, by_ranges, ranged, saved, where
 
 import longrope
 from longrope.cli.inputs import load_model
@@ -65,21 +65,26 @@ def direct(lengths: list[int], steps: int) -> list[dict]:
     ]
 
 
-def load(args: argparse.Namespace) -> tuple[torch.nn.Module, list, list]:
-    """Return the model, documents for the stages, and those of the table."""
-    dtype = {"dtype": getattr(torch, args.dtype), "device": args.device}
+def load(args: argparse.Namespace) -> torch.nn.Module:
+    """Return the model."""
+    if args.model is None:
+        return load_packaged_model().to(args.device, getattr(torch, args.dtype))
+    return load_model(args.model, args.device, args.dtype)[0]
+
+
+def texts(args: argparse.Namespace) -> tuple[list, list]:
+    """Return documents for the stages, and those of the table."""
     *before, target = args.lengths
     if args.model is None:
         documents = corpus.documents("search", min_length=max(before, default=target))
-        return load_packaged_model().to(**dtype), documents, corpus.documents("test", target)
-    model, _ = load_model(args.model, args.device)
+        return documents, corpus.documents("test", target)
     books = {role: book_model.documents(args.books, role) for role in ("train", "search", "test")}
     test = [
         book[begin : begin + target]
         for book in books["test"]
         for begin in range(0, len(book) - target + 1, target)
     ]
-    return model.to(**dtype), books["train"] + books["search"], test
+    return books["train"] + books["search"], test
 
 
 def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict]:
@@ -96,10 +101,11 @@ def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict
         "direct": direct(args.lengths, args.steps),
         "none": [SEARCH | {"length": args.lengths[-1]}],
     }
+    documents, test = texts(args)
     for name in args.only:
         if (*about.values(), name) in known:
             continue
-        model, documents, test = load(args)
+        model = load(args)  # anew: without training a plan leaves its tiers in the model
         began = time.monotonic()
         result = longrope.extend(
             model, documents, target_length=args.lengths[-1], out=args.out / name,
@@ -110,11 +116,10 @@ def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict
         print(f"\n{name}, {seconds:.0f} s (less where a run was resumed)\n")
         print(result.measured.table(), flush=True)
         for row in result.measured.rows:
-            by_range = zip(result.measured.ranges, row.by_range, strict=True)
             yield {
                 "model": about["model"], "lengths": about["lengths"], "plan": name,
                 "stage": row.name, "perplexity": f"{row.overall:.4f}",
-                "by_range": " ".join(f"{a}-{b - 1}:{v:.4f}" for (a, b), v in by_range),
+                "by_range": ranged(result.measured.ranges, row.by_range),
                 "steps": args.steps, "seed": args.seed, "test_windows": result.measured.documents,
                 "dtype": args.dtype, "seconds": f"{seconds:.0f}", **where(args.device),
             }  # fmt: skip
@@ -128,18 +133,18 @@ def tables(rows: list[dict]) -> list[str]:
         groups.setdefault(key, {}).setdefault(row["plan"], []).append(row)
     lines = []
     for (model, lengths, steps, seed, dtype, device), plans in groups.items():
-        parts = [part.split(":") for part in next(iter(plans.values()))[0]["by_range"].split()]
+        names = list(by_ranges(next(iter(plans.values()))[0]))
         lines += [
             f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; {steps} steps of each fine-tuning; "
             f"seed {seed}; {dtype}, {device}", "",
-            f"| plan | stage | {' | '.join(name for name, _ in parts)} | all |",
-            "| --- | --- |" + " ---: |" * (1 + len(parts)),
+            f"| plan | stage | {' | '.join(names)} | all |",
+            "| --- | --- |" + " ---: |" * (1 + len(names)),
         ]  # fmt: skip
         for plan in sorted(plans, key=PLANS.index):
             stages = plans[plan] if plan == PLANS[0] else plans[plan][-1:]
             for row in stages:
-                values = [part.partition(":")[2] for part in row["by_range"].split()]
-                cells = [f"{float(v):.3f}" for v in (*values, row["perplexity"])]
+                values = *by_ranges(row).values(), float(row["perplexity"])
+                cells = [f"{value:.3f}" for value in values]
                 stage = row["stage"].partition(": ")
                 lines.append(f"| {plan} | {stage[2] or stage[0]} | {' | '.join(cells)} |")
         lines.append("")

@@ -30,7 +30,7 @@ from pathlib import Path
 import book_model
 import numpy as np
 import torch
-from harness import RESULTS, append, saved, where
+from harness import RESULTS, append, ranged, saved, where
 from populations import losses_of_hugging_face
 
 import longrope
@@ -115,11 +115,7 @@ def measured(
         found = longrope.perplexity(model, test, length=length, stride=length, ranges=ranges)
     finally:
         longrope.remove(model)
-    by_range = zip(ranges, found.by_range, strict=True)
-    return {
-        "perplexity": f"{found:.4f}",
-        "by_range": " ".join(f"{a}-{b - 1}:{value:.4f}" for (a, b), value in by_range),
-    }
+    return {"perplexity": f"{found:.4f}", "by_range": ranged(ranges, found.by_range)}
 
 
 def clock() -> float:
@@ -136,6 +132,7 @@ Excerpts = Callable[[int], tuple[list, list, list]]
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
     """Return the model, and a function from a seed to search, validation and test excerpts."""
     searched = args.excerpts + args.validation_excerpts
+    tokenizer = None
     if args.model is None:
         model = demo.load_packaged_model().to(args.device, getattr(torch, args.dtype))
 
@@ -155,7 +152,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Excerpts]:
             return list(draw_windows(texts, length, count, np.random.default_rng(seed)))
 
     def documents(seed: int) -> tuple[list, list, list]:
-        if args.model is not None and tokenizer is not None:  # trained on other text: more of it
+        if tokenizer is not None:  # trained on other text: more of it
             return (
                 cut("train", args.excerpts, seed),
                 cut("search", args.validation_excerpts, seed),

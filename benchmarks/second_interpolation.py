@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, append, saved, where
+from harness import RESULTS, append, by_ranges, ranged, saved, where
 from training_comparison import LENGTH, SEARCH, factors, trained
 
 import longrope
@@ -93,11 +93,10 @@ def rows(args: argparse.Namespace, done: set[tuple[str, str, str]]) -> Iterator[
             longrope.apply(model, found)
             row = measure(name, model, test, ranges)
             longrope.remove(model)
-            by_range = zip(ranges, row.by_range, strict=True)
             yield {
                 "way": way, "second": name, "target": args.target, **how,
                 "perplexity": f"{row.overall:.4f}",
-                "by_range": " ".join(f"{a}-{b - 1}:{v:.4f}" for (a, b), v in by_range),
+                "by_range": ranged(ranges, row.by_range),
                 "test_windows": args.test_windows, **where(),
             }  # fmt: skip
 
@@ -106,13 +105,12 @@ def print_table(rows: list[dict]) -> None:
     """Print the rows of each way of training and target."""
     head: list[str] = []
     for row in rows:
-        parts = [part.split(":") for part in row["by_range"].split()]
-        names = [name for name, _ in parts]
-        if names != head:
-            head = names
+        values = by_ranges(row)
+        if list(values) != head:
+            head = list(values)
             print(f"\n| trained by | second stage | {' | '.join(head)} | all |")
             print("| --- " * (3 + len(head)) + "|")
-        cells = [f"{float(value):.3f}" for _, value in parts]
+        cells = [f"{value:.3f}" for value in values.values()]
         print(
             f"| {row['way']} | {row['second']} | {' | '.join(cells)} | "
             f"{float(row['perplexity']):.3f} |"
