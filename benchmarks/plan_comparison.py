@@ -12,6 +12,7 @@ role "search"; the model of book_model.py on all books but those of the role "te
 
     python benchmarks/plan_comparison.py --out FOLDER --save  # 2,048 and 8,192; goes on if killed
     python benchmarks/plan_comparison.py --out FOLDER --lengths 1024 2048 --steps 20 --save
+    python benchmarks/plan_comparison.py --out FOLDER --only position --search-steps 15 --save
     python benchmarks/plan_comparison.py --out FOLDER --model MODEL --books FOLDER --save \
         --lengths 2048 16384 131072 --device cuda --dtype bfloat16
     python benchmarks/plan_comparison.py --table
@@ -33,36 +34,41 @@ from longrope.cli.inputs import load_model
 from longrope.demo import corpus
 from longrope.demo.run import load_packaged_model
 
-SEARCH = {"kind": "search", "steps": 30, "samples": 3, "start_tokens": 0}
+SEARCH = {"kind": "search", "samples": 3, "start_tokens": 0}
 TRAIN = {"batch_size": 4, "learning_rate": 2e-4, "warmup_steps": 5, "save_steps": 5}
 RECOVER = {"kind": "recover", "lengths": [256, 512], "steps": 20, "samples": 3}
 PLANS = ["position", "head", "one", "direct", "none"]
 FILE = RESULTS / "plan_comparison.csv"
 #: What a comparison of plans has in common.
-ABOUT = ("model", "lengths", "steps", "seed", "dtype", "device")
+ABOUT = ("model", "lengths", "steps", "search_steps", "seed", "dtype", "device")
 
 
-def progressive(lengths: list[int], steps: int, tiers: str, per: str = "model") -> list[dict]:
+def progressive(args: argparse.Namespace, tiers: str, per: str = "model") -> list[dict]:
     """Return the plan; `tiers`: "position", or "one" for the paper's single set; `per`: at last."""
-    stages = []
-    for length in lengths[:-1]:
-        stages.append(SEARCH | {"length": length, "tiers": tiers})
+    search, stages = SEARCH | {"steps": args.search_steps, "tiers": tiers}, []
+    for length in args.lengths[:-1]:
+        stages.append(search | {"length": length})
         stages.append(
-            {"kind": "finetune", "length": length, "tiers": tiers, "steps": steps, **TRAIN}
+            {"kind": "finetune", "length": length, "tiers": tiers, "steps": args.steps, **TRAIN}
         )
-    last = SEARCH | {"length": lengths[-1], "tiers": tiers, "per": per}
+    last = search | {"length": args.lengths[-1], "per": per}
     return [*stages, last, *([RECOVER] if per == "model" else [])]
 
 
-def direct(lengths: list[int], steps: int) -> list[dict]:
+def direct(args: argparse.Namespace) -> list[dict]:
     """Return the plan that trains at the target alone, on as many tokens."""
-    *before, target = lengths
-    few = max(1, steps * sum(before) // target)
+    *before, target = args.lengths
+    few = max(1, args.steps * sum(before) // target)
     return [
-        SEARCH | {"length": target},
+        *untrained(args),
         {"kind": "finetune", "length": target, "steps": few, **TRAIN | {"warmup_steps": 1}},
         RECOVER,
     ]
+
+
+def untrained(args: argparse.Namespace) -> list[dict]:
+    """Return the plan that searches at the target alone."""
+    return [SEARCH | {"steps": args.search_steps, "length": args.lengths[-1]}]
 
 
 def load(args: argparse.Namespace) -> torch.nn.Module:
@@ -92,14 +98,15 @@ def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict
     about = {
         "model": "packaged" if args.model is None else args.model.name,
         "lengths": " ".join(map(str, args.lengths)), "steps": str(args.steps),
-        "seed": str(args.seed), "dtype": args.dtype, "device": where(args.device)["device"],
+        "search_steps": str(args.search_steps), "seed": str(args.seed), "dtype": args.dtype,
+        "device": where(args.device)["device"],
     }  # fmt: skip
     plans = {
-        "position": progressive(args.lengths, args.steps, "position"),
-        "head": progressive(args.lengths, args.steps, "position", "head"),
-        "one": progressive(args.lengths, args.steps, "one"),
-        "direct": direct(args.lengths, args.steps),
-        "none": [SEARCH | {"length": args.lengths[-1]}],
+        "position": progressive(args, "position"),
+        "head": progressive(args, "position", "head"),
+        "one": progressive(args, "one"),
+        "direct": direct(args),
+        "none": untrained(args),
     }
     documents, test = texts(args)
     for name in args.only:
@@ -120,8 +127,9 @@ def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict
                 "model": about["model"], "lengths": about["lengths"], "plan": name,
                 "stage": row.name, "perplexity": f"{row.overall:.4f}",
                 "by_range": ranged(result.measured.ranges, row.by_range),
-                "steps": args.steps, "seed": args.seed, "test_windows": result.measured.documents,
-                "dtype": args.dtype, "seconds": f"{seconds:.0f}", **where(args.device),
+                "steps": args.steps, "search_steps": args.search_steps, "seed": args.seed,
+                "test_windows": result.measured.documents, "dtype": args.dtype,
+                "seconds": f"{seconds:.0f}", **where(args.device),
             }  # fmt: skip
 
 
@@ -132,11 +140,11 @@ def tables(rows: list[dict]) -> list[str]:
         key = tuple(row[name] for name in ABOUT)
         groups.setdefault(key, {}).setdefault(row["plan"], []).append(row)
     lines = []
-    for (model, lengths, steps, seed, dtype, device), plans in groups.items():
+    for (model, lengths, steps, search_steps, seed, dtype, device), plans in groups.items():
         names = list(by_ranges(next(iter(plans.values()))[0]))
         lines += [
-            f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; {steps} steps of each fine-tuning; "
-            f"seed {seed}; {dtype}, {device}", "",
+            f"{model}, 256 -> {lengths.replace(' ', ' -> ')}; {steps} steps of each fine-tuning, "
+            f"{search_steps} of each search; seed {seed}; {dtype}, {device}", "",
             f"| plan | stage | {' | '.join(names)} | all |",
             "| --- | --- |" + " ---: |" * (1 + len(names)),
         ]  # fmt: skip
@@ -160,6 +168,7 @@ def main() -> None:
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="they grow")
     p.add_argument("--only", nargs="+", choices=PLANS, default=PLANS, help="which plans")
     p.add_argument("--steps", type=int, default=40, help="of each fine-tuning")
+    p.add_argument("--search-steps", type=int, default=30, help="of each search")
     p.add_argument("--model", type=Path, help="of book_model.py; default: the packaged one")
     p.add_argument("--books", type=Path, help="the folder of text that --model was trained on")
     p.add_argument("--test-windows", type=int, default=8)
