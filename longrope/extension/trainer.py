@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -167,8 +166,9 @@ class GradientGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients after clipping, which spreads what is not finite."""
         gradients = (p.grad for p in kwargs["model"].parameters() if p.grad is not None)
-        # Read once: a GPU that is asked about each gradient stands still as often.
-        if not math.isfinite(sum(gradient.sum() for gradient in gradients)):
+        # Read once: a GPU that is asked about each gradient stands still as often. By torch, which
+        # adds up what the ranks hold of gradients in shards, so that all of them stop.
+        if not torch.isfinite(sum(gradient.sum() for gradient in gradients)):
             raise NotFiniteError(self.trainer.not_finite("gradient", float("nan")))
 
 

@@ -57,6 +57,10 @@ def test_a_job_that_stopped_in_a_step_goes_on_to_the_same_bits(found, ranks):
     assert found[0]["resumed"] == found[0]["whole"] == found[1]["resumed"]
 
 
+def test_a_gradient_that_is_not_finite_in_one_share_stops_all(found):
+    assert [rank["guarded"] for rank in found] == ["gradient nan"] * 2
+
+
 def test_a_checkpoint_in_shards_is_not_for_a_job_of_whole_weights(found):
     for rank in found:
         error = rank["resumed whole"]

@@ -45,6 +45,29 @@ def allowed():
         yield
 
 
+def guarded(rank: int, size: int) -> str | None:
+    """Return what stops a step in which the last rank's share of one gradient has a NaN."""
+    import torch
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    from longrope.extension.trainer import GradientGuard, NotFiniteError
+
+    mesh = init_device_mesh("cpu", (size,))
+    model = torch.nn.Linear(3, 4)
+    for name, parameter in list(model.named_parameters()):
+        whole = distribute_tensor(torch.ones_like(parameter), mesh, [Shard(0)])
+        setattr(model, name, torch.nn.Parameter(whole))
+        getattr(model, name).grad = whole.clone()
+    if rank == size - 1:
+        model.weight.grad.to_local()[0, 0] = float("nan")
+    guard = GradientGuard(mock.Mock(not_finite=lambda what, value: f"{what} {value}"))
+    try:
+        guard.on_pre_optimizer_step(None, None, None, model=model)
+    except NotFiniteError as error:
+        return str(error)
+    return None
+
+
 def sharded(rank: int, size: int, folder: Path) -> dict:
     """Whole, stopped in a step and again, in bfloat16, with tied weights; and what is refused."""
     from longrope import report
@@ -76,7 +99,7 @@ def sharded(rank: int, size: int, folder: Path) -> dict:
         return [weights_hash(result.model), result.measured.table()]
 
     with allowed():
-        found = {"whole": run("whole"), "held": held[0]}
+        found = {"whole": run("whole"), "held": held[0], "guarded": guarded(rank, size)}
         stop[0] = 2
         found["stopped"] = run("cut")
     stop[0] = None
