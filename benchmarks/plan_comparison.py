@@ -27,7 +27,7 @@ from pathlib import Path
 
 import book_model
 import torch
-from harness import RESULTS, append, by_ranges, ranged, saved, where
+from harness import RESULTS, WHERE, append, by_ranges, ranged, saved, where
 
 import longrope
 from longrope.cli.inputs import load_model
@@ -41,6 +41,21 @@ PLANS = ["position", "head", "one", "direct", "none"]
 FILE = RESULTS / "plan_comparison.csv"
 #: What a comparison of plans has in common.
 ABOUT = ("model", "lengths", "steps", "search_steps", "seed", "dtype", "device")
+FIELDS = (
+    "model",
+    "lengths",
+    "plan",
+    "stage",
+    "perplexity",
+    "by_range",
+    "steps",
+    "search_steps",
+    "seed",
+    "test_windows",
+    "dtype",
+    "seconds",
+    *WHERE,
+)
 
 
 def progressive(args: argparse.Namespace, tiers: str, per: str = "model") -> list[dict]:
@@ -123,13 +138,11 @@ def rows(args: argparse.Namespace, known: set[tuple[str, ...]]) -> Iterator[dict
         print(f"\n{name}, {seconds:.0f} s (less where a run was resumed)\n")
         print(result.measured.table(), flush=True)
         for row in result.measured.rows:
-            yield {
-                "model": about["model"], "lengths": about["lengths"], "plan": name,
-                "stage": row.name, "perplexity": f"{row.overall:.4f}",
+            yield about | {
+                "plan": name, "stage": row.name, "perplexity": f"{row.overall:.4f}",
                 "by_range": ranged(result.measured.ranges, row.by_range),
-                "steps": args.steps, "search_steps": args.search_steps, "seed": args.seed,
-                "test_windows": result.measured.documents, "dtype": args.dtype,
-                "seconds": f"{seconds:.0f}", **where(args.device),
+                "test_windows": result.measured.documents, "seconds": f"{seconds:.0f}",
+                **where(args.device),
             }  # fmt: skip
 
 
@@ -193,7 +206,7 @@ def main() -> None:
     )
     for row in rows(args, known):
         if file:
-            append([row], file, list(row))
+            append([row], file, FIELDS)
 
 
 if __name__ == "__main__":
