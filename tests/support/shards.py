@@ -59,7 +59,7 @@ def guarded(rank: int, size: int) -> str | None:
         setattr(model, name, torch.nn.Parameter(whole))
         getattr(model, name).grad = whole.clone()
     if rank == size - 1:
-        model.weight.grad.to_local()[0, 0] = float("nan")
+        model.bias.grad.to_local()[0] = float("nan")
     guard = GradientGuard(mock.Mock(not_finite=lambda what, value: f"{what} {value}"))
     try:
         guard.on_pre_optimizer_step(None, None, None, model=model)
