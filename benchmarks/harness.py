@@ -12,6 +12,7 @@ import argparse
 import csv
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -50,15 +51,23 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def device_name(device: str) -> str:
-    """Return the GPU's or the processor's name."""
+    """Return the GPU's name, or the processor's with its family and model.
+
+    Names of virtual processors say no more than their maker's: "AMD EPYC" is one with AVX-512 or
+    without it, with registers of 512 bits or halves of them.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    first = cpuinfo.read_text().partition("\n\n")[0]
+    lines = (line.partition(":") for line in first.splitlines())
+    said = {key.strip(): value.strip() for key, _, value in lines}
+    name = said.get("model name", platform.machine())
+    return ", ".join(
+        [name, *(f"{key} {said[key]}" for key in ("cpu family", "model") if key in said)]
+    )
 
 
 def commit() -> str:
@@ -181,7 +190,7 @@ def compare(
 
 def save(rows: list[dict], device: str) -> Path:
     """Append rows to `results/<device name>.csv`."""
-    name = device_name(device).lower().replace(" ", "-").replace("/", "-")
+    name = re.sub("[^a-z0-9.]+", "-", device_name(device).lower()).strip("-")
     return append(rows, RESULTS / f"{name}.csv")
 
 
