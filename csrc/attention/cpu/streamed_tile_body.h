@@ -236,15 +236,21 @@ inline void turned_scores(int64_t pairs, int64_t head_dim, const float* q, int64
     for (int j = 0; j < kKeys; ++j) sum[r][j] = Floats{};
   }
   for (int64_t i = 0; i < pairs; i += kLanes) {
+    Floats key[2][kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       const Floats c = load_vector(cos + j * pairs + i), d = load_vector(sin + j * pairs + i);
       const Floats x1 = widen(keys[j] + i), x2 = widen(keys[j] + pairs + i);
-      const Floats y1 = x1 * c - x2 * d, y2 = x2 * c + x1 * d;
+      key[0][j] = x1 * c - x2 * d;
+      key[1][j] = x2 * c + x1 * d;
+    }
+#pragma GCC unroll 16
+    for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sum[r][j] += load_vector(q + r * q_stride + i) * y1;
-        sum[r][j] += load_vector(q + r * q_stride + pairs + i) * y2;
+        const Floats row = in_register(load_vector(q + r * q_stride + half * pairs + i));
+#pragma GCC unroll 16
+        for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[half][j];
       }
     }
   }
