@@ -144,15 +144,21 @@ def turned(queries, keys, by_row=None, pairs=16, limits=(1000, 2000), **changes)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_turned_inside(isa, interleaved, dtype):
-    """Start tokens in a block's middle, far positions, whole and part rotation, odd pairs."""
-    for head_dim, pairs in ((64, 32), (64, 8), (40, 20), (48, 9)):
-        for first in (0, -30, 2**40):
-            positions = first + torch.arange(300)
-            rotation = turned(
-                positions[-2:] + 0, positions, pairs=pairs, limits=(first + 299, 2**50),
-                interleaved=interleaved,
-            )  # fmt: skip
-            assert_accurate(heads((6, 2, 2, 300), head_dim, dtype), rotation=rotation)
+    """Start tokens in a block's middle, far positions, whole and part rotation, odd pairs.
+
+    Of three and four rows, which turn in registers, pairs and what is behind them in loads that
+    overlap or do not; and of six.
+    """
+    for head_dim, pairs in ((64, 32), (64, 8), (40, 20), (48, 9), (75, 20), (80, 24), (56, 13)):
+        for heads_of_q, queries in ((6, 2), (6, 1), (8, 1)):
+            for first in (0, -30, 2**40):
+                positions = first + torch.arange(300)
+                rotation = turned(
+                    positions[-queries:] + 0, positions, pairs=pairs, limits=(first + 299, 2**50),
+                    interleaved=interleaved,
+                )  # fmt: skip
+                tensors = heads((heads_of_q, 2, queries, 300), head_dim, dtype)
+                assert_accurate(tensors, rotation=rotation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

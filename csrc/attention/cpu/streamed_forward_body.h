@@ -29,7 +29,8 @@ struct StreamedProducts {
   int64_t key_stride = 0;
 
   // Where keys turn.
-  Chunks<float> turned_chunks;
+  Chunks<float> turned_chunks;             // of rows that were turned before
+  Chunks<float> pair_chunks, rest_chunks;  // of rows that turn in registers
   bool turns, in_registers = false;
   float *queries, *turned;       // [rows, head_dim]; [kOffsetKeys, head_dim]
   float *query_cos, *query_sin;  // [pairs]
@@ -42,6 +43,8 @@ struct StreamedProducts {
         padded(round_up(p.head_dim, int64_t{Chunk<T>::kElements})),
         chunks(p.head_dim),
         turned_chunks(p.head_dim),
+        pair_chunks(pairs_of(p)),
+        rest_chunks(p.head_dim - 2 * pairs_of(p)),
         turns(p.tiers) {
     Carver carver(memory);
     q = carver.take<float>(plan.block_rows * padded);
@@ -87,10 +90,10 @@ struct StreamedProducts {
     if (!turns) return;
     table = k.table;
     const bool below = first < table.offsets->start_keys;
+    in_registers = rows <= kTileRows && turns_in_registers(table, head_dim);
     turn_queries(first, below);
     cos = static_cast<const float*>(table.cos) + below * kOffsetKeys * table.pairs;
     sin = static_cast<const float*>(table.sin) + below * kOffsetKeys * table.pairs;
-    in_registers = rows <= kTileRows && turns_in_registers(table, head_dim);
     for (int64_t j = 0; !in_registers && j < count; ++j) {
       turn_key(keys + j * key_stride, table, cos + j * table.pairs, sin + j * table.pairs, head_dim,
                turned + j * head_dim);
@@ -121,6 +124,9 @@ struct StreamedProducts {
   }
 
  private:
+  // Of every table.
+  static int64_t pairs_of(const AttentionParams& p) { return p.tiers ? p.tiers->keys[0].pairs : 0; }
+
   // By their phases less those of the block's first key.
   void turn_queries(int64_t first, bool below) const {
     const AttentionOffsets& offsets = *table.offsets;
@@ -144,9 +150,10 @@ struct StreamedProducts {
         }
         last = query;
       }
-      __builtin_memcpy(row, queries + i * head_dim, head_dim * sizeof(float));
-      rotate_row(row, query_cos, query_sin, pairs, table.interleaved);
-      turned_chunks.arrange(row, q + i * padded);
+      float* const turned_query = in_registers ? q + i * padded : row;
+      __builtin_memcpy(turned_query, queries + i * head_dim, head_dim * sizeof(float));
+      rotate_row(turned_query, query_cos, query_sin, pairs, table.interleaved);
+      if (!in_registers) turned_chunks.arrange(row, q + i * padded);
     }
   }
 
@@ -190,8 +197,9 @@ struct StreamedProducts {
     for_tiles<kTileKeys>(r, here, v, [&](int64_t j, const int64_t (&at)[kTileKeys]) {
       const T* tile[kTileKeys];
       for (int i = 0; i < kTileKeys; ++i) tile[i] = keys + at[i] * key_stride;
-      turned_scores<kRows, kTileKeys>(table.pairs, head_dim, q + r * padded, padded, tile,
-                                      cos + j * table.pairs, sin + j * table.pairs, s + j, kKeys);
+      turned_scores<kRows, kTileKeys>(pair_chunks, rest_chunks, table.pairs, q + r * padded, padded,
+                                      tile, cos + j * table.pairs, sin + j * table.pairs, s + j,
+                                      kKeys);
     });
   }
 

@@ -38,13 +38,25 @@ template <typename T>
 struct Chunks {
   static constexpr int kElements = Chunk<T>::kElements;
   int64_t whole, last, overlap;
+  uint32_t kept[kElements];  // of the last chunk's lanes: all bits of those that do not overlap
 
   explicit Chunks(int64_t head_dim)
       : whole(head_dim / kElements),
         last(head_dim - kElements),
-        overlap(head_dim % kElements ? kElements - head_dim % kElements : 0) {}
+        overlap(head_dim % kElements ? kElements - head_dim % kElements : 0) {
+    for_places(whole, [&](int64_t, bool again, int64_t i) {
+      kept[i - whole * kElements] = again ? 0 : 0xffffffffu;
+    });
+  }
 
   int64_t count() const { return whole + (overlap > 0); }
+
+  // Zero in the last chunk's lanes that overlap: zeros in the queries do not cancel infinities of
+  // the keys.
+  Floats keep(Floats x, int vector) const {
+    constexpr int kLanes = Vector<float>::kLanes;
+    return bits_as_floats(bits_as_words(x) & load_as<Words>(kept + vector * kLanes));
+  }
 
   // From the order of memory to that of the vectors, zero where the last chunk overlaps.
   void arrange(const float* row, float* y) const {
@@ -129,12 +141,10 @@ inline void streamed_scores(const Chunks<T>& chunks, const float* q, int64_t q_s
         [](const T* x, Floats* y) __attribute__((always_inline)) { Chunk<T>::load(x, y); });
   }
   if (chunks.overlap > 0) {
-    // Zeros in the queries do not cancel infinities of the keys.
-    add(chunks.last, [&](const T* x, Floats* y) {
-      T kept[Chunk<T>::kElements];
-      __builtin_memcpy(kept, x, sizeof(kept));
-      for (int64_t i = 0; i < chunks.overlap; ++i) kept[i] = T{};
-      Chunk<T>::load(kept, y);
+    add(chunks.last, [&](const T* x, Floats* y) __attribute__((always_inline)) {
+      Chunk<T>::load(x, y);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) y[v] = chunks.keep(y[v], v);
     });
   }
   store_scores<kRows, kKeys>(sum, s, s_stride);
@@ -220,14 +230,16 @@ inline void turn_key(const T* x, const AttentionTable& table, const float* cos, 
 // Whether turned_scores takes rows of this size.
 inline bool turns_in_registers(const AttentionTable& table, int64_t head_dim) {
   constexpr int64_t kLanes = Vector<float>::kLanes;
-  return !table.interleaved && table.pairs % kLanes == 0 && head_dim % kLanes == 0;
+  const int64_t rest = head_dim - 2 * table.pairs;
+  return !table.interleaved && table.pairs >= kLanes && (rest == 0 || rest >= kLanes);
 }
 
-// As streamed_scores, of keys that turn by the rows of cos and sin; q in the order of memory.
+// As streamed_scores, of keys that turn by the rows of cos and sin; q in the order of memory. The
+// chunks are those of the pairs, and of the elements behind them, which do not turn.
 template <int kRows, int kKeys, typename T>
-inline void turned_scores(int64_t pairs, int64_t head_dim, const float* q, int64_t q_stride,
-                          const T* const* keys, const float* cos, const float* sin, float* s,
-                          int64_t s_stride) {
+inline void turned_scores(const Chunks<float>& pair_chunks, const Chunks<float>& rest_chunks,
+                          int64_t pairs, const float* q, int64_t q_stride, const T* const* keys,
+                          const float* cos, const float* sin, float* s, int64_t s_stride) {
   constexpr int64_t kLanes = Vector<float>::kLanes;
   Floats sum[kRows][kKeys];
 #pragma GCC unroll 16
@@ -235,32 +247,42 @@ inline void turned_scores(int64_t pairs, int64_t head_dim, const float* q, int64
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) sum[r][j] = Floats{};
   }
-  for (int64_t i = 0; i < pairs; i += kLanes) {
-    Floats key[2][kKeys];
+  const auto multiply = [&](int64_t at, const Floats(&key)[kKeys]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Floats row = in_register(load_vector(q + r * q_stride + at));
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[j];
+    }
+  };
+  const auto turn = [&](int64_t i, const auto& keep) __attribute__((always_inline)) {
+    Floats first[kKeys], second[kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       const Floats c = load_vector(cos + j * pairs + i), d = load_vector(sin + j * pairs + i);
       const Floats x1 = widen(keys[j] + i), x2 = widen(keys[j] + pairs + i);
-      key[0][j] = x1 * c - x2 * d;
-      key[1][j] = x2 * c + x1 * d;
+      first[j] = keep(x1 * c - x2 * d);
+      second[j] = keep(x2 * c + x1 * d);
     }
+    multiply(i, first);
+    multiply(pairs + i, second);
+  };
+  const auto pass = [&](int64_t i, const auto& keep) __attribute__((always_inline)) {
+    Floats key[kKeys];
 #pragma GCC unroll 16
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Floats row = in_register(load_vector(q + r * q_stride + half * pairs + i));
-#pragma GCC unroll 16
-        for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[half][j];
-      }
-    }
+    for (int j = 0; j < kKeys; ++j) key[j] = keep(widen(keys[j] + i));
+    multiply(i, key);
+  };
+  const auto all = [](Floats x) __attribute__((always_inline)) { return x; };
+  for (int64_t c = 0; c < pair_chunks.whole; ++c) turn(c * kLanes, all);
+  if (pair_chunks.overlap > 0) {
+    turn(pair_chunks.last,
+         [&](Floats x) __attribute__((always_inline)) { return pair_chunks.keep(x, 0); });
   }
-  for (int64_t i = 2 * pairs; i < head_dim; i += kLanes) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) {
-      const Floats x = widen(keys[j] + i);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) sum[r][j] += load_vector(q + r * q_stride + i) * x;
-    }
+  for (int64_t c = 0; c < rest_chunks.whole; ++c) pass(2 * pairs + c * kLanes, all);
+  if (rest_chunks.overlap > 0) {
+    pass(2 * pairs + rest_chunks.last,
+         [&](Floats x) __attribute__((always_inline)) { return rest_chunks.keep(x, 0); });
   }
   store_scores<kRows, kKeys>(sum, s, s_stride);
 }
