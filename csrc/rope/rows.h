@@ -8,6 +8,9 @@
 
 namespace longrope {
 
+// In elements of 16 bits on the CPU: the tokens from one position that has its phase to the next.
+constexpr int64_t kPhaseSpacing = 16;
+
 inline RopeTensor group_of(RopeTensor t, const RopeParams& p, int64_t group) {
   t.heads /= p.groups;
   const int64_t elements = group * t.heads * t.head_stride;

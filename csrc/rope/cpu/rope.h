@@ -8,13 +8,13 @@ namespace longrope {
 
 // Tokens per block. Enough that a head's share of a block is a long run of memory; few enough that
 // the block's cosines and sines, those of all groups, stay in the second-level cache and that
-// threads find work. Whole runs of SpacedRuns.
+// threads find work. Whole runs of kPhaseSpacing.
 inline int64_t rope_block_tokens(const RopeParams& p) {
   constexpr int64_t kTableValues = 8192;  // of cosines, and as many sines: 64 KiB in float32
   const int64_t of_token = p.pairs * p.groups;
-  const int64_t most = of_token > 0 ? kTableValues / of_token : 16, spread = p.tokens / 64;
+  const int64_t most = of_token > 0 ? kTableValues / of_token : 0, spread = p.tokens / 64;
   const int64_t tokens = most < spread ? most : spread;
-  return tokens > 16 ? tokens / 16 * 16 : 16;
+  return tokens > kPhaseSpacing ? tokens / kPhaseSpacing * kPhaseSpacing : kPhaseSpacing;
 }
 
 // Whether rows of `out` go past the caches: where the result is larger than a last-level cache

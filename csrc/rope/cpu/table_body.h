@@ -120,7 +120,7 @@ void fill_run(uint64_t position, int64_t count, int64_t pairs, Value factor,
 // one value; it is within 4e-7 of the angle's.
 class SpacedRuns {
  public:
-  static constexpr int64_t kSpacing = 16;
+  static constexpr int64_t kSpacing = kPhaseSpacing;
 
   static int64_t floats(int64_t pairs) { return 2 * (kSpacing + 1) * pairs; }
 
