@@ -146,11 +146,12 @@ def turned(queries, keys, by_row=None, pairs=16, limits=(1000, 2000), **changes)
 def test_turned_inside(isa, interleaved, dtype):
     """Start tokens in a block's middle, far positions, whole and part rotation, odd pairs.
 
-    Of three and four rows, which turn in registers, pairs and what is behind them in loads that
+    Of one to four rows, which turn in registers, pairs and what is behind them in loads that
     overlap or do not; and of six.
     """
-    for head_dim, pairs in ((64, 32), (64, 8), (40, 20), (48, 9), (75, 20), (80, 24), (56, 13)):
-        for heads_of_q, queries in ((6, 2), (6, 1), (8, 1)):
+    shapes = ((64, 32), (64, 8), (40, 20), (48, 9), (75, 20), (80, 24), (56, 13), (52, 20))
+    for head_dim, pairs in shapes:
+        for heads_of_q, queries in ((6, 2), (2, 1), (4, 1), (6, 1), (8, 1)):
             for first in (0, -30, 2**40):
                 positions = first + torch.arange(300)
                 rotation = turned(
@@ -159,6 +160,18 @@ def test_turned_inside(isa, interleaved, dtype):
                 )  # fmt: skip
                 tensors = heads((heads_of_q, 2, queries, 300), head_dim, dtype)
                 assert_accurate(tensors, rotation=rotation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [52, 75])
+def test_infinite_scores_of_keys_that_turn(isa, head_dim, dtype):
+    """An infinity of the query or of a key, where loads overlap, counts once and makes no NaN."""
+    rotation = turned(torch.tensor([99]), torch.arange(100), pairs=20)
+    for held_by_key in (False, True):
+        q, k, v = (x.abs() for x in heads((2, 1, 1, 100), head_dim, dtype))
+        (k[:, :, 50:60] if held_by_key else q)[..., min(68, head_dim - 1)] = math.inf
+        _, lse = ops.attention(q, k, v, rotation=rotation, return_lse=True)
+        assert (lse == math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,8 +51,8 @@ struct Chunks {
 
   int64_t count() const { return whole + (overlap > 0); }
 
-  // Zero in the last chunk's lanes that overlap: zeros in the queries do not cancel infinities of
-  // the keys.
+  // Zero in the last chunk's lanes that overlap: of keys and of queries, since zeros of the ones do
+  // not cancel infinities of the others.
   Floats keep(Floats x, int vector) const {
     constexpr int kLanes = Vector<float>::kLanes;
     return bits_as_floats(bits_as_words(x) & load_as<Words>(kept + vector * kLanes));
@@ -247,10 +247,11 @@ inline void turned_scores(const Chunks<float>& pair_chunks, const Chunks<float>&
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) sum[r][j] = Floats{};
   }
-  const auto multiply = [&](int64_t at, const Floats(&key)[kKeys]) __attribute__((always_inline)) {
+  const auto multiply = [&](int64_t at, const Floats(&key)[kKeys],
+                            const auto& keep) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Floats row = in_register(load_vector(q + r * q_stride + at));
+      const Floats row = in_register(keep(load_vector(q + r * q_stride + at)));
 #pragma GCC unroll 16
       for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[j];
     }
@@ -264,14 +265,14 @@ inline void turned_scores(const Chunks<float>& pair_chunks, const Chunks<float>&
       first[j] = keep(x1 * c - x2 * d);
       second[j] = keep(x2 * c + x1 * d);
     }
-    multiply(i, first);
-    multiply(pairs + i, second);
+    multiply(i, first, keep);
+    multiply(pairs + i, second, keep);
   };
   const auto pass = [&](int64_t i, const auto& keep) __attribute__((always_inline)) {
     Floats key[kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) key[j] = keep(widen(keys[j] + i));
-    multiply(i, key);
+    multiply(i, key, keep);
   };
   const auto all = [](Floats x) __attribute__((always_inline)) { return x; };
   for (int64_t c = 0; c < pair_chunks.whole; ++c) turn(c * kLanes, all);
