@@ -30,34 +30,35 @@ def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
             for row in rows:
                 threads = f"threads: {row['threads']}" if row["isa"] else ""  # a CPU
                 panel = found.setdefault((row["device"], threads, row["op"]), {})
-                group = panel.setdefault(f"{row['case']}\n{row['dtype']}", {})
+                group = panel.setdefault(f"{row['case']} {row['dtype']}", {})
                 group[row["implementation"]] = float(row["ratio_to_baseline"])
     return found
 
 
 def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
-    """Draw one op: a group of bars per case, ours in color, its first bar the baseline."""
-    at, ticks = 0.0, []
-    for group, ratios in groups.items():
-        first = at
+    """Draw one op: a line of dots per case, ours in color, the first of each at 1."""
+    for at, ratios in enumerate(groups.values()):
         for name, ratio in ratios.items():
-            color = style.OURS if any(ours in name for ours in OURS) else style.MUTED
-            axis.barh(at, ratio, color=color, height=0.85)
-            axis.text(ratio, at, f" {ratio:.2f}  {name}", va="center", fontsize=7)
-            at += 1
-        ticks.append(((first + at - 1) / 2, group))
-        at += 0.8
-    axis.grid(False)
+            ours = any(part in name for part in OURS)
+            axis.plot(
+                ratio, at, "o", ms=5, color=style.OURS if ours else style.MUTED, zorder=2 + ours
+            )
+    every = [ratio for ratios in groups.values() for ratio in ratios.values()]
     axis.axvline(1, color="0.6", linewidth=0.8, zorder=0)
     axis.set_xscale("log")
-    every = [ratio for ratios in groups.values() for ratio in ratios.values()]
-    axis.set_xticks([m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5)])
-    axis.set_xlim(min(every) / 2, max(every) * 10)  # room for the names
+    axis.set_xticks([m * 10.0**e for e in range(-3, 4) for m in (1, 3)])
+    axis.set_xlim(min(every) / 1.3, max(every) * 1.3)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
-    axis.invert_yaxis()
+    axis.set_yticks(range(len(groups)), groups, fontsize=7)
+    axis.set_ylim(len(groups) - 0.4, -0.6)
+    axis.tick_params(labelsize=7)
     axis.set_title(title, fontsize=9, loc="left")
+
+
+def where(device: str, threads: str) -> str:
+    """Return the machine of a panel."""
+    return ", ".join(part for part in (device, threads) if part)
 
 
 def main() -> None:
@@ -70,13 +71,20 @@ def main() -> None:
     panels = measurements(files)
     if not panels:
         p.error("no rows: run a benchmark with --save first")
-    bars = [sum(len(g) + 0.8 for g in groups.values()) for groups in panels.values()]
-    size = (9, sum(bars) * 0.2 + len(panels) * 0.6)
+    machines = {key[:2] for key in panels}
+    alone = machines.pop() if len(machines) == 1 else None
+    lines = [len(groups) + 1.5 for groups in panels.values()]
+    size = (9, sum(lines) * 0.17 + len(panels) * 0.45)
     with figures.canvas(args.out, size=size, dpi=110) as canvas:
-        axes = canvas.subplots(len(panels), 1, squeeze=False, height_ratios=bars)[:, 0]
+        axes = canvas.subplots(len(panels), 1, squeeze=False, height_ratios=lines)[:, 0]
         for axis, ((device, threads, op), groups) in zip(axes, panels.items(), strict=True):
-            draw_panel(axis, ", ".join(part for part in (op, device, threads) if part), groups)
-        axes[-1].set_xlabel("times as fast as (memory: times less than) the first of its group")
+            first = {next(iter(ratios)) for ratios in groups.values()}
+            beside = f" beside {first.pop()}" if len(first) == 1 else ""
+            draw_panel(
+                axis, op + beside + ("" if alone else f" ({where(device, threads)})"), groups
+            )
+        said = "times as fast as (memory: times less than) the first, at 1; ours in color"
+        axes[-1].set_xlabel(said + (f"\n{where(*alone)}" if alone else ""))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ struct StreamedProducts {
 
   template <int kRows>
   void score_turning(int64_t r, Range here, const T* v) const {
-    // So few that both halves of them, their sums and the addresses of their rows stay in registers.
+    // So few that both halves of them, the sums and the addresses of their rows stay in registers.
     constexpr int kTileKeys = LONGROPE_ISA_BYTES == 64 || kRows == 1 ? 4 : 2;
     for_tiles<kTileKeys>(r, here, v, [&](int64_t j, const int64_t (&at)[kTileKeys]) {
       const T* tile[kTileKeys];
