@@ -53,9 +53,9 @@ struct Chunks {
 
   // Zero in the last chunk's lanes that overlap: of keys and of queries, since zeros of the ones do
   // not cancel infinities of the others.
-  Floats keep(Floats x, int vector) const {
+  void keep(Floats& x, int vector) const {
     constexpr int kLanes = Vector<float>::kLanes;
-    return bits_as_floats(bits_as_words(x) & load_as<Words>(kept + vector * kLanes));
+    x = bits_as_floats(bits_as_words(x) & load_as<Words>(kept + vector * kLanes));
   }
 
   // From the order of memory to that of the vectors, zero where the last chunk overlaps.
@@ -144,7 +144,7 @@ inline void streamed_scores(const Chunks<T>& chunks, const float* q, int64_t q_s
     add(chunks.last, [&](const T* x, Floats* y) __attribute__((always_inline)) {
       Chunk<T>::load(x, y);
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) y[v] = chunks.keep(y[v], v);
+      for (int v = 0; v < kVectors; ++v) chunks.keep(y[v], v);
     });
   }
   store_scores<kRows, kKeys>(sum, s, s_stride);
@@ -247,23 +247,27 @@ inline void turned_scores(const Chunks<float>& pair_chunks, const Chunks<float>&
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) sum[r][j] = Floats{};
   }
-  const auto multiply = [&](int64_t at, const Floats(&key)[kKeys],
-                            const auto& keep) __attribute__((always_inline)) {
+  const auto multiply = [&](int64_t at, const Floats(&key)[kKeys], const auto& keep)
+                            __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Floats row = in_register(keep(load_vector(q + r * q_stride + at)));
+                              for (int r = 0; r < kRows; ++r) {
+                                Floats row = load_vector(q + r * q_stride + at);
+                                keep(row);
+                                row = in_register(row);
 #pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[j];
-    }
-  };
+                                for (int j = 0; j < kKeys; ++j) sum[r][j] += row * key[j];
+                              }
+                            };
   const auto turn = [&](int64_t i, const auto& keep) __attribute__((always_inline)) {
     Floats first[kKeys], second[kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) {
       const Floats c = load_vector(cos + j * pairs + i), d = load_vector(sin + j * pairs + i);
       const Floats x1 = widen(keys[j] + i), x2 = widen(keys[j] + pairs + i);
-      first[j] = keep(x1 * c - x2 * d);
-      second[j] = keep(x2 * c + x1 * d);
+      first[j] = x1 * c - x2 * d;
+      second[j] = x2 * c + x1 * d;
+      keep(first[j]);
+      keep(second[j]);
     }
     multiply(i, first, keep);
     multiply(pairs + i, second, keep);
@@ -271,19 +275,22 @@ inline void turned_scores(const Chunks<float>& pair_chunks, const Chunks<float>&
   const auto pass = [&](int64_t i, const auto& keep) __attribute__((always_inline)) {
     Floats key[kKeys];
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) key[j] = keep(widen(keys[j] + i));
+    for (int j = 0; j < kKeys; ++j) {
+      key[j] = widen(keys[j] + i);
+      keep(key[j]);
+    }
     multiply(i, key, keep);
   };
-  const auto all = [](Floats x) __attribute__((always_inline)) { return x; };
+  const auto all = [](Floats&) __attribute__((always_inline)) {};
   for (int64_t c = 0; c < pair_chunks.whole; ++c) turn(c * kLanes, all);
   if (pair_chunks.overlap > 0) {
     turn(pair_chunks.last,
-         [&](Floats x) __attribute__((always_inline)) { return pair_chunks.keep(x, 0); });
+         [&](Floats& x) __attribute__((always_inline)) { pair_chunks.keep(x, 0); });
   }
   for (int64_t c = 0; c < rest_chunks.whole; ++c) pass(2 * pairs + c * kLanes, all);
   if (rest_chunks.overlap > 0) {
     pass(2 * pairs + rest_chunks.last,
-         [&](Floats x) __attribute__((always_inline)) { return rest_chunks.keep(x, 0); });
+         [&](Floats& x) __attribute__((always_inline)) { rest_chunks.keep(x, 0); });
   }
   store_scores<kRows, kKeys>(sum, s, s_stride);
 }
