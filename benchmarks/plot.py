@@ -20,7 +20,7 @@ OURS = ("ops.", "linear_nll", "PopulationEvaluator", "windows in chunks")
 
 
 def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
-    """Return {(device, threads, op): {case and dtype: {implementation: ratio}}}."""
+    """Return {(device and threads, op): {case and dtype: {implementation: ratio}}}."""
     found: dict[tuple, dict] = {}
     for path in files:
         with path.open(newline="") as file:
@@ -28,8 +28,8 @@ def measurements(files: list[Path]) -> dict[tuple, dict[str, float]]:
             if "ratio_to_baseline" not in (rows.fieldnames or []):
                 continue  # of another kind: the comparison of searches
             for row in rows:
-                threads = f"threads: {row['threads']}" if row["isa"] else ""  # a CPU
-                panel = found.setdefault((row["device"], threads, row["op"]), {})
+                threads = f", threads: {row['threads']}" if row["isa"] else ""  # a CPU
+                panel = found.setdefault((row["device"] + threads, row["op"]), {})
                 group = panel.setdefault(f"{row['case']} {row['dtype']}", {})
                 group[row["implementation"]] = float(row["ratio_to_baseline"])
     return found
@@ -56,11 +56,6 @@ def draw_panel(axis, title: str, groups: dict[str, dict[str, float]]) -> None:
     axis.set_title(title, fontsize=9, loc="left")
 
 
-def where(device: str, threads: str) -> str:
-    """Return the machine of a panel."""
-    return ", ".join(part for part in (device, threads) if part)
-
-
 def main() -> None:
     """Write the figure."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,20 +66,18 @@ def main() -> None:
     panels = measurements(files)
     if not panels:
         p.error("no rows: run a benchmark with --save first")
-    machines = {key[:2] for key in panels}
-    alone = machines.pop() if len(machines) == 1 else None
+    machines = {machine for machine, _ in panels}
+    alone = len(machines) == 1
     lines = [len(groups) + 1.5 for groups in panels.values()]
     size = (9, sum(lines) * 0.17 + len(panels) * 0.45)
     with figures.canvas(args.out, size=size, dpi=110) as canvas:
         axes = canvas.subplots(len(panels), 1, squeeze=False, height_ratios=lines)[:, 0]
-        for axis, ((device, threads, op), groups) in zip(axes, panels.items(), strict=True):
+        for axis, ((machine, op), groups) in zip(axes, panels.items(), strict=True):
             first = {next(iter(ratios)) for ratios in groups.values()}
             beside = f" beside {first.pop()}" if len(first) == 1 else ""
-            draw_panel(
-                axis, op + beside + ("" if alone else f" ({where(device, threads)})"), groups
-            )
+            draw_panel(axis, op + beside + ("" if alone else f" ({machine})"), groups)
         said = "times as fast as (memory: times less than) the first, at 1; ours in color"
-        axes[-1].set_xlabel(said + (f"\n{where(*alone)}" if alone else ""))
+        axes[-1].set_xlabel("\n".join([said, *machines]) if alone else said)
 
 
 if __name__ == "__main__":
