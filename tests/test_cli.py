@@ -9,6 +9,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from support import tiny_models
 from support.commands import call, write_letters
 from typer.testing import CliRunner
@@ -174,6 +175,37 @@ def test_an_interrupted_command_says_whether_it_resumes(
         done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 130
     assert "resumes" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            " (tried to allocate 2.00 GiB)",
+        ),
+        (
+            RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            " (tried to allocate 8 bytes)",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence(
+    model_folder, text, tmp_path, monkeypatch, error, said
+):
+    def fail(*_):
+        raise error
+
+    options = ("--target-length", 64, "--samples", 1, "--steps", 5, "--device", "cpu")
+    arguments = [str(a) for a in ("search", model_folder, text, "--out", tmp_path, *options)]
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientEvaluator, "__call__", fail)
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    end = f"longrope: out of memory{said}, which other processes may hold; the same command resumes"
+    assert done.stderr.strip().splitlines()[-1] == end
+    assert CliRunner().invoke(app, arguments).exit_code == 0
 
 
 def test_search_has_the_options_of_the_library():

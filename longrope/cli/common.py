@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,21 +81,39 @@ def one_sentence_errors(command):
                 where = f" (rank {rank()})" if rank() else ""
                 print(f"longrope{where}: {_one_line(error, names)}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except RuntimeError as error:
-            if not isinstance(error, LostRankError):
-                raise
+        except LostRankError as error:
             print(f"longrope: {_one_line(error, names)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            asked = re.search(r"[Tt]ried to allocate [\d.]+ \w+|Unable to allocate .*", str(error))
+            asked = f" ({asked[0][0].lower()}{asked[0][1:]})" if asked else ""
+            _print_end(f"out of memory{asked}, which other processes may hold", kwargs)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             if rank() == 0:
-                what = "interrupted"
-                if isinstance(error, TerminatedError):
-                    what = "ended by torchrun, as when another rank has failed"
-                resumes = "out" in kwargs and (Path(kwargs["out"]) / JOURNAL).exists()
-                print(f"longrope: {what}" + "; the same command resumes" * resumes, file=sys.stderr)
+                by_job = isinstance(error, TerminatedError)
+                ended = "ended by torchrun, as when another rank has failed"
+                _print_end(ended if by_job else "interrupted", kwargs)
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Say whether there was no memory left, on a GPU or in the host, for torch or for numpy."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _print_end(what: str, arguments: Mapping[str, Any]) -> None:
+    """Say what ended a command, and whether it can go on."""
+    out = arguments.get("out")
+    resumes = out is not None and (Path(out) / JOURNAL).exists()
+    where = f" (rank {rank()})" if rank() else ""
+    print(f"longrope{where}: {what}" + "; the same command resumes" * resumes, file=sys.stderr)
 
 
 @contextlib.contextmanager

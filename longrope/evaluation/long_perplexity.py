@@ -12,6 +12,7 @@ from torch import nn
 from longrope._numbers import perplexity_of
 from longrope._validation import count, integer, natural
 from longrope.documents import as_documents
+from longrope.errors import NotFiniteError
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
@@ -204,7 +205,9 @@ def _nll(model: nn.Module, ids: torch.Tensor, scored: int) -> np.ndarray:
         parts = [score(rows, scored).double().cpu() for rows in ids.split(layout.rows)]
     nll = torch.cat(parts).numpy()
     if not np.isfinite(nll).all():
-        raise ValueError(f"model: the NLL of a token in a window of {ids.shape[1]} is not finite")
+        raise NotFiniteError(
+            f"model: the NLL of a token in a window of {ids.shape[1]} is not finite"
+        )
     return nll
 
 

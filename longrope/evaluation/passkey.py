@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from longrope._validation import choice, count, natural
+from longrope.errors import NotFiniteError
 from longrope.evaluation.generation import check_generates
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating
@@ -236,7 +237,9 @@ def _scored(score: NextTokenNLL, batch: list[tuple[int, Prompt]]) -> list[Trial]
     means, right = nll.double().mean(1).tolist(), likeliest.all(1).tolist()
     for mean, (length, _) in zip(means, batch, strict=True):
         if not np.isfinite(mean):
-            raise ValueError(f"model: the NLL of a key in a prompt of {length} tokens is {mean}")
+            raise NotFiniteError(
+                f"model: the NLL of a key in a prompt of {length} tokens is {mean}"
+            )
     return [
         Trial(length, len(prompt.ids), prompt.depth, prompt.key, hit, mean)
         for (length, prompt), mean, hit in zip(batch, means, right, strict=True)

@@ -14,6 +14,7 @@ from torch import nn
 from longrope import _validation
 from longrope._numbers import perplexity_of
 from longrope.documents import as_documents
+from longrope.errors import NotFiniteError
 from longrope.evaluation.memory import plan_batches
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.evaluation.nll import NextTokenNLL
@@ -183,7 +184,7 @@ def perplexity(
                 sums = score.sums(ids, scored)[:, 0].tolist()
             for window, value in zip(batch, sums, strict=True):
                 if not math.isfinite(value):
-                    raise ValueError(
+                    raise NotFiniteError(
                         f"model: the NLL of tokens {window.start} to {window.end} of "
                         f"documents[{window.document}] is {value}"
                     )

@@ -15,6 +15,7 @@ from longrope import report
 from longrope._validation import choice, count, natural
 from longrope.documents import as_documents
 from longrope.documents.checks import Documents, like
+from longrope.errors import NotFiniteError
 from longrope.evaluation import suite_report
 from longrope.evaluation.generation import check_generates
 from longrope.evaluation.identity import digest, fingerprint
@@ -36,6 +37,8 @@ from longrope.runs.journal import Journal
 from longrope.runs.progress import bar
 
 TASKS = ("perplexity", "passkey", "ruler", "longppl")
+#: What the journal has where a measure gives no figure.
+_NOTHING = dict.fromkeys(("value", "low", "high", "n", "detail"))
 
 
 def evaluate(
@@ -218,7 +221,12 @@ def _figures(
             else:
                 update(0, 0, f"{task} {length} {name}")
                 with _applied(model, sets[name], header["tiers"]):
-                    entry = _measure(model, texts, tokenizer, task, length, header, keys)
+                    try:
+                        entry = _measure(model, texts, tokenizer, task, length, header, keys)
+                    except NotFiniteError:
+                        if sets[name] is None:
+                            raise  # the model's own fault, not that of factors
+                        entry = _NOTHING | {"detail": []}
                 entry = {"task": task, "length": length, "set": name, **entry}
                 journal.append([entry])
                 computed = cost
@@ -293,9 +301,8 @@ def _measure(
         return {
             "value": _finite(value), "low": None, "high": None, "n": value.tokens, "detail": parts,
         }  # fmt: skip
-    nothing = dict.fromkeys(("value", "low", "high", "n", "detail"))
     if length <= rope_settings(model).original_length + 1:
-        return nothing
+        return _NOTHING
     try:
         value = long_perplexity(
             model, long_enough, length=length, bos=bos, seed=seed, keys=keys.get(length)
@@ -303,7 +310,7 @@ def _measure(
     except ValueError as error:
         if "key tokens" not in str(error):
             raise
-        return nothing
+        return _NOTHING
     low, high = map(_finite, value.interval)
     return {
         "value": _finite(value), "low": low, "high": high, "n": value.key_tokens,

@@ -124,7 +124,9 @@ class Evaluation:
 
     def _maps(self, path: Path) -> None:
         results = {name: self.passkey(name) for name in self.sets}
-        maps = {name: (found.bands(), found.lengths) for name, found in results.items()}
+        maps = {n: (found.bands(), found.lengths) for n, found in results.items() if found.trials}
+        if not maps:
+            return
         size = plots.map_size(len(maps), max(len(lengths) for _, lengths in maps.values()))
         with drawing.canvas(path, size=size) as canvas:
             plots.draw_maps(canvas, maps)

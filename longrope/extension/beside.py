@@ -7,6 +7,7 @@ import math
 
 from longrope import report
 from longrope.checkpoints.measured import Row
+from longrope.errors import NotFiniteError
 from longrope.extension.stages import Work
 from longrope.extension.table import measure, row_as_json
 from longrope.factors import RescaleFactors
@@ -33,7 +34,7 @@ def finish(work: Work) -> None:
         apply(work.original, getattr(RescaleFactors, name)(**lengths))
         try:
             row = measure(STYLES[name].label, work.original, work.held_out, work.ranges)
-        except ValueError:  # a loss that is not finite: the rule fails, not the run
+        except NotFiniteError:  # the rule fails, not the run
             missing = (math.nan,) * len(work.ranges)
             row = Row(STYLES[name].label, missing, math.nan)
         finally:

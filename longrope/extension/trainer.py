@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from longrope.distributed import ranks
+from longrope.errors import NotFiniteError
 from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
 from longrope.extension import checkpoint
@@ -57,10 +58,6 @@ def _loss(
     else:
         output = scorer.forward(input_ids, position_ids=position_ids, use_cache=False)
     return scorer.nll(output, targets.flatten()).sum()
-
-
-class NotFiniteError(ValueError):
-    """A loss or a gradient is not finite; the message names the rows of the step."""
 
 
 class RowTrainer(Trainer):

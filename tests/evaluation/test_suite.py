@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from support import tiny_models
 from support.commands import call
 
@@ -58,6 +59,20 @@ def test_figures_are_those_of_the_measures(tmp_path, reports):
     rows = list(csv.DictReader((tmp_path / "run" / "evaluation.csv").open()))
     assert [row["length"] for row in rows] == ["260"] * 6 + ["300"] * 6
     assert float(rows[3]["value"]) == found.figures[3].value
+
+
+def test_factors_under_which_the_model_is_not_finite_have_no_figure(tmp_path, reports):
+    broken = tiny_models.factors("yarn", target=512).replace(attention_factor=1e25)
+    ask = {"lengths": [260, 300], "tasks": ["perplexity", "passkey", "longppl"], "trials": 2}
+    model, factors = build(), {"broken": broken} | sets()
+    found = longrope.evaluate(model, documents(), factors=factors, out=tmp_path, **ask)
+    for figure in found.figures:
+        assert (figure.value is None) == (figure.set == "broken" or figure.task == "longppl")
+    assert "passkey" in str(found) and found.passkey("broken").trials == ()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="is nan"):
+        longrope.evaluate(model, documents(), factors=factors, out=tmp_path / "nan", **ask)
 
 
 class KilledError(Exception):
