@@ -9,6 +9,7 @@ had taken of the GPU's, less what was held when training began.
     python benchmarks/bench_finetune.py --save
     python benchmarks/bench_finetune.py --device cuda --heads 16 --lengths 8192 32768 --save
     python benchmarks/bench_finetune.py --lengths 1024 --rounds 1 --steps 2
+    python benchmarks/bench_finetune.py --lengths 8192 --one ours --profile  # where a step goes
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]
 
     ends: list[float] = []
     on_gpu = args.device == "cuda"
+    profile = torch.profiler.profile()  # of the last step, if asked for
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             if on_gpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
+            if args.profile and len(ends) == args.steps - 1:
+                profile.start()
 
     steps = args.steps
     model = build(length, args.vocabulary, args.heads).to(args.device)
@@ -106,6 +110,11 @@ def run_one(way: str, length: int, args: argparse.Namespace) -> dict[str, float]
                 RowTrainer(
                     model, arguments, train_dataset=rows, callbacks=[Clock()], name="bench"
                 ).train()
+    if args.profile:
+        profile.stop()
+        busiest = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        for order in dict.fromkeys((busiest, "self_cpu_time_total")):
+            print(profile.key_averages().table(sort_by=order, row_limit=25))
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {"seconds": seconds, "peak_bytes": peak_bytes(args.device) - before}
 
@@ -131,7 +140,8 @@ def main() -> None:
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--csv", type=Path, help="append rows to this file")
     p.add_argument("--save", action="store_true", help="append rows to benchmarks/results/")
-    p.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    p.add_argument("--one", choices=WAYS, help="one run of this way, in this process")
+    p.add_argument("--profile", action="store_true", help="of --one: what its last step did")
     args = p.parse_args()
     if args.one:
         print(json.dumps(run_one(args.one, args.lengths[0], args)))

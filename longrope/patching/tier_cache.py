@@ -287,6 +287,9 @@ def adopt(cache: Any, base: nn.Module) -> Any:
     ValueError
         Where the cache holds tokens of another rotation, or a layer cannot be turned.
     """
+    rotary = base.rotary_emb
+    if getattr(cache, _ADOPTED, None) == rotary.signature:
+        return cache
     from transformers.cache_utils import (
         DynamicLayer,
         DynamicSlidingWindowLayer,
@@ -296,9 +299,6 @@ def adopt(cache: Any, base: nn.Module) -> Any:
 
     from longrope.patching.tier_cache_quantized import is_quantized, quantized
 
-    rotary = base.rotary_emb
-    if getattr(cache, _ADOPTED, None) == rotary.signature:
-        return cache
     growing, static = layer_types()
     layers = getattr(cache, "layers", None)
     if layers is None or getattr(cache, "offloading", False):
