@@ -27,6 +27,11 @@ from longrope.extension.data import NO_TARGET, TrainingRows
 from longrope.patching.saving import exporting
 
 
+#: What accelerate leaves on a model that it has prepared, whose forward pass it would then take for
+#: one that it has under autocast already.
+_PREPARED = ("_is_accelerate_prepared", "_original_forward")
+
+
 @contextlib.contextmanager
 def giving_loss(model: nn.Module) -> Iterator[None]:
     """Inside the block the forward pass of a causal language model returns a loss.
@@ -47,6 +52,8 @@ def giving_loss(model: nn.Module) -> Iterator[None]:
         del inner.forward
         if before is not None:
             inner.forward = before
+        for name in _PREPARED:
+            model.__dict__.pop(name, None)
 
 
 def _loss(

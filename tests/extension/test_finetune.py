@@ -258,6 +258,24 @@ def test_weights_of_a_model_in_16_bits_stay_in_16_bits(tmp_path, documents, whol
     assert same(train(tmp_path / "b", documents), whole[1])
 
 
+def test_a_second_stage_in_the_process_is_the_stage_of_a_fresh_one(
+    tmp_path, documents, monkeypatch
+):
+    under_autocast = []
+
+    def loss(*args, own=trainer._loss, **kwargs):
+        under_autocast.append(torch.is_autocast_enabled("cpu"))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    first = train(tmp_path / "a", documents, precision="bf16")
+    fresh = build_model()
+    fresh.load_state_dict(first.state_dict())
+    second = train(tmp_path / "b", documents, first, precision="bf16", seed=1)
+    assert same(train(tmp_path / "c", documents, fresh, precision="bf16", seed=1), second)
+    assert len(under_autocast) >= 3 * 4 and all(under_autocast)
+
+
 def test_adapters_train_and_are_merged(tmp_path, documents):
     pytest.importorskip("peft")
     names = set(build_model().state_dict())
