@@ -263,8 +263,9 @@ class LadderSearch:
             end, for_needles if self.options.objective == "needle" else None
         )
         rows, keep = self.notes["rows"], self.notes["kept_prefixes"][number - 1]
+        chunk = self.notes["chunk"]
         if self.options.batch_size is None:
-            rows *= target // end  # as many tokens in a pass
+            rows = rows_of_range(rows, chunk, target, begin, end)
         differentiate = random_windows = None
         if self.options.has_steps:
             differentiate = RangeGradient(
@@ -274,8 +275,7 @@ class LadderSearch:
             random_windows = WindowPool(windows.random(for_windows), POOL, for_windows)
         measurer = Measurer(
             RangeEvaluator(
-                self.model, problem.factors, rows, problem.last_tokens, self.notes["chunk"], below,
-                keep,
+                self.model, problem.factors, rows, problem.last_tokens, chunk, below, keep,
             ),
             windows.windows,
             self.journal,
@@ -290,6 +290,18 @@ class LadderSearch:
         last = number == len(self.ladder.problems)
         speeds = LAST_SPEEDS if last and not stream else (1.0,)
         return Task(problem, options, measurer, for_method, random_windows, speeds)
+
+
+def rows_of_range(rows: int, chunk: int | None, target: int, begin: int, end: int) -> int:
+    """Return the rows of a pass over the tokens `begin` to `end` of windows of `end` tokens.
+
+    `rows` and `chunk` are planned for windows of `target` tokens: no more tokens take part in a
+    pass, and no more keys are held.
+    """
+    held = rows * target // end
+    if chunk is None:
+        return held
+    return min(held, rows * chunk // min(chunk, end - begin))
 
 
 def _forget(task: Task) -> None:

@@ -69,9 +69,9 @@ class Prefix:
         Each window goes through the model by itself, whatever else is measured with it: so a search
         that is resumed finds the same bits.
         """
+        prefixes = [self._of_window(row[None], rotary) for row in windows]
         if not self.keep:
             self.forget()
-        prefixes = [self._of_window(row[None], rotary) for row in windows]
         return joined(prefixes, self.cache(windows.shape[1], differentiable))
 
     def forget(self) -> None:
