@@ -73,7 +73,10 @@ def exported_config(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     }
     if partial != 1:
         rope["partial_rotary_factor"] = partial
-    return with_rope(config, rope, long.target_length, plan.window)
+    changed = with_rope(config, rope, long.target_length, plan.window)
+    if changed.get("head_dim", 0) is None:  # Mixtral's default, which is refused with "longrope"
+        changed["head_dim"] = plan.settings.head_dim
+    return changed
 
 
 def finite(factors: RescaleFactors) -> list[float]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support import plain_reader
 from support.families import VERSION_5, build, sizes
 from support.tiny_models import ORIGINAL, TARGET, tokens
+from transformers import AutoModelForCausalLM
 
 import longrope
 from longrope.checkpoints import plan_export
@@ -108,3 +109,23 @@ def test_load_gives_the_tiers_back(exported, family):
     assert torch.equal(logits(loaded, inputs[-1]), logits(model, inputs[-1]))
     longrope.remove(loaded), longrope.remove(model)
     assert torch.equal(logits(loaded, inputs[-1]), logits(model, inputs[-1]))
+
+
+@pytest.mark.filterwarnings("ignore:transformers 4 knows no rope type")
+def test_heads_of_the_size_that_a_family_has_by_default(family, tmp_path):
+    """Mixtral says `"head_dim": null` then, and cannot read that beside a scaling."""
+    if family == "ministral":
+        pytest.skip("transformers builds none without head_dim")
+    if family in ("gemma3_text", "olmo3") and not VERSION_5:
+        pytest.skip("longrope.apply refuses what transformers 4 has of it")
+    model = build(family, head_dim=None)
+    factors = longrope.RescaleFactors.yarn(**longrope.rope_settings(model).lengths(TARGET))
+    plan = plan_export(model, factors)
+    if not VERSION_5 and only_version_5(plan):
+        pytest.skip("not with transformers 4")
+    path = longrope.export(model, tmp_path / "exported", factors)
+    kernel = "eager" if family in ("gpt_oss", "gemma2") else None
+    read = AutoModelForCausalLM.from_pretrained(path, attn_implementation=kernel).eval()
+    ids = tokens(1, TARGET - 20)[0].tolist()
+    longrope.apply(model, plan.rule, tiers="row")
+    torch.testing.assert_close(logits(read, ids), logits(model, ids), atol=1e-4, rtol=0)

@@ -46,8 +46,8 @@ EXTRA = {
 PARTIAL = {"gpt_neox": 0.25, "phi3": 0.5}
 
 
-def build(model_type, **scaling):
-    """Return a tiny model of a family whose theta is 10000."""
+def build(model_type, head_dim=SMALL["head_dim"], **scaling):
+    """Return a tiny model of a family, theta 10000; `head_dim` None: of the family's own size."""
     partial = PARTIAL.get(model_type)
     rope = rope_arguments(partial_rotary_factor=partial, **scaling)
     if model_type == "gpt_neox" and not VERSION_5:
@@ -58,7 +58,7 @@ def build(model_type, **scaling):
         kinds = ("full_attention", "sliding_attention")
         plain = {"rope_type": "default", "rope_theta": 10000.0}
         rope = {"rope_parameters": {kinds[0]: rope["rope_parameters"], kinds[1]: plain}}
-    settings = SMALL | rope | EXTRA.get(model_type, {})
+    settings = SMALL | {"head_dim": head_dim} | rope | EXTRA.get(model_type, {})
     settings = {k: v for k, v in settings.items() if v is not None or k.endswith("token_id")
                 or k == "sliding_window"}  # fmt: skip
     with torch.random.fork_rng():
