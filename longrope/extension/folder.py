@@ -25,6 +25,7 @@ from longrope.extension.plan import Plan
 from longrope.extension.table import row_from_json
 from longrope.factors import Tiers
 from longrope.patching.saving import exporting
+from longrope.patching.wrappers import language_model
 from longrope.report.extension import BASELINES, EXPORT, KIND, STAGES, TIERS
 from longrope.runs import folder
 from longrope.runs.journal import Journal, Replay, is_begun, read
@@ -107,7 +108,7 @@ def opened(
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of every bit of the parameters and persistent buffers."""
     found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in language_model(model).state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy())
@@ -134,7 +135,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
     try:
         with new_folder(path) as temporary, exporting():  # the run has the factors
-            model.save_pretrained(temporary)
+            language_model(model).save_pretrained(temporary)
     except (OSError, SafetensorError) as error:  # the second's I/O errors are no OSError
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"out: cannot write {path} ({reason})") from None
@@ -165,13 +166,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     from safetensors import SafetensorError
 
+    inner = language_model(model)
     try:
         # In float32, which holds every 16-bit number: a model may have weights of several types.
-        stored = type(model).from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        stored = type(inner).from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, SafetensorError) as error:
         reason = "there is no such folder" if not path.is_dir() else str(error).split("\n")[0]
         raise _unreadable(path, reason) from None
-    model.load_state_dict(stored.state_dict())
+    inner.load_state_dict(stored.state_dict())
 
 
 def is_one(out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from torch import nn
 from longrope import report
 from longrope._validation import integer, switch
 from longrope.documents import as_documents
+from longrope.errors import NotFiniteError
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import perplexity
 from longrope.evaluation.start import bos_token
@@ -169,8 +171,9 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
             by_length.append(found)
             tiers += search.better_tier(tiers, found, begin, length)
         tiers = Tiers([*tiers, *(tier for tier in had if tier.target_length > lengths[-1])])
+        original = model if options.original is None else options.original
         ways = {
-            "the original model": (options.original or model, lambda length: None),
+            "the original model": (original, lambda length: None),
             "the long set for every position": (model, lambda length: had[-1]),
             "as it was, by position": (model, lambda length: had),
             "recovered, by the length of the row (the paper)": (
@@ -226,7 +229,10 @@ def _measured(
             remove(model)
             return _perplexity(model, windows, length, search.bos)
     apply(model, factors)
-    return _perplexity(model, windows, length, search.bos)
+    try:
+        return _perplexity(model, windows, length, search.bos)
+    except NotFiniteError:
+        return math.inf
 
 
 def _perplexity(model: nn.Module, windows: Any, length: int, bos: int | None) -> float:

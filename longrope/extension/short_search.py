@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from longrope._numbers import from_json, to_json
 from longrope.distributed.ranks import Ranks
+from longrope.errors import NotFiniteError
 from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
 from longrope.extension.folder import digests
@@ -20,6 +22,7 @@ from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator
 from longrope.factor_search.history import Role
+from longrope.factor_search.methods import ATTENTION_DIGITS
 from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
 from longrope.factor_search.windows import WindowsByRole
 from longrope.factors import RescaleFactors, Tiers
@@ -31,10 +34,8 @@ from longrope.runs.journal import Journal
 
 #: Powers of the long set that a search begins with.
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-#: Digits of lambdas and attention factors: the grid of the search.
-_LAMBDA_DIGITS, _ATTENTION_DIGITS = 2, 3
-#: After a worse point a descent continues with this share of its learning rate.
-_SLOWER = 0.3
+#: Digits of lambdas: the grid of the search.
+_LAMBDA_DIGITS = 2
 
 
 @contextlib.contextmanager
@@ -117,8 +118,13 @@ class ShortSearch:
         evaluate, differentiate = self._evaluators(length, below)
         windows = drawn.windows[Role.SEARCH]
         starts = [*self._starts(length), *more]
-        losses = self.recorded(lambda: evaluate(starts, windows))
+        losses = self.recorded(lambda: _or_infinite(evaluate(starts, windows)))
         least, best = min(zip(losses, starts, strict=True), key=lambda pair: pair[0])
+        if least == math.inf:
+            raise NotFiniteError(
+                f"model: its mean NLL at {length} tokens is not finite under any of the "
+                f"{len(starts)} sets of factors that the search begins with"
+            )
         settings = rope_settings(self.model)
         base = best.base_inv_freq()
         random = drawn.random(np.random.default_rng([self.seed, length, 2]))
@@ -134,24 +140,27 @@ class ShortSearch:
 
             def measure() -> list[Any]:
                 loss, gradient = differentiate(at, 0, drawn_now)
+                if not (math.isfinite(loss) and np.isfinite(gradient).all()):
+                    raise NotFiniteError(
+                        f"model: its mean NLL at {length} tokens, or the gradient, is not finite "
+                        f"in step {step} (NLL {loss})"
+                    )
                 return [loss, gradient.tolist()]
 
             loss, gradient = self.recorded(measure)
             return loss, np.array(gradient)
 
-        slow = 1.0
-        for steps in self.settings.segments:
-            found = descent.run(point, loss_and_gradient, steps, slow)
-            factors = best.replace(
+        def rounded(found: Point) -> RescaleFactors:
+            return best.replace(
                 lambdas=np.round(found.lambdas, _LAMBDA_DIGITS),
-                attention_factor=round(found.attention_factor, _ATTENTION_DIGITS),
+                attention_factor=round(found.attention_factor, ATTENTION_DIGITS),
             )
-            loss = self.recorded(lambda factors=factors: evaluate([factors], windows)[0])
-            if loss < least:
-                least, best, point = loss, factors, found
-            else:
-                slow *= _SLOWER
-        return best
+
+        def loss_of(factors: RescaleFactors, steps: int) -> float:
+            return self.recorded(lambda: _or_infinite(evaluate([factors], windows))[0])
+
+        better = descent.halting(point, loss_and_gradient, rounded, loss_of, least)
+        return better[-1][0] if better else best
 
     def better_tier(
         self, below: Sequence[RescaleFactors], found: RescaleFactors, begin: int, length: int
@@ -178,11 +187,15 @@ class ShortSearch:
             losses = []
             for way in ways:
                 apply(self.model, Tiers([*below, *way, *beyond]))
-                ppl = perplexity(
-                    self.model, self.held_out(length), length=length, stride=length,
-                    bos=False if self.bos is None else self.bos, ranges=[(begin, length)],
-                )  # fmt: skip
-                losses.append(ppl.by_range[0])
+                try:
+                    ppl = perplexity(
+                        self.model, self.held_out(length), length=length, stride=length,
+                        bos=False if self.bos is None else self.bos, ranges=[(begin, length)],
+                    )  # fmt: skip
+                except NotFiniteError:
+                    losses.append(math.inf)
+                else:
+                    losses.append(ppl.by_range[0])
             return losses
 
         losses = self.recorded(measure)
@@ -233,6 +246,11 @@ class ShortSearch:
         starts = [s.replace(original_length=loaded.original_length) for s in starts]
         within = [s for s in starts[1:] if s.lambdas.max() <= self.max_lambda]
         return list(dict.fromkeys([starts[0].replace(start_tokens=0), *within]))
+
+
+def _or_infinite(losses: Sequence[float]) -> list[float]:
+    """Return losses with infinity for what is not finite: no such set is ever the best."""
+    return [loss if math.isfinite(loss) else math.inf for loss in losses]
 
 
 def _itself(factors: RescaleFactors) -> RescaleFactors:

@@ -26,7 +26,6 @@ from longrope.extension import checkpoint
 from longrope.extension.data import NO_TARGET, TrainingRows
 from longrope.patching.saving import exporting
 
-
 #: What accelerate leaves on a model that it has prepared, whose forward pass it would then take for
 #: one that it has under autocast already.
 _PREPARED = ("_is_accelerate_prepared", "_original_forward")

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ EPSILON = 0.02
 ATTENTION_SCALE = 1 / 3
 #: The attention factor stays within this ratio of its start.
 ATTENTION_REACH = 1.5
+#: After a worse point a descent continues with this share of its learning rate.
+SLOWER = 0.3
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Point:
         return np.exp(self.log_lambdas)
 
 
+T = TypeVar("T")
 #: Returns the loss at a point in a step, and its gradient with respect to log lambda and, last, to
 #: the log of the attention factor: `[dims + 1]`, or flat where there are those of heads.
 LossAndGradient = Callable[[Point, int], tuple[float, np.ndarray]]
@@ -141,6 +145,32 @@ class Descent:
         The mean evens out the noise of the windows.
         """
         return self._run(start, loss_and_gradient, steps, slow, [range(len(steps))])[0]
+
+    def halting(
+        self,
+        start: Point,
+        loss_and_gradient: LossAndGradient,
+        rounded: Callable[[Point], T],
+        loss_of: Callable[[T, int], float],
+        least: float,
+    ) -> list[tuple[T, float]]:
+        """Take all steps from a point; go back, and on more slowly, from a point that is worse.
+
+        A segment ends with a point, of which `rounded` makes what `loss_of` measures, told how many
+        steps there were; `least` is the loss of the start. Returns what was better than all before
+        it, in order, with its loss.
+        """
+        best, slow, better = start, 1.0, []
+        for steps in self.settings.segments:
+            point = self.run(best, loss_and_gradient, steps, slow)
+            made = rounded(point)
+            loss = loss_of(made, steps.stop)
+            if loss < least:
+                best, least = point, loss
+                better.append((made, loss))
+            else:
+                slow *= SLOWER
+        return better
 
     def averages(
         self, start: Point, loss_and_gradient: LossAndGradient, speed: float = 1.0

@@ -24,7 +24,7 @@ from longrope._numbers import perplexity_of
 from longrope.errors import JournalError
 from longrope.factor_search.descent import HeadDescent, Point
 from longrope.factor_search.history import Evaluation, Role, SearchResult
-from longrope.factor_search.methods import ATTENTION_DIGITS, SLOWER, Task
+from longrope.factor_search.methods import ATTENTION_DIGITS, Task
 from longrope.factor_search.space import STEPS
 from longrope.factors import RescaleFactors, Shared, Tiers
 from longrope.patching.families import decoder
@@ -147,17 +147,15 @@ class _Rung:
             problem.space.least / STEPS,
         )
         shared = self.measure(self.task.judge, [self.start], SHARED)[0]
-        best, chosen, least, slow = origin, self.start, shared, 1.0
-        last = self.start
-        for steps in settings.segments:
-            point = descent.run(best, self._loss_and_gradient, steps, slow)
-            last = self._factors(point)
-            loss = self.measure(self.task.judge, [last], OWN, steps.stop)[0]
-            if loss < least:
-                best, chosen, least = point, last, loss
-            else:
-                slow *= SLOWER
-        own = last if chosen is self.start else chosen
+        judged = []
+
+        def loss_of(factors: RescaleFactors, steps: int) -> float:
+            judged.append(factors)
+            return self.measure(self.task.judge, [factors], OWN, steps)[0]
+
+        better = descent.halting(origin, self._loss_and_gradient, self._factors, loss_of, shared)
+        chosen, least = better[-1] if better else (self.start, shared)
+        own = chosen if better else judged[-1]
         mixtures = [self._mixed(own, share) for share in SHARES]
         for mixture, loss in zip(
             mixtures, self.measure(self.task.judge, mixtures, MIXED), strict=True

@@ -32,8 +32,6 @@ START_TOKEN_FINALISTS = 2
 #: Nats per token that start tokens must gain on the deciding windows. With the packaged model 20
 #: start tokens gained 0.0002 there and lost 0.002 on other files.
 START_TOKEN_GAIN = 0.001
-#: After a worse point a descent continues with this share of its learning rate.
-SLOWER = 0.3
 #: Digits of a learned attention factor.
 ATTENTION_DIGITS = 3
 
@@ -224,17 +222,13 @@ def _descended(task: Task, starts: dict[Candidate, float]) -> tuple[Candidate, f
                 task.measure(task.judge, [candidate], "gradient", before + steps.stop)
                 kept.append(candidate)
     else:
-        slow = 1.0
+
+        def loss_of(candidate: Candidate, steps: int) -> float:
+            return task.measure(Role.SEARCH, [candidate], "gradient", steps)[candidate]
+
         least = task.measure(Role.SEARCH, [start], "start")[start]
-        for steps in settings.segments:
-            point = descent.run(best, loss_and_gradient, steps, slow)
-            candidate = on_grid(point)
-            loss = task.measure(Role.SEARCH, [candidate], "gradient", steps.stop)[candidate]
-            if loss < least:
-                best, least = point, loss
-                kept.append(candidate)
-            else:
-                slow *= SLOWER
+        better = descent.halting(best, loss_and_gradient, on_grid, loss_of, least)
+        kept += [candidate for candidate, _ in better]
     judged = task.measure(task.judge, kept, "finalist")
     chosen = _best(judged)
     return chosen, judged[chosen]

@@ -129,6 +129,26 @@ def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path
         assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
 
 
+def test_a_compiled_model_resumes_with_the_weights_of_its_run(finished, tmp_path, monkeypatch):
+    own, first = run.run_stage, True
+
+    def stopping(work, stage, state):
+        if first and stage.name == "search-3":
+            raise KeyboardInterrupt
+        return own(work, stage, state)
+
+    def compiled():
+        return torch.compile(build_model(), backend="eager")
+
+    monkeypatch.setattr(run, "run_stage", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        extension_runs.run(tmp_path, compiled)
+    first = False
+    extension_runs.run(tmp_path, compiled)
+    for name in extension_runs.RESULTS:
+        assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
+
+
 def test_stages_of_fine_tuning_take_one_row_after_another(tmp_path, monkeypatch):
     from longrope.extension import stages
 

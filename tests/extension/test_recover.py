@@ -11,6 +11,7 @@ from support.extension_runs import documents
 from support.tiny_search import build_model
 
 import longrope
+from longrope.errors import NotFiniteError
 from longrope.extension import short_search
 from longrope.extension.folder import weights_hash
 
@@ -142,6 +143,33 @@ def test_perplexities_that_overflow_are_kept_and_taken_again(tmp_path):
 def test_what_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         longrope.recover(extended(), documents(), **OPTIONS | changes)
+
+
+def test_factors_under_which_the_model_is_not_finite_are_never_chosen(tmp_path, monkeypatch):
+    own, judge = short_search.PopulationEvaluator.__call__, short_search.perplexity
+    loaded = longrope.rope_settings(build_model()).loaded
+
+    def measured(self, candidates, windows):
+        if len(candidates) == 1:
+            return [math.nan]  # what the descent finds
+        first, *rest = own(self, candidates, windows)
+        return [math.nan, *rest]  # the first is the model as loaded
+
+    def judged(model, *args, **options):
+        if (model.model.rotary_emb.tiers[0].lambdas == loaded.lambdas).all():
+            raise NotFiniteError("nan")
+        return judge(model, *args, **options)
+
+    monkeypatch.setattr(short_search.PopulationEvaluator, "__call__", measured)
+    monkeypatch.setattr(short_search, "perplexity", judged)
+    found = longrope.recover(extended(), documents(), lengths=[16], steps=3, out=tmp_path)
+    for factors in (found.by_length[0], found.tiers[0]):
+        assert (factors.lambdas != loaded.lambdas).any()
+    monkeypatch.setattr(
+        short_search.PopulationEvaluator, "__call__", lambda self, c, w: [math.nan] * len(c)
+    )
+    with pytest.raises(NotFiniteError, match="not finite under any of the"):
+        longrope.recover(extended(), documents(), lengths=[16], steps=3)
 
 
 def test_a_model_without_factors_is_refused():
