@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -73,14 +74,10 @@ class WindowsByRole:
         or, with `screened` above 0, half of them.
         """
         vocab_size = vocabulary(model)
-        documents = as_documents(documents, min_length=length, vocab_size=vocab_size)
-        documents = without_bos(documents, bos)
+        documents = _texts(documents, length, vocab_size, bos, "documents")
         text = length if bos is None else length - 1
         if validation is not None:
-            validation = as_documents(
-                validation, min_length=length, vocab_size=vocab_size, name="validation"
-            )
-            validation = without_bos(validation, bos)
+            validation = _texts(validation, length, vocab_size, bos, "validation")
             held_out = draw_windows(validation, text, len(validation), random_validation)
             windows = {Role.SEARCH: draw_windows(documents, text, samples, random)}
             windows[Role.VALIDATION] = held_out
@@ -200,13 +197,13 @@ class RandomWindows:
         self.random = random
         self._order: list[int] = []
         self._documents = []
+        taken: dict[int, list[int]] = {}
+        for where, start in held_out:
+            taken.setdefault(where, []).append(start)
         for index, document in enumerate(documents):
-            starts = np.arange(len(document) - length + 1)
-            for where, start in held_out:
-                if where == index:
-                    starts = starts[(starts + length <= start) | (starts >= start + length)]
-            if len(starts):
-                self._documents.append((document, starts))
+            free = _free_starts(len(document), length, taken.get(index, []))
+            if free[0]:
+                self._documents.append((document, *free))
 
     def draw(self, count: int) -> torch.Tensor:
         """Return the next `count` windows: int64 `[count, length]`, one more with BOS."""
@@ -214,8 +211,10 @@ class RandomWindows:
         for _ in range(count):
             if not self._order:
                 self._order = [int(i) for i in self.random.permutation(len(self._documents))]
-            document, starts = self._documents[self._order.pop()]
-            start = int(starts[self.random.integers(len(starts))])
+            document, firsts, counts = self._documents[self._order.pop()]
+            pick = int(self.random.integers(counts[-1]))
+            run = bisect.bisect_right(counts, pick)
+            start = firsts[run] + pick - (counts[run - 1] if run else 0)
             windows.append(document[start : start + self.shown].to(torch.int64))
         drawn = torch.stack(windows)
         drawn = drawn if self.needles is None else plant(drawn, self.needles)
@@ -252,6 +251,43 @@ class WindowPool:
                 self._order = [int(i) for i in self.random.permutation(self.size)]
             drawn.append(self._pool[self._order.pop()])
         return torch.stack(drawn)
+
+
+def _texts(
+    documents: Iterable[Any], length: int, vocab_size: int | None, bos: int | None, name: str
+) -> list[torch.Tensor]:
+    """Return checked documents without `bos` in front; one at least fills a window behind its BOS.
+
+    `length` counts BOS. A document in which BOS repeats may be too short without it.
+    """
+    checked = as_documents(documents, min_length=length, vocab_size=vocab_size, name=name)
+    texts = without_bos(checked, bos)
+    least, longest = length - (bos is not None), max(map(len, texts))
+    if longest < least:
+        raise ValueError(
+            f"{name}: expected one of at least {least} tokens behind the BOS at its start, "
+            f"got the longest {longest} tokens"
+        )
+    return texts
+
+
+def _free_starts(size: int, length: int, taken: Iterable[int]) -> tuple[list[int], list[int]]:
+    """Return where windows may start that share no token with those that start at `taken`.
+
+    Runs of places, not each place: a document may be a file of billions of tokens. Of each run the
+    first place, and how many places there are up to its end, those of earlier runs included.
+    """
+    firsts: list[int] = []
+    counts: list[int] = []
+    first = count = 0
+    for start in [*sorted(taken), size]:
+        end = min(start, size) - length + 1
+        if first < end:
+            count += end - first
+            firsts.append(first)
+            counts.append(count)
+        first = max(first, start + length)
+    return firsts, counts
 
 
 def _disjoint_starts(size: int, length: int, random: np.random.Generator) -> list[int]:
