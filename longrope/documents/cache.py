@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from longrope._files import new_folder
+from longrope.documents.token_files import mapped_npy
 from longrope.documents.tokens import Encoder
 
 #: Of what is kept, and of how texts become tokens: a change of either makes older entries unread.
@@ -61,10 +62,9 @@ class TokenCache:
     def get(self, entry: Path) -> list[np.ndarray] | None:
         """Return the documents of an entry, mapped into memory; None where it is none."""
         try:
-            # Copy-on-write: torch warns about arrays that it may not write.
-            ids = np.load(entry / _IDS, mmap_mode="c", allow_pickle=False)
-            *lengths, checksum = np.load(entry / _LENGTHS, allow_pickle=False).tolist()
-        except (OSError, ValueError, TypeError, EOFError):  # also of other shapes
+            ids = mapped_npy(entry / _IDS)
+            *lengths, checksum = mapped_npy(entry / _LENGTHS).tolist()
+        except (ValueError, TypeError):  # also of other shapes
             return None
         whole = ids.ndim == 1 and all(type(length) is int for length in lengths)
         if not whole or sum(lengths) != len(ids) or zlib.crc32(ids) != checksum:

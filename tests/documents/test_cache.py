@@ -84,7 +84,7 @@ def test_what_has_changed_is_tokenised_anew(files, tmp_path, change):
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "lengths.npy"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "an archive", "a broken archive"])
 def test_a_damaged_entry_is_made_anew(files, tmp_path, never, name, damage):
     cache = tmp_path / "cache"
     plain = lists(load_data(files, tokenizer(), cache=cache))
@@ -92,6 +92,11 @@ def test_a_damaged_entry_is_made_anew(files, tmp_path, never, name, damage):
         content = (entry / name).read_bytes()
         if damage == "gone":
             (entry / name).unlink()
+        elif damage == "an archive":
+            with (entry / name).open("wb") as file:
+                np.savez(file, np.arange(3))
+        elif damage == "a broken archive":
+            (entry / name).write_bytes(b"PK\x03\x04" + content)
         elif damage == "cut":
             (entry / name).write_bytes(content[:-1])
         else:

@@ -143,6 +143,62 @@ def test_what_is_no_text_is_refused_in_one_sentence(tmp_path, name, content, sen
     assert "\n" not in str(raised.value) and name in str(raised.value)
 
 
+def npy(descr="'<i4'", shape="(4,)", version=1, content=bytes(16)):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".encode()
+    size = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + header + content
+
+
+def archive_of_arrays():
+    made = io.BytesIO()
+    np.savez(made, ids=np.arange(5))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        archive_of_arrays(),
+        archive_of_arrays()[:-30],
+        b"PK\x03\x04",
+        b"",
+        npy("'V0'", "(-1,)"),  # which np.memmap divides by
+        npy("[]"),
+        npy("'<i4'", "(-4,)"),
+        npy("'<i4'", "(5,)"),
+        npy("'<i4'", "(2**62,)"),
+        npy("'<i4'", "(4611686018427387904,)"),  # 0 bytes, in 64 bits
+        npy("'<i4'", "(4611686018427387904, 0)"),
+        npy("'<i4'", "()"),
+        npy("'<M8[s]'"),
+        npy("{}"),
+        npy("3"),
+        npy("(" * 9000),
+        npy("'" + "x" * 60_000 + "'"),
+        npy(version=4),
+        npy("'<i4', []: 1, 'x'"),
+    ],
+    ids=lambda content: content[:80].decode("ascii", "replace").partition("'descr': ")[2][:20],
+)
+def test_a_hostile_npy_file_is_refused_in_one_sentence(tmp_path, content):
+    path = tmp_path / "a.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy.*(: expected|holds no document)") as raised:
+        longrope.load_data(path)
+    said = str(raised.value).removeprefix(str(path))
+    assert "\n" not in said and len(said) < 300
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_every_version_of_npy_is_read_in_either_order(tmp_path, version):
+    tokens = np.arange(6, dtype="<i4")
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(shape="(6,)", version=version, content=tokens.tobytes()))
+    assert [d.tolist() for d in longrope.load_data(path)] == [tokens.tolist()]
+    np.save(path, np.asfortranarray(tokens.reshape(2, 3)))
+    assert [d.tolist() for d in longrope.load_data(path)] == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_json_lists_objects_and_lines(tmp_path):
     path = tmp_path / "a.json"
     for content, expected in (
