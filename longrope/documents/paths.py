@@ -56,8 +56,10 @@ class _Walk:
                     yield from self.folder(path)
             elif cached and name.startswith(("cache-", "tmp")):
                 self.notes.add("cached transformations", name)
-            elif not path.is_file():
+            elif not path.exists():
                 self.notes.add("broken links", name)
+            elif not path.is_file():  # opening a pipe waits for someone who writes
+                self.notes.add("things that are neither file nor folder", name)
             elif (cached and name == _INFO) or name.endswith(".lock"):
                 continue
             elif self._again(path):
@@ -110,6 +112,8 @@ class _Walk:
 
 
 def _json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a JSON file, got something else")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

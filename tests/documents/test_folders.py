@@ -1,6 +1,8 @@
 """Folders as they come: links, several paths, and the layouts of Hugging Face."""
 
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -49,6 +51,45 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path):
         "left out 1 link to a folder that was read (loop), 1 link to a file that was read "
         "(twin.txt), 1 broken link (zero.txt)",
     )
+
+
+@pytest.fixture
+def special(tmp_path, monkeypatch):
+    """Return a function that makes a socket, which cannot be opened, in the working folder."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket has at most 108 bytes
+    made = []
+
+    def make(name):
+        made.append(socket.socket(socket.AF_UNIX))
+        made[-1].bind(name)
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_pipes_and_sockets_are_left_out_and_refused_by_themselves(tmp_path, special):
+    (tmp_path / "a.txt").write_text("text")
+    special("b.txt")
+    assert loaded(tmp_path) == (
+        ["text"], "left out 1 thing that is neither file nor folder (b.txt)",
+    )  # fmt: skip
+    os.mkfifo(tmp_path / "c.txt")
+    (tmp_path / "d.txt").symlink_to(tmp_path / "c.txt")
+    assert loaded(tmp_path) == (
+        ["text"], "left out 3 things that are neither file nor folder (b.txt, c.txt, d.txt)",
+    )  # fmt: skip
+    for path in (tmp_path / "b.txt", "/dev/null"):
+        with pytest.raises(ValueError, match=r"path: expected a file .* a pipe, socket or device"):
+            longrope.load_data(path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_layout_in_a_socket_is_refused(tmp_path, special, name):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    special(name)
+    with pytest.raises(ValueError, match=rf"{name}: expected a JSON file"):
+        longrope.load_data(tmp_path)
 
 
 def test_what_is_left_out_is_counted_and_the_first_are_named(tmp_path):
