@@ -114,8 +114,12 @@ def _below_home(text: str, home: str) -> str:
 
 def _append(out: Path, entry: dict[str, Any]) -> None:
     # Without fsync: a line that a crash loses is a time, not a result.
-    with (out / TIMES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with (out / TIMES).open("a+b") as file:
+        torn = False  # the end of a line that a kill cut off
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
 
 
 def _now() -> str:
