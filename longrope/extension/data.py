@@ -20,7 +20,7 @@ NO_TARGET = -100
 class Piece(NamedTuple):
     """Tokens `begin` to `end` of a document, on their own in a row.
 
-    `opens` and `closes` say whether BOS stands in front of them and EOS behind.
+    `opens` and `closes` say whether BOS is put in front of them and EOS behind.
     """
 
     document: int
@@ -53,7 +53,7 @@ class TrainingRows(torch.utils.data.Dataset):
         The share of rows that hold windows of `short_length` tokens instead.
     bos, eos
         The token in front of every window and document, and behind the end of every whole
-        document; None: none.
+        document that does not end with it; None: none.
     first
         The number of the first row, where earlier stages have had those before it.
     """
@@ -78,8 +78,8 @@ class TrainingRows(torch.utils.data.Dataset):
         self.short_length = short_length or length
         self.bos, self.eos, self.first = bos, eos, first
         self._places: dict[int, np.ndarray] = {}
-        added = (bos is not None) + (eos is not None)
-        self._sizes = np.array([len(document) + added for document in documents])
+        before = int(bos is not None)
+        self._sizes = np.array([before + len(d) + _lacks(d, eos) for d in documents])
 
     def __len__(self) -> int:
         return self.count
@@ -161,6 +161,11 @@ class TrainingRows(torch.utils.data.Dataset):
             return tokens
         return torch.cat([torch.tensor(before, dtype=torch.int64), tokens,
                           torch.tensor(after, dtype=torch.int64)])  # fmt: skip
+
+
+def _lacks(document: torch.Tensor, eos: int | None) -> bool:
+    """Say whether EOS is put behind a document; a tokenizer may have done it."""
+    return eos is not None and not (len(document) and int(document[-1]) == eos)
 
 
 def check_enough(documents: Sequence[torch.Tensor], length: int, packed: bool, name: str) -> None:

@@ -87,6 +87,19 @@ def test_packed_documents_start_again_and_predict_nothing_of_the_next():
             assert EOS not in piece[:-1]
 
 
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_a_packed_document_that_ends_with_eos_gets_no_other(bos):
+    ends = torch.tensor([EOS])
+    texts = [torch.cat([DOCUMENTS[0], ends]), DOCUMENTS[1], torch.cat([DOCUMENTS[2], ends]), ends]
+    texts = [text.to(torch.uint16) for text in texts]
+    made = rows(packed=True, bos=bos, eos=EOS, documents=texts)
+    plain = [*DOCUMENTS[:3], torch.arange(0)]
+    expected = rows(packed=True, bos=bos, eos=EOS, documents=plain)
+    for index in range(60):
+        for name, values in expected[index].items():
+            assert torch.equal(made[index][name], values)
+
+
 def test_short_rows_hold_short_windows():
     made = rows(count=300, short_share=0.4, short_length=8, bos=BOS)
     short = 0
