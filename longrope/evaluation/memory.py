@@ -110,8 +110,9 @@ def plan_batches(
     if device.type == "cuda":
         # A tenth stays for fragments.
         tokens = min(int((free * 0.9 - cache) / _bytes_per_token(model)), GPU_TOKENS_PER_CHUNK)
-    least = cache + fitting * min(LEAST_CHUNK, length) * _bytes_per_token(model)
-    _expect_room(free, least, name, "keys and values", f"{fitting} of {length}")
+    least = forward_bytes(model, length, BatchPlan(fitting, min(LEAST_CHUNK, length)))
+    expected = f"{name}: expected windows whose keys and values"
+    expect_room(free, least, expected, f"{fitting} of {length}")
     return BatchPlan(fitting, min(length, max(LEAST_CHUNK, _power_of_two(tokens // fitting))))
 
 
@@ -138,7 +139,7 @@ def plan_backward(
     """
     device = device_of(model)
     free = free_memory(device)
-    kept = _kept_per_token(model)
+    kept = kept_per_token(model)
     if activation_checkpointing is None:
         activation_checkpointing = free is not None and length * kept > free / 2
     if not activation_checkpointing:
@@ -150,19 +151,35 @@ def plan_backward(
     tokens = min(max(LEAST_CHUNK, _power_of_two(length // 16)), most)
     if free is not None:
         cache = 2 * cache_bytes(model, length, sliding=False)
-        least = cache + min(LEAST_CHUNK, length) * kept
-        what = "keys, values and their gradients"
-        _expect_room(free, least, "target_length", what, str(length))
+        least = backward_bytes(model, length, BackwardPlan(chunk=min(LEAST_CHUNK, length)))
+        expected = "target_length: expected windows whose keys, values and their gradients"
+        expect_room(free, least, expected, str(length))
         tokens = min(tokens, max(LEAST_CHUNK, _power_of_two(int((free - cache) / 2 / kept))))
     return BackwardPlan(chunk=tokens) if tokens < length else WHOLE_WINDOWS
 
 
-def _expect_room(free: int | None, needed: int, name: str, what: str, tokens: str) -> None:
+def expect_room(free: int | None, needed: int, expected: str, got: str) -> None:
+    """Raise `ValueError` where more bytes are needed than are free (None: unknown)."""
     if free is not None and needed > free:
         raise ValueError(
-            f"{name}: expected windows whose {what} fit the free memory, got {tokens} tokens, "
-            f"which need {needed} bytes where {free} are free"
+            f"{expected} fit the free memory, got {got} tokens, which need {needed} bytes where "
+            f"{free} are free"
         )
+
+
+def forward_bytes(model: nn.Module, length: int, plan: BatchPlan) -> int:
+    """Return what a planned pass over windows of `length` tokens takes, without gradients."""
+    if plan.chunk is None:
+        return plan.rows * length * _bytes_per_token(model)
+    return plan.rows * (cache_bytes(model, length) + plan.chunk * _bytes_per_token(model))
+
+
+def backward_bytes(model: nn.Module, length: int, plan: BackwardPlan) -> int:
+    """Return what a window of `length` tokens takes on its way forwards and backwards."""
+    if plan.chunk is None:
+        return length * kept_per_token(model, recompute=plan.checkpointed_layers)
+    cache = 2 * cache_bytes(model, length, sliding=False)
+    return cache + plan.chunk * kept_per_token(model)
 
 
 def cache_bytes(model: nn.Module, length: int, sliding: bool = True) -> int:
@@ -214,13 +231,21 @@ def _bytes_per_token(model: nn.Module) -> int:
     return dtype_of(model).itemsize * (8 * hidden + 3 * inner)
 
 
-def _kept_per_token(model: nn.Module) -> int:
-    """Return the bytes that a backward pass through all layers finds kept for each token."""
+def kept_per_token(
+    model: nn.Module, dtype: torch.dtype | None = None, recompute: bool = False
+) -> int:
+    """Return the bytes that a backward pass through all layers finds kept for each token.
+
+    Computed in `dtype`; None: the model's own. `recompute`: the input of each layer, and what one
+    layer computes again.
+    """
     config = text_config(model)
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_layer = _KEPT_OVER_HIDDEN * hidden + _KEPT_OVER_INNER * inner
-    return config.num_hidden_layers * per_layer * dtype_of(model).itemsize
+    layers = config.num_hidden_layers
+    elements = layers * hidden + per_layer if recompute else layers * per_layer
+    return elements * (dtype or dtype_of(model)).itemsize
 
 
 def _power_of_two(tokens: int) -> int:

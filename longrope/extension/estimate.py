@@ -9,11 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from longrope.evaluation.memory import cache_bytes, free_memory
+from longrope.evaluation.memory import (
+    BackwardPlan,
+    backward_bytes,
+    forward_bytes,
+    free_memory,
+    kept_per_token,
+    plan_backward,
+    plan_batches,
+)
 from longrope.evaluation.modes import evaluating, vocabulary
 from longrope.extension.beside import RULES
 from longrope.extension.checks import searches
-from longrope.extension.finetune import recomputes
+from longrope.extension.config import FinetuneConfig
+from longrope.extension.finetune import recomputes, trained_bytes
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.factor_search.checks import Asked
 from longrope.factor_search.heads import most_evaluations as most_by_head
@@ -22,8 +31,6 @@ from longrope.patching import rope_settings
 from longrope.patching.settings import text_config
 from longrope.patching.wrappers import device_of
 
-#: Bytes of a trained weight beside the model's own: float32 itself, its gradient, two moments.
-_TRAINED_BYTES = 16
 #: The cost of a backward pass in forward passes; activations that are computed again add one.
 _BACKWARD = 2
 
@@ -39,7 +46,7 @@ class Cost:
     tokens
         Tokens that go through the model, a backward pass counted twice.
     memory
-        Bytes at the widest point, weights included.
+        Bytes at the widest point, beside the model as it is loaded.
     seconds
         At the speed that was measured.
     """
@@ -57,20 +64,29 @@ def estimate(
 
     From one timed forward pass of the model's own window. Attention grows with the square of the
     length; everything else with the length.
+
+    Raises `ValueError` where a stage would not fit the memory that is free.
     """
     speed = _flops_per_second(model, plan.window)
     about = {stage.name: found for stage, found in searches(model, plan, documents)}
     costs = []
+    copy = 0  # of the weights, which the first training makes and later stages keep
 
     def add(name: str, length: int, passes: float, memory: int) -> None:
         seconds = passes * _forward_flops(model, length) / speed
         costs.append(Cost(name, passes * length, memory, seconds))
 
     for stage in plan.stages:
-        add(f"{stage.name} ({stage.kind})", *_of_stage(model, stage, about.get(stage.name)))
+        length, passes, memory = _of_stage(model, stage, about.get(stage.name))
+        if isinstance(stage, FinetuneStage):
+            copy = _weights(model)
+        else:
+            memory += copy
+        add(f"{stage.name} ({stage.kind})", length, passes, memory)
     target = plan.target_length
     rows = 1 + len(plan.stages) + len(RULES)  # as it was, after each stage, and the rules
-    add("the table", target, rows * windows, _weights(model) + cache_bytes(model, target))
+    measured = forward_bytes(model, target, plan_batches(model, target, windows))
+    add("the table", target, rows * windows, copy + measured)
     return costs
 
 
@@ -101,44 +117,50 @@ def _weights(model: nn.Module) -> int:
 def _of_stage(model: nn.Module, stage: Stage, about: Asked | None) -> tuple[int, float, int]:
     """Return the tokens of a row, the forward passes of one, and the bytes at the widest point.
 
-    `about` is what a search is about.
+    Those of training have its copy of the weights among them. `about` is what a search is about.
     """
-    weights = _weights(model)
     if isinstance(stage, FinetuneStage):
         config = stage.config
         rows = config.steps * config.batch_size
-        recompute = recomputes(model, stage)
-        trained = 0 if config.lora_rank else sum(p.numel() for p in model.parameters())
-        kept = config.rows_per_pass * stage.length * _activations(model, recompute)
-        memory = 2 * weights + _TRAINED_BYTES * trained + kept
+        to_come = _trained(model, config)
+        recompute = recomputes(model, stage, to_come)
+        kept = kept_per_token(model, torch.float32, recompute)
+        memory = to_come + config.rows_per_pass * stage.length * kept
         return stage.length, rows * (1 + _BACKWARD + recompute), memory
     if isinstance(stage, RecoverStage):
         length = stage.lengths[-1]
         steps = stage.options.steps
         # By the length of a row, then by position.
         passes = 2 * len(stage.lengths) * (3 * steps + 5 * (7 + 5 + 8))
-        return length, passes, weights + cache_bytes(model, length)
+        return length, passes, _searching(model, length, None, plan_backward(model, length))
     # A ladder costs at most one search at its target; `per` has a descent of its own.
     options = about.options
     most = most_evaluations(about.problem, options, True) + most_by_head(options, True)
     steps = options.descent.steps * (1 + (options.per != "model")) if options.has_steps else 0
     passes = (most - steps) * options.windows
-    kept = stage.length * _activations(model, False) if options.has_steps else 0
-    cache = cache_bytes(model, stage.length)
-    return (
-        stage.length,
-        passes + 3 * steps * options.descent.windows_per_step,
-        weights + max(kept, cache),
-    )
+    backward = None
+    if options.has_steps:
+        backward = plan_backward(model, stage.length, options.activation_checkpointing)
+    memory = _searching(model, stage.length, options.batch_size, backward)
+    return stage.length, passes + 3 * steps * options.descent.windows_per_step, memory
 
 
-def _activations(model: nn.Module, recompute: bool) -> int:
-    """Return the bytes per token that a backward pass finds kept."""
-    config = text_config(model)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = (8 * config.hidden_size + 4 * inner) * 4
-    layers = config.num_hidden_layers
-    return layers * config.hidden_size * 4 + layer if recompute else layers * layer
+def _trained(model: nn.Module, config: FinetuneConfig) -> int:
+    """Return the bytes that training takes beside activations and the model as it is loaded."""
+    if not config.lora_rank:
+        return trained_bytes(4 * sum(p.numel() for p in model.parameters()))
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    adapters = config.lora_rank * sum(m.in_features + m.out_features for m in layers)
+    return _weights(model) + trained_bytes(4 * adapters)
+
+
+def _searching(
+    model: nn.Module, length: int, rows: int | None, backward: BackwardPlan | None
+) -> int:
+    """Return the bytes that measuring factors takes, and their gradient if there is a plan."""
+    memory = forward_bytes(model, length, plan_batches(model, length, rows=rows))
+    return max(memory, backward_bytes(model, length, backward)) if backward else memory
 
 
 def _forward_flops(model: nn.Module, length: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from longrope.distributed import ranks
-from longrope.evaluation.memory import plan_backward
+from longrope.evaluation.memory import expect_room, free_memory, kept_per_token
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.start import bos_token, without_bos
 from longrope.extension import checkpoint, sharding
@@ -24,7 +24,7 @@ from longrope.extension.plan import FinetuneStage
 from longrope.factors import Tiers
 from longrope.patching import apply, remove, rope_settings
 from longrope.patching.settings import text_config
-from longrope.patching.wrappers import device_of
+from longrope.patching.wrappers import device_of, dtype_of
 from longrope.report.extension import LOSSES
 from longrope.runs.folder import write_table, write_text
 from longrope.runs.progress import bar
@@ -288,19 +288,48 @@ def _train(
         _write_losses(out / LOSSES, trainer.state.log_history)
 
 
-def recomputes(model: nn.Module, stage: FinetuneStage) -> bool:
-    """Say whether a stage computes activations again: as asked, or by the memory that is free."""
-    asked = stage.config.activation_checkpointing
-    if asked is not None:
-        return asked
-    return plan_backward(model, stage.length) != plan_backward(model, stage.length, False)
+def trained_bytes(weights: int) -> int:
+    """Return what a rank holds of so many bytes of weights, their gradients and two moments."""
+    size = ranks.current().size
+    return 4 * weights // (size if sharding.shards(size) else 1)
+
+
+def recomputes(model: nn.Module, stage: FinetuneStage, to_come: int) -> bool:
+    """Say whether a stage computes activations again: as asked, or by the memory that is free.
+
+    `to_come` are the bytes that training will take beside activations, which count as float32 in
+    every precision: 0.7 (adapters on bfloat16, autocast) to 1.3 (float32, tiers by position) times
+    that was kept.
+
+    Raises `ValueError` where a pass would not fit either way.
+    """
+    config, length = stage.config, stage.length
+    if config.activation_checkpointing is not None:
+        return config.activation_checkpointing
+    free = free_memory(device_of(model))
+    if free is None:
+        return False
+    tokens = config.rows_per_pass * length
+    recompute = tokens * kept_per_token(model, torch.float32) > (free - to_come) / 2
+    if recompute:
+        dtype = dtype_of(model) if config.lora_rank else torch.float32
+        expect_room(
+            free,
+            to_come + tokens * kept_per_token(model, dtype, recompute=True),
+            f"stage {stage.name}: expected rows whose activations, and the gradients and moments "
+            "of weights,",
+            f"{config.rows_per_pass} of {length}",
+        )
+    return recompute
 
 
 def _recomputes(model: nn.Module, stage: FinetuneStage, out: Path) -> bool:
     """Return what `recomputes` said when the stage began: free memory must not change its bits."""
     path = out / NOTES
     if not path.is_file():
-        notes = {"activation_checkpointing": recomputes(model, stage)}
+        held = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        to_come = trained_bytes(held) - held
+        notes = {"activation_checkpointing": recomputes(model, stage, to_come)}
         write_text(path, json.dumps(notes) + "\n")
     return bool(json.loads(path.read_text(encoding="utf-8"))["activation_checkpointing"])
 

@@ -13,7 +13,10 @@ from longrope.evaluation.memory import (
     WHOLE_WINDOWS,
     BackwardPlan,
     BatchPlan,
+    backward_bytes,
     cache_bytes,
+    forward_bytes,
+    kept_per_token,
     plan_backward,
     plan_batches,
 )
@@ -142,6 +145,20 @@ def test_a_backward_pass_that_does_not_fit_is_one_sentence(monkeypatch):
         plan_backward(build(), 8192)
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)
     assert plan_backward(build(), 8192) == BackwardPlan(chunk=memory.LEAST_CHUNK)
+
+
+def test_what_a_plan_takes():
+    model, length, half = build(), 1000, torch.bfloat16
+    cache = KEYS_AND_VALUES * length
+    assert forward_bytes(model, length, BatchPlan(3, None)) == 3 * length * ACTIVATIONS
+    assert forward_bytes(model, length, BatchPlan(3, 10)) == 3 * (cache + 10 * ACTIVATIONS)
+    assert backward_bytes(model, length, WHOLE_WINDOWS) == length * KEPT
+    assert backward_bytes(model, length, BackwardPlan(chunk=10)) == 2 * cache + 10 * KEPT
+    layers = 2 * 64 * 4 + KEPT // 2  # the input of each, and what one computes again
+    assert backward_bytes(model, length, BackwardPlan(checkpointed_layers=True)) == length * layers
+    assert kept_per_token(model, half) == KEPT // 2
+    assert kept_per_token(model.to(half), torch.float32) == KEPT
+    assert kept_per_token(model, recompute=True) == layers // 2
 
 
 def test_a_model_with_its_own_attention_gets_checkpointed_layers(monkeypatch):

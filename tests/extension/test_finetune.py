@@ -339,7 +339,7 @@ def test_free_memory_after_a_restart_does_not_change_how_a_stage_goes_on(
     monkeypatch.setattr(finetune, "_checkpoint_activations", noted)
     for free in (True, False):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(finetune, "recomputes", lambda model, stage, free=free: free)
+            patch.setattr(finetune, "recomputes", lambda *_, free=free: free)
             stop_at(patch, 2)
             train(tmp_path, documents)
     assert seen == [True, False, True, False]  # on, and off again at the end
