@@ -103,9 +103,9 @@ def read_documents(
     for one in paths:
         if not one.exists():
             raise FileNotFoundError(f"path: there is no file or folder {str(one)!r}")
-        if not one.is_file() and not one.is_dir():  # opening a pipe waits for someone who writes
+        if not (one.is_file() or one.is_dir() or one.is_fifo()):
             raise ValueError(
-                f"path: expected a file or folder, got {str(one)!r}, a pipe, socket or device"
+                f"path: expected a file, folder or pipe, got {str(one)!r}, a socket or device"
             )
     notes = Notes()
     reading = Reading(text_field, checked_dtype(token_dtype), notes)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def special(tmp_path, monkeypatch):
         one.close()
 
 
-def test_pipes_and_sockets_are_left_out_and_refused_by_themselves(tmp_path, special):
+def test_pipes_and_sockets_are_left_out_of_a_folder(tmp_path, special):
     (tmp_path / "a.txt").write_text("text")
     special("b.txt")
     assert loaded(tmp_path) == (
@@ -80,8 +81,17 @@ def test_pipes_and_sockets_are_left_out_and_refused_by_themselves(tmp_path, spec
         ["text"], "left out 3 things that are neither file nor folder (b.txt, c.txt, d.txt)",
     )  # fmt: skip
     for path in (tmp_path / "b.txt", "/dev/null"):
-        with pytest.raises(ValueError, match=r"path: expected a file .* a pipe, socket or device"):
+        with pytest.raises(ValueError, match=r"path: expected a file, folder or pipe, .* a socket or device"):
             longrope.load_data(path)
+
+
+def test_a_pipe_that_is_named_is_read(tmp_path):
+    pipe = tmp_path / "c"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("text",))
+    writer.start()
+    assert [bytes(document) for document in longrope.load_data(pipe)] == [b"text"]
+    writer.join()
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
