@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from support import tiny_models
@@ -359,6 +360,17 @@ def test_export_writes_a_folder_and_shows_what_readers_lose(model_folder, text, 
     rope = json.loads((tmp_path / "second" / "config.json").read_text())["rope_parameters"]
     assert rope["original_max_position_embeddings"] == 64
     assert "How the factors were found" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_export_names_the_data_that_it_cannot_measure_on(tmp_path):
+    tiny_models.build(vocab_size=256, pad_token_id=None).save_pretrained(tmp_path / "model")
+    tiny_models.factors("yarn").save(tmp_path / "factors.json")
+    np.save(tmp_path / "ids.npy", np.full(200, 300, np.uint16))
+    error = sentence(
+        "export", tmp_path / "model", "--factors", tmp_path / "factors.json",
+        "--data", tmp_path / "ids.npy", "--out", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert error.startswith("longrope: --data[0]: ")
 
 
 def test_export_says_how_a_search_found_its_factors(model_folder, text, tmp_path):

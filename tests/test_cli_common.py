@@ -45,6 +45,8 @@ def test_errors_name_the_argument_as_it_was_typed(capsys):
         ("evaluate no-model no-data --lengths 64 --out run --samples 0", "--samples: "),
         ("evaluate no-model no-data --lengths 64 --out run --baselines guess", "--baselines: "),
         ("evaluate no-model no-data --lengths 64 --out run --factors no.json", "--factors: "),
+        ("export no-model --factors no.json --out run --gguf-type q8_0", "--gguf-type: "),
+        ("export no-model --factors no.json --out run --format onnx", "--format: "),
         ("perplexity no-model no-data --length 64 --stride 65", "--stride: "),
         ("perplexity no-model no-data --length 64 --ranges 64-65", "--ranges: "),
         ("perplexity no-model no-data --length 64 --tiers foo", "--tiers: "),

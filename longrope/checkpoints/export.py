@@ -73,8 +73,9 @@ def export(
         `longrope.measure_export` says what that costs.
     gguf_type
         How a GGUF file stores matrices: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"`; None: as the model.
+        For format "gguf" alone.
     tokenizer
-        A tokenizer to save with format "hf"; None: the files of the folder the model came from.
+        A tokenizer to save, with format "hf" alone; None: that of the folder the model came from.
     measured
         Of `longrope.measure_export`, for the card, which says otherwise that nothing was measured.
     found
@@ -94,7 +95,18 @@ def export(
     OSError
         In one sentence, where the folder cannot be written; nothing of it is left.
     """
-    choice("format", format, FORMATS)
+    check_format(format, gguf_type)
+    source.checked_tokenizer("tokenizer", tokenizer)
+    if tokenizer is not None and format == "gguf":
+        raise ValueError(
+            "tokenizer: expected None with format 'gguf', which takes that of the folder that the "
+            f"model came from, got {type(tokenizer).__name__}"
+        )
+    if measured is not None and not isinstance(measured, Measured):
+        raise ValueError(
+            "measured: expected None or what longrope.measure_export returns, got "
+            f"{type(measured).__name__}"
+        )
     model = _inner(model)
     plan = plan_export(model, factors, short, drop_start_tokens)
     path = free_folder(path)
@@ -114,6 +126,16 @@ def export(
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
     return path
+
+
+def check_format(format: str, gguf_type: str | None) -> None:
+    """Raise `ValueError` for a format, or a type of its weights, that there is not."""
+    choice("format", format, FORMATS)
+    if gguf_type is None:
+        return
+    if format == "hf":
+        raise ValueError(f"gguf_type: expected None with format 'hf', got {gguf_type!r}")
+    choice("gguf_type", gguf_type, tuple(gguf.TYPES))
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -21,6 +21,15 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "Notice*")
 _TERMS = re.compile(r"^(license(?:_name|_link)?):\s*(\S.*?)\s*$", re.MULTILINE)
 
 
+def checked_tokenizer(name: str, value: Any) -> Any:
+    """Return a tokenizer that can be saved, or None; refuse anything else."""
+    if value is not None and not callable(getattr(value, "save_pretrained", None)):
+        raise ValueError(
+            f"{name}: expected None or a tokenizer with save_pretrained, got {type(value).__name__}"
+        )
+    return value
+
+
 def source_folder(model: Any) -> Path | None:
     """Return the local folder that a model was loaded from, in the hub's cache or elsewhere.
 

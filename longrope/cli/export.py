@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -47,8 +48,9 @@ def export(
     """Write a model with factors as a folder that transformers, vLLM or llama.cpp read."""
     import longrope
     from longrope.checkpoints import plan_export
-    from longrope.checkpoints.export import free_folder
+    from longrope.checkpoints.export import check_format, free_folder
 
+    check_format(format, gguf_type)
     with naming("--factors"):
         tiers = longrope.Tiers.load(factors)
     given: Any = tiers if len(tiers) > 1 else tiers[0]
@@ -56,12 +58,12 @@ def export(
     if short not in ("long", "none"):
         with naming("--short"):
             chosen = longrope.RescaleFactors.load(short)
-    with _names_out():
+    with _calling("path", "--out"):
         free_folder(out)  # before anything is loaded and measured
     measured = None
     if data is not None:
         network, tokenizer = load_model(model, device)
-        with warnings.catch_warnings():
+        with _calling("documents", "--data"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, below
             plan_export(network, given, chosen, drop_start_tokens)
             documents = load_documents("--data", data, tokenizer, tiers[-1].target_length)
@@ -69,7 +71,7 @@ def export(
                 network, given, documents, short=chosen, data=data.name
             )
         del network
-    with _names_out(), warnings.catch_warnings(record=True) as said:
+    with _calling("path", "--out"), warnings.catch_warnings(record=True) as said:
         longrope.export(
             load_weights(model),
             out,
@@ -89,14 +91,15 @@ def export(
 
 
 @contextlib.contextmanager
-def _names_out() -> Iterator[None]:
-    """Call the library's `path` by the command's name of it."""
+def _calling(argument: str, flag: str) -> Iterator[None]:
+    """Call an argument of the library by the command's name of it."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if not str(error).startswith("path: "):
+        said = re.sub(rf"^{argument}(?=(\[\d+\])?: )", flag, str(error))
+        if said == str(error):
             raise
-        raise type(error)(f"--out: {str(error).removeprefix('path: ')}") from None
+        raise type(error)(said) from None
 
 
 def _found(factors: Path) -> dict[str, Any] | None:

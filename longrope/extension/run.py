@@ -18,6 +18,7 @@ from longrope._validation import count, natural, switch
 from longrope._warnings import warn
 from longrope.checkpoints import Measured, export
 from longrope.checkpoints.card import on_top_of
+from longrope.checkpoints.source import checked_tokenizer
 from longrope.distributed import ranks
 from longrope.documents import as_documents
 from longrope.documents.checks import like
@@ -60,7 +61,7 @@ class ExtendArguments(Options):
     stages: str | Path | Sequence[Mapping[str, Any]] | None = None
     held_out: Iterable[Any] | None = None
     test_windows: int = field(default=8, metadata=about(count))
-    tokenizer: Any = None
+    tokenizer: Any = field(default=None, metadata=about(checked_tokenizer))
     seed: int = field(default=0, metadata=about(natural))
     resume: bool = field(default=True, metadata=about(switch))
     progress: bool = field(default=True, metadata=about(switch))

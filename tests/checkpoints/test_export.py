@@ -259,6 +259,15 @@ def test_wrong_arguments_get_one_sentence_and_nothing_is_written(tmp_path):
     )
     starts = said(factors=factors.replace(start_tokens=8))
     assert starts.startswith("drop_start_tokens: expected True") and "got False and 8" in starts
+    assert said(gguf_type="q8_0") == "gguf_type: expected None with format 'hf', got 'q8_0'"
+    assert said(format="gguf", gguf_type="q4").startswith("gguf_type: expected one of 'f32'")
+    for tokenizer in (5, "folder", len):
+        kind = type(tokenizer).__name__
+        expected = f"tokenizer: expected None or a tokenizer with save_pretrained, got {kind}"
+        assert said(tokenizer=tokenizer) == expected
+    saved = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel()))
+    assert said(tokenizer=saved, format="gguf").startswith("tokenizer: expected None with format")
+    assert said(measured=5).startswith("measured: expected None or what longrope.measure_export")
     assert said(short="short").startswith('short: expected "long", "none" or RescaleFactors')
     assert said(short=factors).startswith("short: expected a target_length below that of factors")
     assert said(short=factors.replace(target_length=64, start_tokens=2)).endswith("got 2")

@@ -91,6 +91,12 @@ def test_a_search_that_could_not_begin_after_training(refused, target, second, m
     refused(f"stage search-3: {message}", stages, target)
 
 
+@pytest.mark.parametrize("tokenizer", [5, "folder", documents])
+def test_a_tokenizer_that_cannot_be_saved(refused, tokenizer):
+    message = "tokenizer: expected None or a tokenizer with save_pretrained, got "
+    refused(message + type(tokenizer).__name__, [ONE | {"length": 64}], 64, tokenizer=tokenizer)
+
+
 def test_the_plan_by_the_ratio_too(refused):
     """8 windows of 16 tokens are trained; the second search has one token more."""
     config = longrope.FinetuneConfig(steps=1, batch_size=1)
