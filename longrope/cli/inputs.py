@@ -167,26 +167,29 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load_weights(name: str) -> Any:
-    """Load a model on the CPU, in eval mode and the dtype of its files."""
+def load_weights(name: str, argument: str = "MODEL") -> Any:
+    """Load a model on the CPU, in eval mode and the dtype of its files.
+
+    Errors name the command's `argument`.
+    """
     from transformers import AutoModelForCausalLM
 
     _quiet()
-    name = checked_model("MODEL", name)
+    name = checked_model(argument, name)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # many kinds, of transformers, safetensors and the hub
-        raise ValueError(f"MODEL: cannot load {name!r}: {_first_sentence(error)}") from None
+        raise ValueError(f"{argument}: cannot load {name!r}: {_first_sentence(error)}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for parameter, value in model.named_parameters():
             # transformers fills it with random numbers, and says so in a warning.
             if value is head.weight and parameter in info["missing_keys"]:
                 raise ValueError(
-                    f"MODEL: expected the weights of a causal language model, got {name!r} without "
-                    f"{parameter}"
+                    f"{argument}: expected the weights of a causal language model, got {name!r} "
+                    f"without {parameter}"
                 )
     return model.eval()
 
@@ -247,7 +250,9 @@ def load_extended(
     return on_device(model, device, dtype, out), tokenizer
 
 
-def on_device(model: Any, device: str, dtype: str = "auto", out: Path | None = None) -> Any:
+def on_device(
+    model: Any, device: str, dtype: str = "auto", out: Path | None = None, argument: str = "MODEL"
+) -> Any:
     """Move a model to a device, in a dtype: `"auto"`, or the name of one.
 
     `"auto"` is the model's own, but on a CPU the faster of that and float32, which a line on
@@ -275,8 +280,8 @@ def on_device(model: Any, device: str, dtype: str = "auto", out: Path | None = N
         chosen = compute_dtype(model)
         if chosen != own:
             say(
-                f"MODEL: its {_named(own)} weights are widened to {_named(chosen)}, which this "
-                f"processor computes in faster (--dtype {_named(own)} keeps them)"
+                f"{argument}: its {_named(own)} weights are widened to {_named(chosen)}, which "
+                f"this processor computes in faster (--dtype {_named(own)} keeps them)"
             )
     return (model if chosen == own else model.to(chosen)).to(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -52,9 +53,9 @@ def takes(kind: type[Options]) -> Callable[[Callable], Callable]:
                     flags[name] = value_of(value, _types(hint))
             from_file = {} if options is None else kind.read(options)
             try:
-                return command(options=_made(kind, from_file | flags), **given)
+                return command(options=_made(kind, kind.merged(from_file, flags)), **given)
             except ValueError as error:
-                name = str(error).partition(":")[0]
+                name = re.match(r"\w*", str(error))[0]
                 if name in from_file and name not in flags:
                     error.args = (f"{options}: {error}",)
                 raise
@@ -79,7 +80,8 @@ def _made(kind: type[Options], given: dict[str, Any]) -> Options:
 
 def _types(hint: Any) -> list[type]:
     """Return the types that a hint such as `str | int | None` names, without None."""
-    return [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    several = typing.get_args(hint) if typing.get_origin(hint) is not list else ()
+    return [kind for kind in several or (hint,) if kind is not type(None)]
 
 
 def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
@@ -101,7 +103,7 @@ def value_of(text: Any, kinds: list[type]) -> Any:
     """Return the number or the truth that a text spells, if an option can be one; else the text."""
     if bool in kinds and str in kinds and text in ("true", "false"):
         return text == "true"
-    for kind in (int, float) if str in kinds and len(kinds) > 1 else ():
+    for kind in (int, float) if str in kinds and {int, float} & set(kinds) else ():
         try:
             return kind(text)
         except ValueError:

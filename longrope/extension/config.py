@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,11 @@ TIERS = ("position", "row", "one")
 #: Learning rates after the warm-up, by the names of transformers.
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16")
+#: AdamW moves a weight by about the rate in a step: above 1, which no one trains with, by more than
+#: weights are large.
+_LARGEST_RATE = 1.0
+#: What torch takes beside float32 weights: their largest number.
+_FLOAT32 = 3.4028234663852886e38
 
 
 def _share(name: str, value: Any) -> float:
@@ -28,11 +32,18 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
-def _rate(name: str, value: Any) -> float:
+def _above_zero(name: str, value: Any, most: float = _FLOAT32) -> float:
+    number = positive(name, value)
+    if number > most:
+        raise ValueError(f"{name}: expected a number of at most {most:g}, got {value!r}")
+    return number
+
+
+def _weight_decay(name: str, value: Any) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not 0 <= value < math.inf:
+    if not real or not value >= 0:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    return float(value)
+    return _above_zero(name, value) if value else 0.0
 
 
 def _option(default: Any, check: Any, help: str) -> Any:
@@ -66,8 +77,8 @@ class FinetuneConfig(Options):
         Fill rows with whole documents one after another: positions start again at each, and
         attention does not cross. Else a row is a random window of one document.
     short_share, short_length
-        The share of rows that hold windows of `short_length` tokens, packed the same way; None: the
-        window of the model as loaded. OLMo 3 trains with 0.66.
+        The share of rows that hold windows of `short_length` tokens, at most those of a row, packed
+        the same way; None: the window of the model as loaded. OLMo 3 trains with 0.66.
     bos, eos
         The token in front of each window and document, and behind each whole document: `"auto"`
         (what the tokenizer adds; for `eos` what the config names), True, False or a token id.
@@ -90,14 +101,16 @@ class FinetuneConfig(Options):
     steps: int = _option(400, count, "Optimizer steps.")
     batch_size: int = _option(32, count, "Rows of text in a step.")
     rows_per_pass: int = _option(1, count, "Rows of one forward pass.")
-    learning_rate: float = _option(2e-5, positive, "Learning rate after the warm-up.")
+    learning_rate: float = _option(
+        2e-5, partial(_above_zero, most=_LARGEST_RATE), "Learning rate after the warm-up."
+    )
     decay: str = _option("linear", partial(choice, choices=DECAYS), "constant, linear or cosine.")
     warmup_steps: int | None = _option(
         None, natural, "Steps in which the learning rate rises; default: 20, at most a fifth."
     )
-    weight_decay: float = _option(0.0, _rate, "AdamW's weight decay.")
+    weight_decay: float = _option(0.0, _weight_decay, "AdamW's weight decay.")
     adam_beta2: float = _option(0.95, _share, "AdamW's second decay rate.")
-    max_grad_norm: float = _option(1.0, positive, "Clip the gradients of a step to this norm.")
+    max_grad_norm: float = _option(1.0, _above_zero, "Clip the gradients of a step to this norm.")
     tiers: str = _option(
         "position", partial(choice, choices=TIERS), "position, row (mixed windows) or one."
     )
@@ -109,7 +122,7 @@ class FinetuneConfig(Options):
     precision: str = _option("auto", partial(choice, choices=PRECISIONS), "auto, fp32 or bf16.")
     activation_checkpointing: bool | None = _option(None, switch, "Compute activations again.")
     lora_rank: int = _option(0, natural, "Rank of adapters; 0: train all weights.")
-    lora_alpha: float = _option(16.0, positive, "Scale of the adapters.")
+    lora_alpha: float = _option(16.0, _above_zero, "Scale of the adapters.")
     save_steps: int = _option(50, count, "Steps between checkpoints.")
     keep: int = _option(1, count, "Complete checkpoints that stay.")
     seed: int | None = _option(None, natural, "Seed of every random choice; default: 0.")

@@ -198,6 +198,7 @@ class Plan:
                         f"model's window of {self.window} tokens, got {lengths}"
                     )
         self._check_names()
+        self._check_short_rows()
         for stage, after in itertools.combinations(self.stages, 2):
             per = stage.options.get("per", "model") if isinstance(stage, SearchStage) else "model"
             if per != "model" and not isinstance(after, FinetuneStage):
@@ -247,6 +248,23 @@ class Plan:
                 f"{reached.length} tokens"
             )
 
+    def _check_short_rows(self) -> None:
+        """Refuse a length of short rows that no stage uses, or that a row is too short for."""
+        stages = [stage for stage in self.stages if isinstance(stage, FinetuneStage)]
+        asked = [stage for stage in stages if stage.config.short_length is not None]
+        mixed = [stage for stage in asked if stage.config.short_share]
+        if asked and not mixed:
+            raise ValueError(
+                "short_length: expected short_share above 0 beside it, got "
+                f"{asked[0].config.short_length} without any"
+            )
+        for stage in mixed:
+            if stage.config.short_length > stage.length:
+                raise ValueError(
+                    f"short_length: expected at most the {stage.length} tokens of a row of "
+                    f"{stage.name}, got {stage.config.short_length}"
+                )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values, stages by name: what a resumed run must share."""
         stages = {}
@@ -259,6 +277,31 @@ class Plan:
             }
             stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
+
+
+def recorded_tables(stages: Mapping[str, Any], seed: Any) -> list[dict[str, Any]]:
+    """Return the tables of the stages that `Plan.as_dict` has, of a plan with this seed.
+
+    Without what they took over: the seed of the plan, and the warm-up that follows from the steps.
+
+    Raises `ValueError` for what is no plan.
+    """
+    tables = []
+    try:
+        for name, stage in stages.items():
+            given = dict(stage)
+            del given["number"]
+            table = {"name": name, **given.pop("options", {}), **given.pop("config", {}), **given}
+            if table.get("seed") == seed:
+                table.pop("seed", None)
+            if table["kind"] == "finetune":
+                usual = FinetuneConfig(steps=table["steps"]).resolved().warmup_steps
+                if table["warmup_steps"] == usual:
+                    del table["warmup_steps"]
+            tables.append(table)
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("stages: expected those of a run of longrope extend") from None
+    return tables
 
 
 def read_stages(path: str | Path) -> list[dict[str, Any]]:

@@ -81,6 +81,10 @@ class Options:
             content = content.get("options") if isinstance(content, dict) else None
             if not isinstance(content, dict):
                 raise ValueError(f"{path}: expected the config.json of a run, got no options")
+            try:
+                content = cls.of_run(content)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key, value in content.items():
             if key not in known:
@@ -93,6 +97,19 @@ class Options:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         return content
+
+    @classmethod
+    def of_run(cls, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return by name the options of a run whose `config.json` has `asked` under "options".
+
+        Raises `ValueError`, without the name of the file, for what a run of another kind has there.
+        """
+        return asked
+
+    @classmethod
+    def merged(cls, file: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Return what a file and the flags beside it set together; flags win."""
+        return file | flags
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:

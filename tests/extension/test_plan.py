@@ -7,7 +7,7 @@ import math
 import pytest
 
 from longrope import FinetuneConfig
-from longrope.extension.plan import FinetuneStage, SearchStage
+from longrope.extension.plan import FinetuneStage, SearchStage, recorded_tables
 from longrope.extension.schedules import NAMED, make_plan
 
 SEARCH, TRAIN = {"kind": "search"}, {"kind": "finetune"}
@@ -143,6 +143,35 @@ def test_recipes_are_json_and_tell_plans_apart(name):
     assert make_plan(4096, 2048 * 1024, None, name, 8).as_dict() != made.as_dict()
 
 
+@pytest.mark.parametrize(
+    "stages, finetune",
+    [
+        (None, None),
+        (None, FinetuneConfig(steps=9, seed=3)),
+        *((name, FinetuneConfig(bos=5)) for name in NAMED),
+        (
+            [
+                SEARCH | {"length": 1024, "name": "first", "max_lambda": math.inf, "seed": 7},
+                TRAIN | {"length": 512, "steps": 50, "warmup_steps": 10, "packed": True},
+                TRAIN | {"length": 1024, "steps": 30, "warmup_steps": 6, "factors": "first"},
+                SEARCH | {"length": 2048, "seed": 3},
+                {"kind": "recover", "lengths": [64, 128], "max_lambda": 2.0},
+            ],
+            None,
+        ),
+    ],
+)
+def test_the_record_of_a_plan_makes_it_again(stages, finetune):
+    made = plan(stages, 64, finetune=finetune)
+    recorded = json.loads(json.dumps(made.as_dict()))
+    tables = recorded_tables(recorded["stages"], recorded["seed"])
+    again = plan(tables, 64)
+    assert json.loads(json.dumps(again.as_dict())) == recorded
+    # Another seed is that of every stage that took it over.
+    first = make_plan(64, 2048, None, tables, 8).stages[0]
+    assert first.options["seed"] == 8
+
+
 def test_a_file_has_full_control(tmp_path):
     path = tmp_path / "plan.toml"
     path.write_text(
@@ -218,6 +247,17 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
             ],
             "factors that reach target_length 2048, or a search after it, got those of a, 1024",
         ),
+        (
+            [SEARCH | {"length": 2048}, TRAIN | {"length": 512, "short_length": 64}],
+            "short_length: expected short_share above 0 beside it, got 64 without any",
+        ),
+        (
+            [
+                SEARCH | {"length": 2048},
+                TRAIN | {"length": 512, "short_length": 513, "short_share": 0.5},
+            ],
+            "short_length: expected at most the 512 tokens of a row of finetune-2, got 513",
+        ),
         ("nowhere.toml", "expected one of longrope-llama2, .* or a TOML file, got 'nowhere.toml'"),
         (3, "a list of tables, got int"),
     ],
@@ -225,6 +265,14 @@ def test_a_stage_says_what_a_configuration_does_not(tmp_path):
 def test_plans_that_are_refused(stages, message):
     with pytest.raises(ValueError, match=message):
         plan(stages)
+
+
+def test_short_rows_of_one_stage_are_enough_for_a_common_length():
+    trained = [TRAIN | {"length": 512, "short_share": share} for share in (0.0, 0.5)]
+    made = plan([SEARCH | {"length": 2048}, *trained], finetune=FinetuneConfig(short_length=512))
+    assert [stage.config.short_share for stage in made.stages[1:]] == [0.0, 0.5]
+    made = plan("longrope2", 8192, 131072, FinetuneConfig(short_length=64))
+    assert (made.stages[1].config.short_length, made.stages[1].config.short_share) == (64, 0.1)
 
 
 def test_factors_by_head_are_for_the_last_search():
@@ -268,6 +316,11 @@ def test_broken_files_are_refused(tmp_path):
         ({"learning_rate": 0}, "learning_rate: expected a finite number above 0"),
         ({"packed": True, "tiers": "row"}, "packed: expected False with tiers='row'"),
         ({"weight_decay": -1.0}, "weight_decay: expected a finite number of at least 0"),
+        ({"weight_decay": 10**400}, "weight_decay: expected a finite number above 0"),
+        ({"weight_decay": 1e39}, "weight_decay: expected a number of at most 3.40282e[+]38"),
+        ({"learning_rate": 1.1}, "learning_rate: expected a number of at most 1, got 1.1"),
+        ({"max_grad_norm": 1e39}, "max_grad_norm: expected a number of at most 3.40282e[+]38"),
+        ({"lora_alpha": 1e39}, "lora_alpha: expected a number of at most 3.40282e[+]38"),
     ],
 )
 def test_configurations_that_are_refused(given, message):
