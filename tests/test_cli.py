@@ -146,6 +146,20 @@ def test_short_documents_are_left_out_and_counted(model_folder, tmp_path):
     assert "--validation: there is no" in sentence("search", model_folder, texts, *options, *other)
 
 
+def test_a_run_may_lie_among_its_documents_and_not_be_their_folder(model_folder, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in "abc":
+        (texts / f"{name}.txt").write_text(f"the quick brown {name} " * 8)
+    options = ("--target-length", 64, "--samples", 1, "--steps", 1, "--device", "cpu")
+    for _ in range(2):  # the second finds the first's files
+        done = call("search", model_folder, texts, "--out", texts / "run", *options)
+    assert "left out 1 run folder (run)" in done.stderr
+    assert "--out: expected a folder of its own, got" in sentence(
+        "search", model_folder, texts, "--out", texts, *options
+    )
+
+
 def test_the_folder_of_a_model_is_no_run_directory(model_folder, text):
     before = (model_folder / "config.json").read_bytes()
     options = ("--target-length", 64, "--out", model_folder, "--device", "cpu")

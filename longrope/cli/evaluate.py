@@ -95,7 +95,7 @@ def evaluate(
         sets = {name: _by_position(network, each) for name, each in sets.items()}
     documents = load_documents(
         "DATA", data, tokenizer, min(wanted), text_field=text_field, token_dtype=token_dtype,
-        token_cache=token_cache,
+        token_cache=token_cache, out=out,
     )  # fmt: skip
     result = measure(
         network, documents, tokenizer, factors=sets, out=out, resume=resume, progress=True, **asked

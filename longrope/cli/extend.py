@@ -130,7 +130,7 @@ def extend(
     reading = {
         "text_field": text_field, "token_dtype": token_dtype, "token_cache": token_cache,
     }  # fmt: skip
-    documents = load_documents("DATA", data, tokenizer, 2, **reading)
+    documents = load_documents("DATA", data, tokenizer, 2, out=out, **reading)
     test = None
     if held_out:
         test = load_documents("--held-out", held_out, tokenizer, options.target_length, **reading)

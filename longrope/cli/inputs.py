@@ -51,14 +51,18 @@ def load_documents(
     text_field: str = "text",
     token_dtype: str | None = None,
     token_cache: Path | None = None,
+    out: Path | None = None,
 ) -> list[Any]:
     """Load the documents of at least `length` tokens; errors name the argument of the command.
 
-    What was left out is said in one line on standard error.
+    What was left out is said in one line on standard error. `out` is the folder of the run, which
+    may lie among the documents and not be what holds them.
     """
     from longrope.documents import long_enough, read_documents
 
     paths = [paths] if isinstance(paths, Path) else list(paths)
+    if out is not None and any(path.exists() and out.resolve() == path.resolve() for path in paths):
+        raise ValueError(f"--out: expected a folder of its own, got {out}, which is {name} too")
     try:
         documents, notes = read_documents(
             paths, tokenizer, text_field=text_field, token_dtype=token_dtype, cache=token_cache

@@ -107,7 +107,7 @@ def recover(
         judged = load_documents("--test", test, tokenizer, options.lengths[-1], **reading)
     result = longrope.recover(
         network,
-        load_documents("DATA", data, tokenizer, options.lengths[-1], **reading),
+        load_documents("DATA", data, tokenizer, options.lengths[-1], out=out, **reading),
         original=before,
         test=judged,
         out=out,

@@ -70,7 +70,7 @@ def search(
         held_out = load_documents("--validation", validation, tokenizer, length, **reading)
     result = longrope.search(
         network,
-        load_documents("DATA", data, tokenizer, length, **reading),
+        load_documents("DATA", data, tokenizer, length, out=out, **reading),
         validation=held_out,
         out=out,
         resume=resume,

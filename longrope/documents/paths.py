@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longrope.documents.notes import Notes
+from longrope.runs.folder import JOURNAL
+from longrope.runs.journal import kind_of
 
 #: What `datasets` writes beside its tables, in folders of `save_to_disk` and in its cache.
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -20,6 +22,7 @@ def files_of(folder: Path, notes: Notes) -> Iterator[Path]:
     Links are followed, and every file is read once, however many links lead to it. Hidden files
     and folders are left out. Of a repository in the cache of the Hugging Face hub, the snapshot
     that is in use is read; of a dataset that `save_to_disk` wrote, the tables that its state names.
+    The folder of a run of longrope is left out: a run in the folder of its documents resumes.
     """
     yield from _Walk(notes).folder(folder)
 
@@ -52,6 +55,8 @@ class _Walk:
             if path.is_dir():
                 if name.endswith(".incomplete"):
                     self.notes.add("unfinished downloads", name)
+                elif kind_of(path / JOURNAL):
+                    self.notes.add("run folders", name)
                 else:
                     yield from self.folder(path)
             elif cached and name.startswith(("cache-", "tmp")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ def digest(windows: torch.Tensor) -> str:
     for start in range(0, len(flat), _HASHED):
         found.update(flat[start : start + _HASHED].to(torch.int64).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def digests(documents: Iterable[torch.Tensor]) -> str:
+    """Return a hash of documents, in their order."""
+    return hashlib.sha256(" ".join(map(digest, documents)).encode()).hexdigest()[:16]
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

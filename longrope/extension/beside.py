@@ -9,7 +9,7 @@ from longrope import report
 from longrope.checkpoints.measured import Row
 from longrope.errors import NotFiniteError
 from longrope.extension.stages import Work
-from longrope.extension.table import measure, row_as_json
+from longrope.extension.table import row_as_json
 from longrope.factors import RescaleFactors
 from longrope.patching import apply, remove, rope_settings
 from longrope.report.extension import BASELINES
@@ -33,7 +33,7 @@ def finish(work: Work) -> None:
         lengths = rope_settings(work.original).lengths(work.plan.target_length)
         apply(work.original, getattr(RescaleFactors, name)(**lengths))
         try:
-            row = measure(STYLES[name].label, work.original, work.held_out, work.ranges)
+            row = work.table_row(STYLES[name].label, work.original)
         except NotFiniteError:  # the rule fails, not the run
             missing = (math.nan,) * len(work.ranges)
             row = Row(STYLES[name].label, missing, math.nan)

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from longrope.evaluation.start import bos_token
-from longrope.extension.finetune import check_trainable, rows_of
+from longrope.extension.finetune import check_trainable, rows_of, trained_under
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.extension.recover import check_recoverable
-from longrope.extension.stages import trained_under
 from longrope.factor_search.checks import Asked, asked
 from longrope.factor_search.options import SearchOptions
 from longrope.factors import RescaleFactors, Tiers

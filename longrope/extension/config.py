@@ -86,8 +86,8 @@ class FinetuneConfig(Options):
         `"bf16"`: autocast to bfloat16; `"fp32"`; `"auto"`: bfloat16 on a GPU. Weights are trained
         in float32 and given back in the model's own type.
     activation_checkpointing
-        Compute the activations of a layer again in the backward pass; None: where those of a row
-        would take more than half of the free memory.
+        Compute the activations of a layer again in the backward pass; None: where those of a pass
+        would take more than half of the free memory that gradients and Adam's moments leave.
     lora_rank, lora_alpha
         Train adapters of this rank on all linear layers but the head (needs `peft`), and merge them
         at the end; 0: train all weights.
@@ -182,3 +182,11 @@ class RecoverOptions(Options):
         ),
     )
     seed: int = field(default=0, metadata=about(natural, "Seed of every random choice."))
+    bos: str | bool | int = field(
+        default="auto",
+        metadata=about(
+            checked_bos,
+            "BOS before every window: auto (where the tokenizer adds it), true, false or a token "
+            "id.",
+        ),
+    )

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,15 +182,15 @@ def _trainable(model: nn.Module, config: FinetuneConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config.seed % _SEEDS)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules="all-linear",
-        ),
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
     )
+    with warnings.catch_warnings():  # it asks for a property by the name that transformers had
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, adapters)
 
 
 @contextlib.contextmanager
@@ -209,17 +210,20 @@ def _own_precision() -> Iterator[None]:
             os.environ[name] = before
 
 
+def trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
+    """Return the tiers that weights are trained under, and expect by position afterwards."""
+    loaded = rope_settings(model).loaded
+    if how == "one":
+        return tiers[-1:]
+    if how == "row":
+        return Tiers([loaded, tiers[-1]])
+    return tiers if len(tiers) > 1 else tiers[0].ladder(loaded=loaded)
+
+
 @contextlib.contextmanager
 def _factors(model: nn.Module, tiers: Tiers, how: str) -> Iterator[None]:
     """Turn rows of training text as `FinetuneConfig.tiers` says, inside the block."""
-    last = tiers[-1]
-    if how == "position":
-        several = tiers if len(tiers) > 1 else last.ladder(loaded=rope_settings(model).loaded)
-        apply(model, several)
-    elif how == "one":
-        apply(model, last)
-    else:
-        apply(model, [rope_settings(model).loaded, last], tiers="row")
+    apply(model, trained_under(model, tiers, how), tiers="row" if how == "row" else "position")
     try:
         yield
     finally:

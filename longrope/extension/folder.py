@@ -20,7 +20,7 @@ from torch import nn
 from longrope._files import new_folder
 from longrope.distributed.ranks import Ranks
 from longrope.errors import JournalError
-from longrope.evaluation.identity import digest, fingerprint
+from longrope.evaluation.identity import digests, fingerprint
 from longrope.extension.plan import Plan
 from longrope.extension.table import row_from_json
 from longrope.factors import Tiers
@@ -54,11 +54,6 @@ def header(
         "documents": digests(documents),
         "held_out": digests(held_out),
     }
-
-
-def digests(documents: Iterable[torch.Tensor]) -> str:
-    """Return a hash of documents."""
-    return hashlib.sha256(" ".join(map(digest, documents)).encode()).hexdigest()[:16]
 
 
 def explain(difference: str) -> str:

@@ -165,9 +165,9 @@ class Plan:
     window
         That of the model as loaded.
     stages
-        What is done, in order.
+        What is done, in order. The BOS that one of them names is that of all.
     seed
-        Of the documents that are held out, and of searches that name none.
+        Of the documents that are held out, and of stages that name none.
     """
 
     target_length: int
@@ -176,6 +176,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "stages", _of_one_bos(self.stages))  # the way into a frozen one
         if self.target_length <= self.window:
             raise ValueError(
                 "target_length: expected more than the window of the model as loaded, "
@@ -248,6 +249,11 @@ class Plan:
                 f"{reached.length} tokens"
             )
 
+    @property
+    def bos(self) -> str | bool | int:
+        """What stands in front of every window: of all stages, and of the table."""
+        return _bos_of(self.stages[0])
+
     def _check_short_rows(self) -> None:
         """Refuse a length of short rows that no stage uses, or that a row is too short for."""
         stages = [stage for stage in self.stages if isinstance(stage, FinetuneStage)]
@@ -277,6 +283,30 @@ class Plan:
             }
             stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
+
+
+def _bos_of(stage: Stage) -> str | bool | int:
+    if isinstance(stage, SearchStage):
+        return stage.options.get("bos", "auto")
+    return (stage.config if isinstance(stage, FinetuneStage) else stage.options).bos
+
+
+def _of_one_bos(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Return stages with the BOS that any of them names; `ValueError` where two name two."""
+    named = {stage.name: _bos_of(stage) for stage in stages if _bos_of(stage) != "auto"}
+    if len({repr(bos) for bos in named.values()}) > 1:
+        raise ValueError(f"stages: expected one bos for all of them, got {named}")
+    for bos in list(named.values())[:1]:
+        stages = [_with_bos(stage, bos) for stage in stages]
+    return tuple(stages)
+
+
+def _with_bos(stage: Stage, bos: bool | int) -> Stage:
+    if isinstance(stage, FinetuneStage):
+        return dataclasses.replace(stage, config=dataclasses.replace(stage.config, bos=bos))
+    if isinstance(stage, RecoverStage):
+        return dataclasses.replace(stage, options=dataclasses.replace(stage.options, bos=bos))
+    return dataclasses.replace(stage, options={**stage.options, "bos": bos})
 
 
 def recorded_tables(stages: Mapping[str, Any], seed: Any) -> list[dict[str, Any]]:

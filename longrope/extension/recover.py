@@ -17,11 +17,12 @@ from longrope import report
 from longrope._validation import integer, switch
 from longrope.documents import as_documents
 from longrope.errors import NotFiniteError
+from longrope.evaluation.identity import digests
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.perplexity import perplexity
 from longrope.evaluation.start import bos_token
 from longrope.extension.config import RecoverOptions
-from longrope.extension.folder import digests, weights_hash
+from longrope.extension.folder import weights_hash
 from longrope.extension.short_search import ShortSearch, open_journal
 from longrope.factors import RescaleFactors, Tiers
 from longrope.patching import apply, remove
@@ -105,6 +106,8 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
         Steps of the descent, search windows of each length, and the seed of windows.
     max_lambda
         Upper bound of lambda; None: the largest of the long set.
+    bos
+        What stands in front of every window, as for `longrope.search`.
     original
         The model before it was extended, to judge by, where weights were trained; None: `model`
         without factors.
@@ -136,7 +139,7 @@ def recover(model: nn.Module, documents: Iterable[Any], options: RecoverArgument
         )
     check_recoverable(model, had, lengths)
     vocab_size = vocabulary(model)
-    bos = bos_token("auto", model, documents)
+    bos = bos_token(options.bos, model, documents)
     texts = as_documents(documents, min_length=lengths[-1], vocab_size=vocab_size)
     test = None
     if options.test is not None:

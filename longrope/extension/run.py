@@ -22,6 +22,7 @@ from longrope.checkpoints.source import checked_tokenizer
 from longrope.distributed import ranks
 from longrope.documents import as_documents
 from longrope.documents.checks import like
+from longrope.evaluation.identity import digest
 from longrope.evaluation.modes import vocabulary
 from longrope.extension import folder
 from longrope.extension.beside import finish
@@ -231,7 +232,12 @@ def prepared(
         held = as_documents(
             options.held_out, min_length=target, vocab_size=vocabulary(model), name="held_out"
         )
-        kept = given
+        kept = _others(given, held)
+        if len(kept) < len(given):
+            raise ValueError(
+                "held_out: expected documents that no stage sees, got "
+                f"{len(given) - len(kept)} that are among documents too"
+            )
     kept = like(documents, kept)
     check_stages(model, plan, kept, processes)
     return plan, kept, like(documents, excerpts(held, target, options.test_windows, options.seed))
@@ -260,9 +266,19 @@ def _held_out(
             f"{len(long)} (of {len(documents)}, the longest {max(map(len, documents), default=0)})"
         )
     random = np.random.default_rng([seed, 2])
-    chosen = set(random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist())
-    kept = [document for index, document in enumerate(documents) if index not in chosen]
-    return kept, [documents[index] for index in sorted(chosen)]
+    chosen = random.choice(long, max(1, len(long) // HELD_OUT), replace=False).tolist()
+    held = [documents[index] for index in sorted(chosen)]
+    kept = _others(documents, held)
+    copies = len(documents) - len(held) - len(kept)
+    if copies and ranks.current().first:
+        warn(f"documents: left out {copies} that are copies of one held out for the table")
+    return kept, held
+
+
+def _others(documents: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the documents that are none of those held out, and no copy of one."""
+    lengths, known = {len(document) for document in held}, {digest(document) for document in held}
+    return [d for d in documents if len(d) not in lengths or digest(d) not in known]
 
 
 def _words(stage: Stage) -> str:

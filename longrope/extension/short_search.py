@@ -15,9 +15,9 @@ from torch import nn
 from longrope._numbers import from_json, to_json
 from longrope.distributed.ranks import Ranks
 from longrope.errors import NotFiniteError
+from longrope.evaluation.identity import digests
 from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, plan_batches
 from longrope.evaluation.perplexity import perplexity
-from longrope.extension.folder import digests
 from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.gradient import GradientEvaluator

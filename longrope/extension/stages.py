@@ -16,14 +16,14 @@ from longrope.checkpoints.measured import Row
 from longrope.distributed.ranks import Ranks
 from longrope.documents.checks import like
 from longrope.extension import checkpoint, folder
-from longrope.extension.finetune import finetune
+from longrope.extension.finetune import finetune, trained_under
 from longrope.extension.plan import FinetuneStage, Plan, RecoverStage, SearchStage, Stage
 from longrope.extension.recover import recover
 from longrope.extension.table import measure
 from longrope.factor_search.run import search
 from longrope.factors import RescaleFactors, Tiers
 from longrope.factors.tiers import ranges_of
-from longrope.patching import apply, remove, rope_settings
+from longrope.patching import apply, remove
 
 
 @dataclass
@@ -96,16 +96,20 @@ class Work:
         """Return the documents of at least `length` tokens."""
         return like(self.documents, [d for d in self.documents if len(d) >= length])
 
+    def table_row(self, name: str, model: nn.Module) -> Row:
+        """Measure a model as it stands on what was held out."""
+        return measure(name, model, self.held_out, self.ranges, bos=self.plan.bos)
+
     def measured(self, name: str, state: State) -> Row:
         """Measure the model and the tiers so far on what was held out."""
         return self.job.by_first(lambda: self._measured(name, state))
 
     def _measured(self, name: str, state: State) -> Row:
         if state.tiers is None:
-            return measure(name, state.model, self.held_out, self.ranges)
+            return self.table_row(name, state.model)
         apply(state.model, state.tiers)
         try:
-            return measure(name, state.model, self.held_out, self.ranges)
+            return self.table_row(name, state.model)
         finally:
             remove(state.model)
 
@@ -184,16 +188,6 @@ def _finetune(work: Work, stage: FinetuneStage, state: State, place: Path) -> di
     work.job.by_first(lambda: checkpoint.remove_all(place))
     state.tiers = state.trained = trained_under(state.model, tiers, stage.config.tiers)
     return {"weights": folder.weights_hash(state.model), "steps": stage.config.steps}
-
-
-def trained_under(model: nn.Module, tiers: Tiers, how: str) -> Tiers:
-    """Return the tiers by position that weights expect after training."""
-    loaded = rope_settings(model).loaded
-    if how == "one":
-        return tiers[-1:]
-    if how == "row":
-        return Tiers([loaded, tiers[-1]])
-    return tiers if len(tiers) > 1 else tiers[0].ladder(loaded=loaded)
 
 
 def _own_copy(work: Work, state: State) -> None:

@@ -22,15 +22,17 @@ def measure(
     ranges: Sequence[tuple[int, int]],
     *,
     length: int | None = None,
+    bos: str | bool | int = "auto",
 ) -> Row:
     """Measure a model as it stands: windows of `length` tokens that do not overlap.
 
-    None: the end of the last range. Ranges beyond `length` are NaN, and so is the whole then.
+    None: the end of the last range. Ranges beyond `length` are NaN, and so is the whole then. `bos`
+    as for `longrope.perplexity`.
     """
     target = ranges[-1][1]
     length = length or target
     inside = [pair for pair in ranges if pair[1] <= length]
-    found = perplexity(model, documents, length=length, stride=length, ranges=inside)
+    found = perplexity(model, documents, length=length, stride=length, ranges=inside, bos=bos)
     missing = (math.nan,) * (len(ranges) - len(inside))
     return Row(name, found.by_range + missing, math.nan if missing else float(found))
 

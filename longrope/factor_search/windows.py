@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from longrope.documents import as_documents
-from longrope.evaluation.identity import digest
+from longrope.evaluation.identity import digests
 from longrope.evaluation.modes import vocabulary
 from longrope.evaluation.needles import plant
 from longrope.evaluation.start import with_bos, without_bos
@@ -117,7 +116,7 @@ class WindowsByRole:
 
     def digest(self) -> str:
         """Return a hash of the documents."""
-        return hashlib.sha256(" ".join(digest(d) for d in self.documents).encode()).hexdigest()[:16]
+        return digests(self.documents)
 
 
 def draw_windows(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import longrope
+from longrope.runs.journal import Journal
 
 
 def texts(documents):
@@ -81,8 +82,18 @@ def test_pipes_and_sockets_are_left_out_of_a_folder(tmp_path, special):
         ["text"], "left out 3 things that are neither file nor folder (b.txt, c.txt, d.txt)",
     )  # fmt: skip
     for path in (tmp_path / "b.txt", "/dev/null"):
-        with pytest.raises(ValueError, match=r"path: expected a file, folder or pipe, .* a socket or device"):
+        with pytest.raises(ValueError, match=r"path: expected a file, .* a socket or device"):
             longrope.load_data(path)
+
+
+def test_the_folder_of_a_run_among_documents_is_left_out(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "run").mkdir()
+    with Journal(tmp_path / "run" / "journal.jsonl", {}, {}, kind="search"):
+        (tmp_path / "run" / "table.md").write_text("a table")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "journal.jsonl").write_text('{"text": "of a line"}\n')
+    assert loaded(tmp_path) == (["text", "of a line"], "left out 1 run folder (run)")
 
 
 def test_a_pipe_that_is_named_is_read(tmp_path):

@@ -76,7 +76,6 @@ def test_tiers_by_position_where_no_layer_sees_beyond_the_window(refused):
     "target, second, message",
     [
         (33, {}, "target_length: expected more than 33 tokens, so that the last tier"),
-        (64, {"bos": True}, "bos: expected a model whose config names a bos_token_id"),
         (
             64,
             {"method": "evolution", "steps": None, "critical_dimension": True, "max_lambda": 1.5},
@@ -89,6 +88,11 @@ def test_a_search_that_could_not_begin_after_training(refused, target, second, m
         SEARCH | {"length": 32}, TRAIN | {"length": 32}, SEARCH | {"length": target} | second,
     ]  # fmt: skip
     refused(f"stage search-3: {message}", stages, target)
+
+
+def test_a_bos_that_the_model_has_not_is_refused_for_the_whole_run(refused):
+    stages = [SEARCH | {"length": 32}, SEARCH | {"length": 64, "bos": True}]
+    refused("bos: expected a model whose config names a bos_token_id", stages, 64)
 
 
 @pytest.mark.parametrize("tokenizer", [5, "folder", documents])

@@ -1,5 +1,6 @@
 """`longrope.extend` from the outside: what a run leaves, resuming, bad input, the command."""
 
+import importlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import longrope
 from longrope.cli.main import app
-from longrope.extension import beside, folder, run
+from longrope.extension import folder, run, stages
 from longrope.extension.folder import weights_hash
 from longrope.report.extension import page
 
@@ -105,7 +106,7 @@ def test_the_rules_without_a_search_are_measured_beside_it_once(finished, monkey
     assert [row["name"] for row in known.values()] == ["PI", "NTK", "YaRN"]
     assert all(len(row["by_range"]) == len(result.measured.ranges) for row in known.values())
     assert f"{known['yarn']['overall']:.3f}" in (result.folder / "report.html").read_text()
-    monkeypatch.setattr(beside, "measure", None)
+    monkeypatch.setattr(stages.Work, "table_row", None)
     extension_runs.run(result.folder)
     assert json.loads((result.folder / "baselines.json").read_text()) == known
 
@@ -129,6 +130,36 @@ def test_an_interrupt_between_stages_redoes_nothing_before_it(finished, tmp_path
         assert (tmp_path / name).read_bytes() == (finished[0].folder / name).read_bytes()
 
 
+def test_what_is_held_out_is_seen_by_no_stage_in_any_copy(tmp_path):
+    def prepared(texts, **more):
+        options = run.ExtendArguments(target_length=TARGET, out=tmp_path, test_windows=99, **more)
+        return run.prepared(build_model(), texts, options)
+
+    texts = documents()
+    _, kept, test = prepared([*texts, *texts[:6]])
+    assert len(kept) + len(test) <= len(texts) + 6
+    seen = [row for document in kept for row in document.unfold(0, TARGET, 1).tolist()]
+    assert not any(window.tolist() in seen for window in test)
+    with pytest.raises(ValueError, match=r"held_out: .* no stage sees, got 2 that are among"):
+        prepared(texts, held_out=[texts[3].numpy(), texts[5][:TARGET], texts[7]])
+
+
+def test_a_bos_that_one_stage_names_is_that_of_the_whole_run(tmp_path, monkeypatch):
+    seen = []
+    for name in ("evaluation.perplexity", "extension.recover", "factor_search.checks"):
+        module = importlib.import_module(f"longrope.{name}")
+
+        def chosen(bos, *rest, own=module.bos_token):
+            seen.append(bos)
+            return own(bos, *rest)
+
+        monkeypatch.setattr(module, "bos_token", chosen)
+    plan = [STAGES[0] | {"length": TARGET, "bos": False}, STAGES[3]]
+    sizes = {"max_position_embeddings": 16, "vocab_size": 64, "bos_token_id": 1}
+    extension_runs.run(tmp_path, lambda: tiny_models.build(**sizes), stages=plan)
+    assert len(seen) > 6 and set(seen) == {False}
+
+
 def test_a_compiled_model_resumes_with_the_weights_of_its_run(finished, tmp_path, monkeypatch):
     own, first = run.run_stage, True
 
@@ -150,8 +181,6 @@ def test_a_compiled_model_resumes_with_the_weights_of_its_run(finished, tmp_path
 
 
 def test_stages_of_fine_tuning_take_one_row_after_another(tmp_path, monkeypatch):
-    from longrope.extension import stages
-
     firsts = []
 
     def counted(model, documents, tiers, stage, out, progress, first):
@@ -425,7 +454,7 @@ def test_options_of_fine_tuning_without_any_are_refused(tmp_path):
 
 def test_flags_win_over_a_recipe(files, tmp_path):
     for number in range(2):
-        (tmp_path / f"{number}.txt").write_text("the quick brown fox " * 30)
+        (tmp_path / f"{number}.txt").write_text(f"the quick brown fox {number} " * 30)
     shown = call(
         "extend", files / "model", tmp_path, "--out", tmp_path / "run", "--target-length", 512,
         "--stages", "longrope-llama2", "--steps", 9, "--learning-rate", 1e-3, "--dry-run",

@@ -275,6 +275,18 @@ def test_short_rows_of_one_stage_are_enough_for_a_common_length():
     assert (made.stages[1].config.short_length, made.stages[1].config.short_share) == (64, 0.1)
 
 
+def test_two_stages_that_name_two_bos_are_refused():
+    stages = [
+        {"kind": "search", "length": 512, "bos": 3}, {"kind": "finetune", "length": 512},
+        {"kind": "recover", "lengths": [256]},
+    ]  # fmt: skip
+    plan = make_plan(256, 512, None, stages, 0)
+    assert [plan.bos, plan.stages[1].config.bos, plan.stages[2].options.bos] == [3, 3, 3]
+    stages[2] = stages[2] | {"bos": False}
+    with pytest.raises(ValueError, match="stages: expected one bos for all of them, got"):
+        make_plan(256, 512, None, stages, 0)
+
+
 def test_factors_by_head_are_for_the_last_search():
     last = SEARCH | {"length": 2048, "per": "head"}
     assert plan([last, TRAIN | {"length": 2048}]).stages[0].options["per"] == "head"

@@ -152,7 +152,7 @@ def test_factors_under_which_the_model_is_not_finite_are_never_chosen(tmp_path, 
     def measured(self, candidates, windows):
         if len(candidates) == 1:
             return [math.nan]  # what the descent finds
-        first, *rest = own(self, candidates, windows)
+        _, *rest = own(self, candidates, windows)
         return [math.nan, *rest]  # the first is the model as loaded
 
     def judged(model, *args, **options):
