@@ -106,7 +106,10 @@ def table(model: nn.Module, plan: Plan, costs: Sequence[Cost]) -> str:
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     free = free_memory(device_of(model))
     known = "" if free is None else f"{_gigabytes(free)} of memory are free. "
-    lines.append(known + "Memory beside that of the process, speed by one forward pass here.")
+    lines.append(
+        known + "Memory beside that of the process, speed by one forward pass here; tokens go "
+        "forwards, and backwards count as two."
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
