@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.commands import call
+from support.threads import threads
 
 import longrope
 
@@ -43,8 +44,9 @@ def extended(tmp_path_factory):
         letters = torch.randint(97, 123, (150,), generator=torch.Generator().manual_seed(number))
         (place / "texts" / f"{number}.txt").write_bytes(bytes(letters.tolist()))
     (place / "plan.toml").write_text(PLAN)
-    extend(place, place / "run", "--target-length", 32, "--stages", place / "plan.toml",
-           "--seed", 3)  # fmt: skip
+    with threads(1):  # as in the tests that repeat the run
+        extend(place, place / "run", "--target-length", 32, "--stages", place / "plan.toml",
+               "--seed", 3)  # fmt: skip
     return place
 
 
