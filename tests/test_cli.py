@@ -203,6 +203,7 @@ def test_an_interrupted_command_says_whether_it_resumes(
             RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
             " (tried to allocate 8 bytes)",
         ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), ""),
         (MemoryError(), ""),
     ],
 )

@@ -105,7 +105,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Say whether there was no memory left, on a GPU or in the host, for torch or for numpy."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def _print_end(what: str, arguments: Mapping[str, Any]) -> None:

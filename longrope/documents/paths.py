@@ -55,7 +55,7 @@ class _Walk:
             if path.is_dir():
                 if name.endswith(".incomplete"):
                     self.notes.add("unfinished downloads", name)
-                elif kind_of(path / JOURNAL):
+                elif (path / JOURNAL).is_file() and kind_of(path / JOURNAL):
                     self.notes.add("run folders", name)
                 else:
                     yield from self.folder(path)

@@ -112,7 +112,7 @@ def plan_batches(
         tokens = min(int((free * 0.9 - cache) / _bytes_per_token(model)), GPU_TOKENS_PER_CHUNK)
     least = forward_bytes(model, length, BatchPlan(fitting, min(LEAST_CHUNK, length)))
     expected = f"{name}: expected windows whose keys and values"
-    expect_room(free, least, expected, f"{fitting} of {length}")
+    _expect_room(free, least, expected, f"{fitting} of {length}")
     return BatchPlan(fitting, min(length, max(LEAST_CHUNK, _power_of_two(tokens // fitting))))
 
 
@@ -153,12 +153,12 @@ def plan_backward(
         cache = 2 * cache_bytes(model, length, sliding=False)
         least = backward_bytes(model, length, BackwardPlan(chunk=min(LEAST_CHUNK, length)))
         expected = "target_length: expected windows whose keys, values and their gradients"
-        expect_room(free, least, expected, str(length))
+        _expect_room(free, least, expected, str(length))
         tokens = min(tokens, max(LEAST_CHUNK, _power_of_two(int((free - cache) / 2 / kept))))
     return BackwardPlan(chunk=tokens) if tokens < length else WHOLE_WINDOWS
 
 
-def expect_room(free: int | None, needed: int, expected: str, got: str) -> None:
+def _expect_room(free: int | None, needed: int, expected: str, got: str) -> None:
     """Raise `ValueError` where more bytes are needed than are free (None: unknown)."""
     if free is not None and needed > free:
         raise ValueError(
@@ -217,8 +217,17 @@ def free_memory(device: torch.device) -> int | None:
         return None
     with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
         most, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, max(0, most - used))
+        free = min(free, max(0, most - used + _reclaimable()))
     return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _reclaimable() -> int:
+    """Return the bytes of files that a control group counts as used, and frees when asked."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        return int(dict(line.split() for line in lines)["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def _bytes_per_token(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +42,7 @@ def _above_zero(name: str, value: Any, most: float = _FLOAT32) -> float:
 
 def _weight_decay(name: str, value: Any) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not value >= 0:
+    if not real or not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     return _above_zero(name, value) if value else 0.0
 
@@ -81,7 +82,8 @@ class FinetuneConfig(Options):
         the same way; None: the window of the model as loaded. OLMo 3 trains with 0.66.
     bos, eos
         The token in front of each window and document, and behind each whole document: `"auto"`
-        (what the tokenizer adds; for `eos` what the config names), True, False or a token id.
+        (what the tokenizer adds; for `eos` what the config names), True, False or a token id. A
+        BOS that is named here or in any stage is that of all stages and of the table.
     precision
         `"bf16"`: autocast to bfloat16; `"fp32"`; `"auto"`: bfloat16 on a GPU. Weights are trained
         in float32 and given back in the model's own type.

@@ -281,6 +281,8 @@ class Plan:
                 for name, value in fields.items()
                 if isinstance(value, Options)
             }
+            if isinstance(stage, RecoverStage) and stage.options.bos == "auto":
+                del fields["options"]["bos"]  # as before there was a choice: such runs resume
             stages[fields.pop("name")] = {"number": number, "kind": stage.kind, **fields}
         return {**vars(self), "stages": stages}
 

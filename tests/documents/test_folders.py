@@ -78,8 +78,10 @@ def test_pipes_and_sockets_are_left_out_of_a_folder(tmp_path, special):
     )  # fmt: skip
     os.mkfifo(tmp_path / "c.txt")
     (tmp_path / "d.txt").symlink_to(tmp_path / "c.txt")
+    (tmp_path / "e").mkdir()
+    os.mkfifo(tmp_path / "e" / "journal.jsonl")
     assert loaded(tmp_path) == (
-        ["text"], "left out 3 things that are neither file nor folder (b.txt, c.txt, d.txt)",
+        ["text"], "left out 4 things that are neither file nor folder (b.txt, c.txt, d.txt, ...)",
     )  # fmt: skip
     for path in (tmp_path / "b.txt", "/dev/null"):
         with pytest.raises(ValueError, match=r"path: expected a file, .* a socket or device"):

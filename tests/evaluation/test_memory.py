@@ -112,6 +112,8 @@ def test_free_memory_is_what_the_control_group_leaves_each_rank(tmp_path, monkey
     assert memory.free_memory(cpu) == 8000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_memory(cpu) == 2000
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 300\n")
+    assert memory.free_memory(cpu) == 2075
     (tmp_path / "memory.max").write_text("10\n")
     assert memory.free_memory(cpu) == 0
 

@@ -282,6 +282,9 @@ def test_two_stages_that_name_two_bos_are_refused():
     ]  # fmt: skip
     plan = make_plan(256, 512, None, stages, 0)
     assert [plan.bos, plan.stages[1].config.bos, plan.stages[2].options.bos] == [3, 3, 3]
+    assert "bos" in plan.as_dict()["stages"]["recover-3"]["options"]
+    unnamed = make_plan(256, 512, None, [s | {"bos": "auto"} for s in stages], 0)
+    assert "bos" not in unnamed.as_dict()["stages"]["recover-3"]["options"]
     stages[2] = stages[2] | {"bos": False}
     with pytest.raises(ValueError, match="stages: expected one bos for all of them, got"):
         make_plan(256, 512, None, stages, 0)

@@ -57,8 +57,8 @@ def test_adapters_alone_have_gradients_and_moments(begins):
     assert begins(most - 1, model, lora_rank=2)
     least = 12 * trained + LENGTH * kept_per_token(model, torch.bfloat16, recompute=True)
     assert begins(least, model, lora_rank=2)
-    with pytest.raises(ValueError, match=f"which need {least} bytes"):
-        begins(least - 1, model, lora_rank=2)
+    with pytest.warns(UserWarning, match=f"need about {least} bytes"):
+        assert begins(least - 1, model, lora_rank=2)
 
 
 def test_ranks_that_hold_shards_make_room(begins, monkeypatch):
@@ -71,17 +71,15 @@ def test_ranks_that_hold_shards_make_room(begins, monkeypatch):
     assert begins(2 * LENGTH * KEPT - 1)
 
 
-def test_a_pass_that_does_not_fit_is_one_sentence(begins, tmp_path):
+def test_a_pass_that_does_not_fit_is_one_warning(begins):
     model = finetune._trainable(build_model(), FinetuneConfig())
     to_come = 12 * sum(p.numel() for p in model.parameters())
     least = to_come + 2 * LENGTH * kept_per_token(model, recompute=True)
     options = {"rows_per_pass": 2, "batch_size": 2}
     assert begins(least, model, **options)
-    with pytest.raises(ValueError) as caught:
-        begins(least - 1, model, **options)
-    assert str(caught.value) == (
-        "stage train: expected rows whose activations, and the gradients and moments of weights, "
-        f"fit the free memory, got 2 of 32 tokens, which need {least} bytes where {least - 1} are "
-        "free"
-    )
-    assert not (tmp_path / finetune.NOTES).exists()
+    with pytest.warns(UserWarning) as caught:
+        assert begins(least - 1, model, **options)
+    assert [str(warning.message) for warning in caught] == [
+        "stage train: the activations of 2 rows of 32 tokens, and the gradients and moments of "
+        f"weights, need about {least} bytes where {least - 1} are free"
+    ]
