@@ -20,7 +20,7 @@ from longrope.evaluation.memory import BackwardPlan, BatchPlan, plan_backward, p
 from longrope.evaluation.perplexity import perplexity
 from longrope.factor_search.descent import Descent, DescentSettings, Point
 from longrope.factor_search.evaluator import PopulationEvaluator
-from longrope.factor_search.gradient import GradientEvaluator
+from longrope.factor_search.gradient import GradientEvaluator, expect_finite
 from longrope.factor_search.history import Role
 from longrope.factor_search.methods import ATTENTION_DIGITS
 from longrope.factor_search.range_evaluator import RangeEvaluator, RangeGradient
@@ -140,11 +140,7 @@ class ShortSearch:
 
             def measure() -> list[Any]:
                 loss, gradient = differentiate(at, 0, drawn_now)
-                if not (math.isfinite(loss) and np.isfinite(gradient).all()):
-                    raise NotFiniteError(
-                        f"model: its mean NLL at {length} tokens, or the gradient, is not finite "
-                        f"in step {step} (NLL {loss})"
-                    )
+                expect_finite(loss, gradient, length, step)
                 return [loss, gradient.tolist()]
 
             loss, gradient = self.recorded(measure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longrope.distributed.ranks import Ranks
+from longrope.errors import NotFiniteError
 from longrope.evaluation.memory import WHOLE_WINDOWS, BackwardPlan
 from longrope.evaluation.modes import evaluating
 from longrope.evaluation.nll import NextTokenNLL
@@ -109,6 +111,17 @@ class GradientEvaluator:
             checkpointing_layers(self.model, self.plan.checkpointed_layers),
         ):
             return self._score.backward(window, scored_tokens(window, self.last_tokens))
+
+
+def expect_finite(
+    nll: float, gradient: np.ndarray, length: int, step: int, what: str = "the gradient"
+) -> None:
+    """Raise `NotFiniteError` where a step over windows of `length` tokens cannot go on."""
+    if not (math.isfinite(nll) and np.isfinite(gradient).all()):
+        raise NotFiniteError(
+            f"model: its mean NLL at {length} tokens, or {what}, is not finite in step {step} "
+            f"(NLL {nll})"
+        )
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch import nn
 from longrope._numbers import perplexity_of
 from longrope.errors import JournalError
 from longrope.factor_search.descent import HeadDescent, Point
+from longrope.factor_search.gradient import expect_finite
 from longrope.factor_search.history import Evaluation, Role, SearchResult
 from longrope.factor_search.methods import ATTENTION_DIGITS, Task
 from longrope.factor_search.space import STEPS
@@ -195,11 +196,7 @@ class _Rung:
         def compute() -> dict[str, Any]:
             start_tokens = self.start.start_tokens
             nll, gradient = self.measurer.differentiate(point, start_tokens, windows)
-            if not (math.isfinite(nll) and np.isfinite(gradient).all()):
-                raise ValueError(
-                    f"model: its mean NLL at {windows.shape[1]} tokens, or the gradient by heads, "
-                    f"is not finite in step {step} (NLL {nll})"
-                )
+            expect_finite(nll, gradient, windows.shape[1], step, "the gradient by heads")
             return {"nll": nll, "gradient": gradient.tolist()}
 
         entry, replayed = self._journalled([asked], lambda: [compute()])

@@ -18,7 +18,7 @@ from longrope.errors import JournalError
 from longrope.factor_search.descent import Point
 from longrope.factor_search.evaluator import PopulationEvaluator
 from longrope.factor_search.evolution import Proposal
-from longrope.factor_search.gradient import GradientEvaluator
+from longrope.factor_search.gradient import GradientEvaluator, expect_finite
 from longrope.factor_search.history import BASELINES, Evaluation, Role
 from longrope.factor_search.racing import BLOCKS, Stage
 from longrope.factor_search.space import Candidate
@@ -183,7 +183,7 @@ class Measurer:
     ) -> tuple[float, np.ndarray]:
         """Return the NLL and the gradient at a point; they are in the journal before it returns.
 
-        Raises `ValueError` where they are not finite.
+        Raises `NotFiniteError` where they are not finite.
         """
         asked = {
             "role": Role.GRADIENT,
@@ -197,11 +197,7 @@ class Measurer:
         entry = replayed[0] if replayed else None
         if entry is None:
             nll, gradient = self.differentiate(point, start_tokens, windows)
-            if not (math.isfinite(nll) and np.isfinite(gradient).all()):
-                raise ValueError(
-                    f"model: its mean NLL at {windows.shape[1]} tokens, or the gradient, is not "
-                    f"finite in step {iteration} (NLL {nll})"
-                )
+            expect_finite(nll, gradient, windows.shape[1], iteration)
             entry = {**asked, "nll": nll, "gradient": gradient.tolist()}
             self.journal.append([entry])
         lambdas, nll = tuple(self.absolute(np.array(entry["lambdas"])).tolist()), entry["nll"]
